@@ -1,0 +1,1 @@
+"""Entry points and evidence: the command line, study files, the models shipped, benchmarks."""

@@ -1,0 +1,1 @@
+"""Cheap estimates learned from evaluated schedules: which ones are good, and what lies between them."""
