@@ -1,0 +1,181 @@
+"""The one loop: runs a program, or a batch of candidate programs, on a Denoiser.
+
+    y = p_0 x_T + k_0 m;   for each row c:  D_c = denoise(y, t_c);   y = r_c y + e_c x_T + k_c m + sum_j b_cj D_j + g_c noise
+
+Coefficients are float64 and cast once; the state and the history are at least float32 whatever the network's dtype. There are no
+solver classes: a new method is a new way to fill rows. With candidates stacked (a leading axis M in the program) the network sees M B images
+a call; candidates only share the starting noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.samplers.denoiser import Cond, Denoiser, bcast, require_finite
+from fewstep.space.errors import ModelError, ScheduleError
+from fewstep.space.program import Program, ProgramSchedule
+from fewstep.space.schedule import OdeSchedule
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback gets after every network call: its index, the query time, the state asked and the data prediction."""
+
+    call: int
+    t: Tensor
+    state: Tensor
+    denoised: Tensor
+
+
+def start(schedule: OdeSchedule | ProgramSchedule, z: Tensor) -> Tensor:
+    """x_T from unit noise.
+
+    Args:
+        schedule: the schedule to start; its first time sets the scale (1 for VP, sigma for EDM and rectified flow).
+        z: standard normal, shape (B, *shape).
+    """
+    return schedule.noise.prior_scale(schedule.times[0]) * z
+
+
+@torch.no_grad()
+def sample(
+    schedule: OdeSchedule | ProgramSchedule,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    *,
+    cond: Cond | None = None,
+    guidance: float | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[Progress], None] | None = None,
+) -> Tensor:
+    """Draw samples.
+
+    Args:
+        schedule: a loaded schedule.
+        denoiser: the model.
+        x_T: start states, shape (B, *shape), see `start`.
+        cond: conditioning tensors with leading axis B.
+        guidance: guidance scale where the schedule does not set its own; None = the conditional model.
+        generator: source of the fresh noise of schedules with eta > 0 (on x_T's device).
+        callback: called after every network call.
+
+    Returns:
+        Samples, shape of x_T, dtype at least float32.
+
+    Raises:
+        ModelError: the model returns a wrong shape or something not finite; the call is named.
+        ScheduleError: the schedule needs a constant image it was loaded without.
+    """
+    if schedule.program.e.requires_grad:
+        raise ScheduleError("the program carries gradients: call run() with a program instead")
+    return run(
+        schedule.program, denoiser, x_T, cond=cond, guidance=guidance, m=schedule.constant, generator=generator, callback=callback, options=schedule.options
+    )
+
+
+def run(
+    program: Program,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    *,
+    cond: Cond | None = None,
+    guidance: float | None = None,
+    m: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[Progress], None] | None = None,
+    options: dict[str, Any] | None = None,
+    check: bool = True,
+) -> Tensor:
+    """Run one program on x_T (B, *shape), or M stacked programs on the same x_T, giving (M, B, *shape).
+
+    `check` raises a ModelError at the first data prediction that is not finite; without it NaN travels to the result, so that a batch of
+    candidates survives one that diverges.
+    """
+    stacked = program.r.ndim == 2
+    count = program.r.shape[0] if stacked else 1
+    state_dtype = torch.promote_types(x_T.dtype, torch.float32)
+    x_T = x_T.to(state_dtype)
+    batch, shape = x_T.shape[0], x_T.shape[1:]
+    p = _Coefficients(program, x_T)
+    if m is None and p.uses_m:
+        raise ScheduleError("the schedule starts from a constant image: load it from its file, or call with_constant(m)")
+    if cond and stacked:
+        cond = {name: value.repeat(count, *(1,) * (value.ndim - 1)) for name, value in cond.items()}
+    noisy = x_T.expand(count, batch, *shape)
+    constant = None if m is None else m.to(x_T)
+    y = p.at("p", 0) * noisy
+    if constant is not None:
+        y = y + p.at("k0", 0) * constant
+    history: list[Tensor] = []
+    for c in range(program.nfe):
+        t = program.t[..., c].reshape(count, 1).expand(count, batch).reshape(-1).to(x_T.device)
+        scale: float | Tensor | None = guidance
+        if program.guidance is not None:
+            scale = program.guidance[..., c].reshape(count, 1).expand(count, batch).reshape(-1).to(x_T.device)
+        flat = y.reshape(count * batch, *shape)
+        D = denoiser(flat, t, cond=cond, guidance=scale)
+        if D.shape != flat.shape:
+            raise ModelError(f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(flat.shape)}")
+        D = D.to(state_dtype)
+        if options and "threshold" in options:
+            D = threshold(D, **options["threshold"])
+        if check:
+            require_finite(D, f"the data prediction of network call {c} (t = {float(t[0]):.6g})")
+        if callback is not None:
+            callback(Progress(c, t, flat, D))
+        history.append(D.reshape(count, batch, *shape))
+        y = p.advance(c, y, noisy, constant, history, generator)
+    return y if stacked else y[0]
+
+
+class _Coefficients:
+    """A program's numbers in the state's dtype and device, shaped to multiply (M, B, *shape), and what is zero throughout."""
+
+    def __init__(self, program: Program, x: Tensor) -> None:
+        self._extra = (1,) * x.ndim
+        self._x = x
+        lead = program if program.r.ndim == 2 else None
+        values = {"r": program.r, "e": program.e, "k": program.k, "g": program.g, "b": program.b, "p": program.init[..., :1], "k0": program.init[..., 1:]}
+        self._cast = {name: (v if lead is not None else v[None]).to(x) for name, v in values.items()}
+        self._live = {name: [bool((v[..., c] != 0).any()) or v.requires_grad for c in range(v.shape[-1])] for name, v in values.items() if name != "b"}
+        b = values["b"]
+        self._used = [[bool((b[..., c, j] != 0).any()) or b.requires_grad for j in range(c + 1)] for c in range(b.shape[-1])]
+        self.uses_m = bool((program.k != 0).any()) or bool((program.init[..., 1] != 0).any())
+
+    def at(self, name: str, c: int) -> Tensor:
+        value = self._cast[name][..., c]
+        return value.reshape(-1, *self._extra)
+
+    def advance(
+        self, c: int, y: Tensor, x_T: Tensor, m: Tensor | None, history: list[Tensor], generator: torch.Generator | None
+    ) -> Tensor:
+        y = self.at("r", c) * y
+        if self._live["e"][c]:
+            y = y + self.at("e", c) * x_T
+        if m is not None and self._live["k"][c]:
+            y = y + self.at("k", c) * m
+        for j, D in enumerate(history):
+            if self._used[c][j]:
+                y = y + self._cast["b"][:, c, j].reshape(-1, *self._extra) * D
+        if self._live["g"][c]:
+            fresh = torch.randn(y.shape[1:], generator=generator, dtype=y.dtype, device=y.device)  # shared by candidates
+            y = y + self.at("g", c) * fresh
+        return y
+
+
+def threshold(D: Tensor, quantile: float = 0.995, minimum: float = 1.0) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487): clip each sample at its |D| quantile, then scale it to 1.
+
+    Args:
+        D: data predictions, shape (B, *shape).
+        quantile: share of |D| below the clip, over one sample.
+        minimum: the clip is at least this.
+    """
+    clip = torch.quantile(D.abs().flatten(1), quantile, dim=1).clamp(min=minimum)
+    s = bcast(clip, D)
+    return D.clamp(-s, s) / s * min(minimum, 1.0)

@@ -1,0 +1,22 @@
+"""What a schedule is: a value, its choices, and its meaning as a program."""
+
+from fewstep.space import noise
+from fewstep.space.errors import FewstepError, ModelError, ScheduleError, StudyError
+from fewstep.space.program import Program, ProgramSchedule, compile, stack
+from fewstep.space.schedule import OdeSchedule, StepSpec, load_schedule, save_schedule
+
+__all__ = [
+    "FewstepError",
+    "ModelError",
+    "OdeSchedule",
+    "Program",
+    "ProgramSchedule",
+    "ScheduleError",
+    "StepSpec",
+    "StudyError",
+    "compile",
+    "load_schedule",
+    "noise",
+    "save_schedule",
+    "stack",
+]

@@ -1,0 +1,19 @@
+"""The one family of errors. A message is one line: what is wrong, where, and what to change."""
+
+from __future__ import annotations
+
+
+class FewstepError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class ScheduleError(FewstepError, ValueError):
+    """A schedule, a noise schedule or a schedule file that cannot mean anything."""
+
+
+class ModelError(FewstepError, RuntimeError):
+    """A model that breaks the Denoiser contract: wrong shape, NaN, missing file."""
+
+
+class StudyError(FewstepError, ValueError):
+    """A study file, a search option or an output folder that cannot be used."""
