@@ -66,7 +66,8 @@ wheel: $(STAMP)  ## build dist/fewstep-*.whl
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
 ui: $(STAMP)  ## open MLflow on the runs of the demo
-	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+	@mkdir -p runs
+	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 results: $(STAMP)  ## print the committed tables of results
 	@[ -f experiments/RESULTS.md ] && cat experiments/RESULTS.md || echo "no results are committed yet"
