@@ -1,1 +1,1 @@
-"""Cheap estimates learned from evaluated schedules: which ones are good, and what lies between them."""
+"""Cheap estimates learned from evaluated schedules: which are good, and what lies between."""
