@@ -1,0 +1,403 @@
+"""The search space of ODE schedules at a fixed number of network calls.
+
+A member is an `OdeSchedule` whose steps use only the open decisions, whose times run from the
+start to the end level with at least `min_gap` in lam between neighbours, and which makes exactly
+`nfe` calls. Times are searched, proposed and measured in lam = log(alpha/sigma), half the log-SNR:
+uniform proposals there, not in sigma, where 99 % of them would miss the data end.
+
+Three equal views of a canonical member, each an exact inverse of the other two: the schedule, the
+named parameters (`params`, real Optuna distributions; a parameter that does not matter is absent),
+and the flat vector (`encode`). For exactness canonical lam are multiples of 1e-9, far above the
+rounding of every noise schedule's inverse and far below any effect (a schedule made elsewhere
+moves by at most 5e-10 in lam). `from_params` is total: it maps any values to a valid member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.space import moves
+from fewstep.space.errors import ScheduleError
+from fewstep.space.noise import NoiseSchedule
+from fewstep.space.schedule import OdeSchedule, StepSpec
+from fewstep.space.step_choices import (
+    Parameter,
+    Place,
+    StepChoices,
+    Value,
+    heun_as_corrector,
+    step_values,
+)
+from fewstep.space.tokens import tokens
+
+LAM_FLOOR, LAM_CEILING = -7.0, 7.5  # where a level is infinite, times are searched up to here
+_DIGITS = 9  # decimals of lam in a canonical member
+
+
+@dataclass(frozen=True)
+class OdeDomain:
+    """All schedules of `nfe` calls for a noise schedule, with the decisions left open.
+
+    Args:
+        noise: the noise schedule.
+        nfe: network calls of every member, >= 1.
+        choices: the decisions of a step.
+        first: first steps allowed, out of "network", "mean" (needs `constant`), "zero".
+        start_band: (low, high) model times the first time may take; None fixes it to the noise
+            schedule's first time.
+        end_band: (low, high) model times the last time may take; None fixes it to the noise
+            schedule's last time.
+        min_gap: least difference in lam of neighbouring times, > 0.
+        constant: the image of the "mean" first step, shape of one sample.
+
+    Raises:
+        ScheduleError: an empty or contradictory space.
+    """
+
+    noise: NoiseSchedule
+    nfe: int
+    choices: StepChoices = field(default_factory=StepChoices)
+    first: tuple[str, ...] = ("network",)
+    start_band: tuple[float, float] | None = None
+    end_band: tuple[float, float] | None = None
+    min_gap: float = 0.05
+    constant: Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.nfe < 1:
+            raise ScheduleError(f"domain: nfe {self.nfe} must be at least 1")
+        if not self.first or not set(self.first) <= {"network", "mean", "zero"}:
+            raise ScheduleError(f"domain: first {self.first!r}: use 'network', 'mean', 'zero'")
+        if "mean" in self.first and self.constant is None:
+            raise ScheduleError("domain: first 'mean' needs the constant image: give constant")
+        for band in (self.start_band, self.end_band):
+            if band is not None and not band[0] < band[1]:
+                raise ScheduleError(f"domain: band {band} must be (low, high) with low < high")
+        low, high = self._start_lam[1], self._end_lam[0]
+        if not self.min_gap > 0 or high - low < self.max_steps * self.min_gap:
+            raise ScheduleError(
+                f"domain: {self.max_steps} steps with gaps of {self.min_gap} do not fit in lam {low:.3g} to {high:.3g}: lower min_gap"
+            )
+
+    def lam(self, times: Sequence[float]) -> list[float]:
+        """lam of model times, on the grid of 1e-9 that parameters live on."""
+        values: list[float] = self.noise.lam(torch.tensor(times, dtype=torch.float64)).tolist()
+        return [round(v, _DIGITS) for v in values]
+
+    def time(self, lam: Sequence[float]) -> list[float]:
+        """Model times of lam rounded to the grid: `lam` gives the rounded values back exactly."""
+        rounded = [round(v, _DIGITS) for v in lam]
+        times: list[float] = self.noise.t_of_lam(
+            torch.tensor(rounded, dtype=torch.float64)
+        ).tolist()
+        return times
+
+    @cached_property
+    def _start_lam(self) -> tuple[float, float]:
+        t = self.noise.t_range[0]
+        low, high = self.lam([t, t] if self.start_band is None else self.start_band[::-1])
+        return max(low, LAM_FLOOR), max(high, LAM_FLOOR)
+
+    @cached_property
+    def _end_lam(self) -> tuple[float, float]:
+        t = self.noise.t_range[1]
+        low, high = self.lam([t, t] if self.end_band is None else self.end_band[::-1])
+        return min(low, LAM_CEILING), min(high, LAM_CEILING)
+
+    @property
+    def lam_range(self) -> tuple[float, float]:
+        """The widest range of lam a member spans (finite)."""
+        return self._start_lam[0], self._end_lam[1]
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps a member can have: one more than calls if the first may be analytical."""
+        return self.nfe + (self.first != ("network",))
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every parameter a member may have, in a fixed order; a member has those that matter for it."""
+        found: list[Parameter] = []
+        if len(self.first) > 1:
+            found.append(Parameter("first", "choice", choices=self.first, neutral=self.first[0]))
+        if self.start_band is not None:
+            found.append(
+                Parameter("lam_start", "float", *self._start_lam, neutral=self._start_lam[0])
+            )
+        if self.end_band is not None:
+            found.append(Parameter("lam_end", "float", *self._end_lam, neutral=self._end_lam[1]))
+        for i in range(self.max_steps):
+            if i > 0:
+                found.append(
+                    Parameter(f"lam_{i}", "float", *self.lam_range, neutral=self.lam_range[1])
+                )
+            found.extend(self.choices.parameters(i))
+        return tuple(found)
+
+    def distributions(self) -> dict[str, Any]:
+        """The parameters as Optuna distributions (needs the search extra)."""
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        made: dict[str, Any] = {}
+        for p in self.parameters:
+            if p.kind == "choice":
+                made[p.name] = CategoricalDistribution(p.choices)
+            elif p.kind == "int":
+                made[p.name] = IntDistribution(int(p.low), int(p.high))
+            else:
+                made[p.name] = FloatDistribution(p.low, p.high)
+        return made
+
+    @cached_property
+    def _infinite_ends(self) -> tuple[bool, bool]:
+        """Whether every member ends on clean data (lam = inf), and starts at alpha = 0 (lam = -inf)."""
+        clean = self.noise.t_range[1] <= self.noise.t_data and self.end_band is None
+        pure = math.isinf(self.lam([self.noise.t_range[0]])[0]) and self.start_band is None
+        return clean, pure
+
+    def place(self, first: str, steps: Sequence[StepSpec] = ()) -> Place:
+        """Where the step after `steps` stands."""
+        calls = self.nfe + (first != "network") - sum(_calls(step) for step in steps)
+        return Place(len(steps), calls, *self._infinite_ends)
+
+    def from_params(self, values: Mapping[str, Any]) -> OdeSchedule:
+        """The member nearest to any values.
+
+        Missing values are neutral, impossible ones are settled, missing times fill the widest
+        gaps.
+        """
+        first = str(values.get("first", self.first[0]))
+        first = first if first in self.first else self.first[0]
+        by_step: dict[int, dict[str, Any]] = {}
+        given: list[float] = []
+        for name, value in values.items():
+            stem, _, index = name.rpartition("_")
+            if not index.isdigit():
+                continue
+            if stem == "lam":
+                given.append(float(value))
+            else:
+                by_step.setdefault(int(index), {})[stem] = value
+        steps: list[StepSpec] = []
+        place = self.place(first)
+        while place.calls > 0:
+            steps.append(self.choices.settle(by_step.get(place.index, {}), place))
+            place = place.after(steps[-1])
+        start = self._level("lam_start", values, self._start_lam, self.start_band, 0)
+        end = self._level("lam_end", values, self._end_lam, self.end_band, 1)
+        inner = moves.fit_times(given, len(steps) - 1, start[0], end[0], self.min_gap)
+        times = (start[1], *self.time(inner), end[1])
+        return self._member(times, steps, first)
+
+    def _member(
+        self, times: Sequence[float], steps: Sequence[StepSpec], first: str
+    ) -> OdeSchedule:
+        extra: dict[str, Any] = {"first": first} if first != "network" else {}
+        if any(name == "compensation" for name, _, _ in self.choices.extras):
+            extra["compensation_order"] = self.choices.compensation_order
+        made = OdeSchedule(noise=self.noise, times=tuple(times), steps=tuple(steps), **extra)
+        return (
+            made.with_constant(self.constant)
+            if first == "mean" and self.constant is not None
+            else made
+        )
+
+    def _level(
+        self,
+        name: str,
+        values: Mapping[str, Any],
+        bounds: tuple[float, float],
+        band: tuple[float, float] | None,
+        side: int,
+    ) -> tuple[float, float]:
+        """(lam, time) of the start or the end."""
+        if band is None:
+            return bounds[side], self.noise.t_range[side]
+        lam = min(max(float(values.get(name, bounds[side])), bounds[0]), bounds[1])
+        return lam, self.time([lam])[0]
+
+    def params(self, schedule: OdeSchedule) -> dict[str, Value]:
+        """The parameters that matter for a member, in the order of `parameters`; `from_params`
+        inverts them exactly.
+
+        Raises:
+            ScheduleError: the schedule is not a member; says why.
+        """
+        reason = self.contains(schedule)
+        if reason is not None:
+            raise ScheduleError(f"not in the search space: {reason}")
+        found: dict[str, Value] = {"first": schedule.first} if len(self.first) > 1 else {}
+        lam = self.lam(schedule.times)
+        if self.start_band is not None:
+            found["lam_start"] = lam[0]
+        if self.end_band is not None:
+            found["lam_end"] = lam[-1]
+        place = self.place(schedule.first)
+        for i, step in enumerate(schedule.steps):
+            if i > 0:
+                found[f"lam_{i}"] = lam[i]
+            settled = self.choices.settle(step_values(heun_as_corrector(step)), place)
+            found |= {f"{name}_{i}": value for name, value in self.choices.active(settled, place)}
+            place = place.after(settled)
+        return found
+
+    def canonical(self, schedule: OdeSchedule) -> OdeSchedule:
+        """The member equal to `schedule` as a sampler (to rounding) whose irrelevant fields are
+        neutral.
+
+        Raises:
+            ScheduleError: the schedule is not a member; says why.
+        """
+        return self.from_params(self.params(schedule))
+
+    def contains(self, schedule: OdeSchedule) -> str | None:
+        """Why a schedule is not a member, or None if it is; checks every rule anew, independently of how members are made."""
+        if not isinstance(schedule, OdeSchedule):
+            return f"a {type(schedule).__name__} has no choices to search"
+        if schedule.noise != self.noise:
+            return "its noise schedule is another"
+        if schedule.nfe != self.nfe:
+            return f"it makes {schedule.nfe} calls, not {self.nfe}"
+        if schedule.first not in self.first:
+            return f"first {schedule.first!r} is not among {self.first}"
+        if schedule.options:
+            return f"run-time options {sorted(schedule.options)} are not searched"
+        for name, band, t, fixed in (
+            ("times[0]", self.start_band, schedule.times[0], self.noise.t_range[0]),
+            (
+                f"times[{schedule.n_steps}]",
+                self.end_band,
+                schedule.times[-1],
+                self.noise.t_range[1],
+            ),
+        ):
+            low, high = band or (fixed, fixed)
+            if not low - 1e-12 * abs(low) <= t <= high + 1e-12 * abs(high):
+                return f"{name} = {t} is outside {low} to {high}"
+        lam = [min(max(v, LAM_FLOOR), LAM_CEILING) for v in self.lam(schedule.times)]
+        for i, (a, b) in enumerate(pairwise(lam)):
+            if b - a < self.min_gap * (1 - 1e-6):
+                return f"step {i} advances lam by {b - a:.4g}, less than the minimum gap {self.min_gap}"
+        steps = [heun_as_corrector(step) for step in schedule.steps]
+        for i, step in enumerate(steps):
+            reason = self.choices.refuses(step, self.place(schedule.first, steps[:i]))
+            if reason is not None:
+                return f"step {i}: {reason}"
+        return None
+
+    def encode(self, schedule: OdeSchedule) -> np.ndarray:
+        """A member as a flat float64 vector of length `width`.
+
+        Numbers as they are, choices one-hot; absent numbers are neutral, absent choices zero.
+
+        Raises:
+            ScheduleError: the schedule is not a member.
+        """
+        return self.encode_params(self.params(schedule))
+
+    def encode_params(self, values: Mapping[str, Value]) -> np.ndarray:
+        """`encode` from the parameters."""
+        vector = np.zeros(self.width)
+        at = 0
+        for p in self.parameters:
+            if p.kind == "choice":
+                if p.name in values:
+                    vector[at + p.choices.index(values[p.name])] = 1.0
+            else:
+                vector[at] = float(values.get(p.name, p.neutral))
+            at += p.width
+        return vector
+
+    def decode(self, vector: np.ndarray) -> OdeSchedule:
+        """The member of any vector of length `width`; inverts `encode` exactly."""
+        values: dict[str, Value] = {}
+        at = 0
+        for p in self.parameters:
+            part = vector[at : at + p.width]
+            at += p.width
+            if p.kind != "choice":
+                values[p.name] = float(part[0])
+            elif part.any():
+                values[p.name] = p.choices[int(np.argmax(part))]
+        n = self.steps_of(values)
+        return self.from_params(
+            {name: v for name, v in values.items() if not _is_time_beyond(name, n)}
+        )
+
+    def steps_of(self, values: Mapping[str, Value]) -> int:
+        """How many steps the member of these parameters has."""
+        calls = self.nfe + (values.get("first", self.first[0]) != "network")
+        least = 2 if self._infinite_ends[0] else 1  # a last step that re-evaluates needs sigma > 0
+        n = 0
+        while calls > 0:
+            calls -= 2 if calls > least and values.get(f"corrector_{n}") == "reeval" else 1
+            n += 1
+        return n
+
+    @cached_property
+    def width(self) -> int:
+        """Length of the flat encoding."""
+        return sum(p.width for p in self.parameters)
+
+    def tokens(self, schedule: OdeSchedule) -> np.ndarray:
+        """Features of each network call, shape (nfe, features), alike for every domain.
+
+        See `space.tokens`.
+        """
+        return tokens(schedule, torch.tensor([schedule.times], dtype=torch.float64))[0].numpy()
+
+    def with_nfe(self, nfe: int) -> OdeDomain:
+        """The same decisions at another number of calls."""
+        return replace(self, nfe=nfe)
+
+    def sample(self, rng: np.random.Generator) -> OdeSchedule:
+        """A random member: times uniform in lam (given the gaps), choices as `moves.PRIOR`."""
+        return moves.sample(self, rng)
+
+    def mutate(
+        self,
+        schedule: OdeSchedule,
+        rng: np.random.Generator,
+        *,
+        rates: Mapping[str, float] | None = None,
+        scale: float = 0.05,
+    ) -> OdeSchedule:
+        """A changed copy, never equal to the original; see `moves.mutate`."""
+        return moves.mutate(self, schedule, rng, rates=rates, scale=scale)
+
+    def crossover(self, a: OdeSchedule, b: OdeSchedule, rng: np.random.Generator) -> OdeSchedule:
+        """A child that has each decision from one of two members; see `moves.crossover`."""
+        return moves.crossover(self, a, b, rng)
+
+    def neighbours(self, schedule: OdeSchedule, *, step: float = 0.02) -> list[OdeSchedule]:
+        """Members one decision away; see `moves.neighbours`."""
+        return moves.neighbours(self, schedule, step=step)
+
+    def adopt(self, schedule: OdeSchedule) -> list[OdeSchedule]:
+        """Members made from a schedule of any NFE by inserting or deleting steps.
+
+        A member is returned itself, in canonical form; see `moves.adopt`.
+        """
+        return moves.adopt(self, schedule)
+
+
+def _calls(step: StepSpec) -> int:
+    return 2 if step.corrector == "reeval" else 1
+
+
+def _is_time_beyond(name: str, n: int) -> bool:
+    stem, _, index = name.rpartition("_")
+    return stem == "lam" and index.isdigit() and int(index) >= n
