@@ -2,11 +2,14 @@
 
 from fewstep.space import noise
 from fewstep.space.errors import FewstepError, ModelError, ScheduleError, StudyError
+from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.program import Program, ProgramSchedule, compile, stack
 from fewstep.space.schedule import OdeSchedule, StepSpec, load_schedule, save_schedule
 
 __all__ = [
+    "CallSpec",
     "FewstepError",
+    "MaskedSchedule",
     "ModelError",
     "OdeSchedule",
     "Program",
