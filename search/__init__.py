@@ -1,0 +1,1 @@
+"""How candidates are proposed, paid for and kept: from a study to schedules."""

@@ -1,0 +1,309 @@
+"""The study file: what a search is asked to do, read from TOML and checked before anything runs.
+
+Everything that decides a result stands in the file (and in `--set key=value`), so the resolved
+form that a search writes into its folder is enough to repeat it. What only decides how fast it
+runs, or where it reports, is marked so in `RUN_ONLY` and may differ when a search is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fewstep.space.errors import StudyError
+
+RUN_ONLY = (
+    "search.workers",
+    "search.storage",
+    "search.timeout",
+    "search.retries",
+    "search.gpus",
+    "teacher.cache",
+    "tracking",
+)
+"""Settings that a resumed search may change: they decide speed and place, never a score."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelTable(BaseModel):
+    """[model]: `factory` and its keyword arguments.
+
+    Args:
+        factory: "module.path:function"; it returns a `Problem`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    factory: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        module, _, function = self.factory.partition(":")
+        if not (module and function and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError(f"{self.factory!r} is not of the form module.path:function")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The factory's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class BudgetTable(_Table):
+    """[budget]: exactly one of these.
+
+    Args:
+        candidates: candidates per NFE, the named solvers included.
+        calls: network evaluations of the whole search: sum over candidates of samples x NFE.
+        seconds: wall time of the whole search before the final scoring; the result then depends on
+            the machine.
+    """
+
+    candidates: Annotated[int, Field(ge=1)] | None = None
+    calls: Annotated[int, Field(ge=1)] | None = None
+    seconds: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [n for n in ("candidates", "calls", "seconds") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of candidates, calls, seconds (found {given or 'none'})"
+            )
+        return self
+
+
+class SearchTable(_Table):
+    """[search].
+
+    Args:
+        nfe: the numbers of network calls to find schedules for.
+        strategy: name of a strategy (`fewstep.search.strategies`).
+        options: keyword arguments of the strategy.
+        generation: candidates proposed at a time.
+        lag: generation g sees the results of generations up to g - lag; 1 waits for each, 2 keeps
+            one in flight.
+        seed: of the noise of the samples and of the strategy.
+        samples: samples a candidate is scored on.
+        block: (candidates, samples) that run as one batch; scores belong to it to the last bit.
+        workers: evaluator processes; 0 evaluates in this process; None is one per CPU core.
+        storage: Optuna storage URL; None is the journal file in the output folder.
+        timeout: seconds after which one block counts as hung; None never.
+        retries: how often a block is tried again after its worker died.
+        gpus: GPUs per worker; the factory's own argument decides whether the model uses one.
+    """
+
+    nfe: tuple[Annotated[int, Field(ge=1, le=1000)], ...]
+    strategy: str = "evolution"
+    options: dict[str, Any] = {}
+    generation: Annotated[int, Field(ge=1)] = 32
+    lag: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    samples: Annotated[int, Field(ge=2)] = 256
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (8, 64)
+    workers: Annotated[int, Field(ge=0)] | None = None
+    storage: str | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    retries: Annotated[int, Field(ge=0)] = 2
+    gpus: Annotated[float, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.nfe:
+            raise ValueError("nfe is empty: name at least one number of network calls")
+        if len(set(self.nfe)) != len(self.nfe):
+            raise ValueError(f"nfe {list(self.nfe)} names a number twice")
+        return self
+
+
+class TeacherTable(_Table):
+    """[teacher]: the reference end points, from many calls on a uniform log-SNR grid.
+
+    Args:
+        nfe: network calls.
+        solver: a multistep recipe of `space.baselines`.
+        check: samples on which the teacher is compared with one of twice the calls; 0 leaves the
+            check out.
+        cache: folder of computed references; None is the output folder's own.
+    """
+
+    nfe: Annotated[int, Field(ge=2)] = 128
+    solver: str = "dpmpp3m/logsnr"
+    check: Annotated[int, Field(ge=0)] = 64
+    cache: str | None = None
+
+
+class ObjectiveTable(_Table):
+    """[objective]: what is minimised.
+
+    Args:
+        name: "endpoint_mse" or "frechet".
+        features: for frechet: "module.path:function", images (B, *shape) -> (B, F); None takes the
+            problem's own.
+    """
+
+    name: Literal["endpoint_mse", "frechet"] = "endpoint_mse"
+    features: str | None = None
+
+
+class FinalTable(_Table):
+    """[final]: the re-scoring on fresh seeds.
+
+    Args:
+        samples: fresh samples.
+        top: candidates of the search that are compared on separate samples for the one to keep.
+        named: "best_grid": every named solver on the grid it did best on in the search; "all":
+            every pair.
+        resamples: bootstrap resamples of the paired intervals.
+        pictures: samples in the picture.
+    """
+
+    samples: Annotated[int, Field(ge=2)] = 1024
+    top: Annotated[int, Field(ge=1)] = 8
+    named: Literal["best_grid", "all"] = "best_grid"
+    resamples: Annotated[int, Field(ge=100)] = 10_000
+    pictures: Annotated[int, Field(ge=1, le=64)] = 16
+
+
+class TrackingTable(_Table):
+    """[tracking]: MLflow.
+
+    Args:
+        enabled: whether to record runs.
+        uri: tracking URI; None is MLFLOW_TRACKING_URI, or else sqlite:///runs/mlflow.db.
+        experiment: name of the MLflow experiment.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "fewstep"
+
+
+class StudyConfig(_Table):
+    """A whole study file.
+
+    Args:
+        name: name of the study; default the file's.
+        folder: folder of the study file, where the factory's module may lie; "" if there is none.
+    """
+
+    name: str = "study"
+    folder: str = Field(default="", exclude=True)
+    model: ModelTable
+    budget: BudgetTable
+    search: SearchTable
+    space: dict[str, Any] = {}
+    teacher: TeacherTable = TeacherTable()
+    objective: ObjectiveTable = ObjectiveTable()
+    final: FinalTable = FinalTable()
+    tracking: TrackingTable = TrackingTable()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, as JSON."""
+        data: dict[str, Any] = json.loads(self.model_dump_json())
+        return data
+
+    def identity(self) -> dict[str, Any]:
+        """The resolved settings that decide scores, flat: {"search.samples": 256, ...}."""
+        flat = dict(_flatten(self.resolved()))
+        return {
+            k: v
+            for k, v in flat.items()
+            if not any(k == r or k.startswith(f"{r}.") for r in RUN_ONLY)
+        }
+
+    def candidates(self) -> int | None:
+        """Candidates per NFE that the budget pays for; None if it is in seconds."""
+        if self.budget.candidates is not None:
+            return self.budget.candidates
+        if self.budget.calls is not None:
+            count = self.budget.calls // (self.search.samples * sum(self.search.nfe))
+            if count < 1:
+                needed = self.search.samples * sum(self.search.nfe)
+                raise StudyError(
+                    f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: {needed} are needed"
+                )
+            return count
+        return None
+
+
+def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
+    """Read and check a study file.
+
+    Args:
+        path: the TOML file.
+        overrides: "table.key=value" strings; the value is read as TOML, or else as text.
+
+    Raises:
+        StudyError: no such file, not TOML, an unknown key or a value out of range; one line.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such study file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _override(data, override)
+    data.setdefault("name", path.stem)
+    return study_from_dict(data, folder=str(path.resolve().parent), source=str(path))
+
+
+def study_from_dict(
+    data: dict[str, Any], *, folder: str = "", source: str = "study"
+) -> StudyConfig:
+    """Build a study from its parsed form; see `load_study`."""
+    try:
+        return StudyConfig(**(data | {"folder": folder}))
+    except ValidationError as error:
+        raise StudyError(f"{source}: {_one_line(error)}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "study"
+    if first["type"] == "extra_forbidden":
+        return f"{where} is an unknown key: check the spelling, or remove it"
+    if first["type"] == "missing":
+        return f"{where} is missing: add it"
+    cause = first.get("ctx", {}).get("error")
+    if cause is not None:
+        return f"{where}: {cause}"
+    return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise StudyError(f"--set {text!r}: write table.key=value, e.g. search.samples=128")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    table = data
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise StudyError(f"--set {text!r}: {part} is a value, not a table")
+    if parts == ["budget", parts[-1]]:
+        table.clear()  # one kind of budget replaces another
+    table[parts[-1]] = parsed
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

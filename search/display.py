@@ -1,0 +1,161 @@
+"""What a search says while it runs: a protocol, a silent form, and the terminal's.
+
+On a terminal one line shows the stage, a bar over the network evaluations of the whole search and
+the time left; elsewhere (a log file, a job) only the finished stages are printed.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Display(Protocol):
+    """Where progress is shown; also a context."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def total(self, evaluations: int | None) -> None:
+        """The network evaluations expected in all; None if unknown (a budget in seconds)."""
+        ...
+
+    def stage(self, text: str) -> None:
+        """What is being done now."""
+        ...
+
+    def advance(self, evaluations: int) -> None:
+        """More network evaluations are done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line to keep."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def total(self, evaluations: int | None) -> None:
+        """See `Display`."""
+
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+
+    def advance(self, evaluations: int) -> None:
+        """See `Display`."""
+
+    def note(self, text: str) -> None:
+        """See `Display`."""
+
+
+class Terminal:
+    """Shows a rich progress bar on a terminal, and plain lines elsewhere.
+
+    Args:
+        console: where to write; default standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+            speed_estimate_period=60,
+        )
+        self._task: Any = self._progress.add_task("starting", total=None)
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def total(self, evaluations: int | None) -> None:
+        """See `Display`."""
+        self._progress.update(self._task, total=evaluations)
+
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+        self._progress.update(self._task, description=text)
+        if not self.console.is_terminal and time.monotonic() - self._said > 15:
+            self.note(text)
+
+    def advance(self, evaluations: int) -> None:
+        """See `Display`."""
+        self._progress.advance(self._task, evaluations)
+
+    def note(self, text: str) -> None:
+        """See `Display`."""
+        self._said = time.monotonic()
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, e.g. "3 min 20 s"."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        rest = round((seconds - 60 * int(seconds // 60)) / 10) * 10
+        return (
+            f"{int(seconds // 60)} min {rest} s"
+            if rest < 60
+            else f"{int(seconds // 60) + 1} min 0 s"
+        )
+    return f"{minutes / 60:.1f} h"
+
+
+def count(number: int) -> str:
+    """A large number in short, e.g. "2.1 M"."""
+    if number >= 1_000_000:
+        return f"{number / 1e6:.1f} M"
+    return f"{number / 1e3:.0f} k" if number >= 10_000 else str(number)

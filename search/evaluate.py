@@ -1,0 +1,329 @@
+"""Programs to scores: what a worker does with one block of candidates and samples, and how blocks
+are laid out.
+
+A block is M programs with equal call counts, stacked, run on B samples that all of them share.
+Blocks are cut from a list of schedules by the study's settings alone: candidates in the order
+given, M at a time, samples in index order, B at a time. A score belongs to its block; the number
+of workers decides only where and when it runs. What goes wrong with one candidate (NaN, memory, an
+exception) is a status of that candidate, found by running it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.samplers import Denoiser, Problem, run
+from fewstep.search.objective import Array, EndpointMSE, Frechet, Objective
+from fewstep.search.problem import ModelSpec, conditions, import_path, noise_of, sample_seed
+from fewstep.space import Program, stack
+from fewstep.space.errors import ModelError, StudyError
+from fewstep.space.noise import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """Everything a worker needs to become an evaluator; small, and sent once.
+
+    Args:
+        model: how to build the problem.
+        objective: name of the objective.
+        features: import path of the feature function, or None for the problem's own.
+        seed: the study's seed.
+    """
+
+    model: ModelSpec
+    objective: str
+    features: str | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One block: stacked programs on samples start..stop-1 of a stream.
+
+    Args:
+        program: M stacked programs; the scale of the start state is already in them (`scaled`).
+        stream: which noise.
+        start: first sample index.
+        stop: one past the last.
+        want: "measures" of the objective, or the "samples" themselves.
+        options: run-time options of the executor, the same for all M.
+        constant: the constant image of an analytical first step, or None.
+        strict: raise at the first thing that is not finite, instead of recording it.
+    """
+
+    program: Program
+    stream: str
+    start: int
+    stop: int
+    want: Literal["measures", "samples"] = "measures"
+    options: dict[str, Any] = field(default_factory=dict)
+    constant: Tensor | None = None
+    strict: bool = False
+
+    @property
+    def candidates(self) -> int:
+        """M."""
+        return int(self.program.r.shape[0])
+
+    def only(self, index: int) -> Task:
+        """The same block for one of its candidates."""
+        parts = {f.name: getattr(self.program, f.name) for f in fields(Program)}
+        one = {name: None if v is None else v[index : index + 1] for name, v in parts.items()}
+        return replace(self, program=Program(**one))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What came of a block.
+
+    Args:
+        values: (M, B, K) measures, float64 holding float32 numbers; or (M, B, *shape) samples,
+            float32. NaN where a candidate failed.
+        status: M times "ok", "diverged", "oom", "timeout" or "error".
+        message: M times why, "" if ok.
+        evaluations: images sent through the denoiser.
+        seconds: wall time on the worker.
+    """
+
+    values: np.ndarray
+    status: tuple[str, ...]
+    message: tuple[str, ...]
+    evaluations: int
+    seconds: float
+
+
+class _Counted:
+    """A denoiser that counts the images it is asked for."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.noise, self.evaluations = inner, inner.noise, 0
+
+    def __call__(self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None) -> Tensor:
+        self.evaluations += len(x)
+        return self.inner(x, t, cond=cond, guidance=guidance)
+
+
+class Evaluator:
+    """Runs tasks on a problem that is loaded once.
+
+    Args:
+        problem: the user's model.
+        objective: what to measure.
+        seed: the study's seed.
+    """
+
+    def __init__(self, problem: Problem, objective: Objective, seed: int) -> None:
+        self.problem, self.objective, self.seed = problem, objective, seed
+        self.denoiser = _Counted(problem.denoiser)
+        self._references: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_spec(cls, spec: EvaluatorSpec) -> Evaluator:
+        """Load the problem and the objective."""
+        problem = spec.model.load()
+        return cls(problem, make_objective(spec, problem), spec.seed)
+
+    def share(self, stream: str, reference: Tensor) -> None:
+        """Take the teacher's end points of a stream, sample i at row i."""
+        self._references[stream] = reference
+
+    def run(self, task: Task) -> TaskResult:
+        """Run a block; a candidate that fails is found by running each alone."""
+        before, begun = self.denoiser.evaluations, time.perf_counter()
+        if task.strict:
+            values = self._values(task)
+            parts = [(values[m], "ok", "") for m in range(task.candidates)]
+        else:
+            parts = self._guarded(task)
+        status, message = [p[1] for p in parts], [p[2] for p in parts]
+        filled = _fill([p[0] for p in parts])
+        for m, block in enumerate(filled):
+            if status[m] == "ok" and not np.isfinite(block).all():
+                status[m], message[m] = "diverged", "a sample is not finite"
+        spent = self.denoiser.evaluations - before
+        return TaskResult(
+            filled, tuple(status), tuple(message), spent, time.perf_counter() - begun
+        )
+
+    def _guarded(self, task: Task) -> list[tuple[np.ndarray | None, str, str]]:
+        try:
+            values = self._values(task)
+        except Exception as error:
+            if task.candidates == 1:
+                memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+                line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                return [(None, "oom" if memory else "error", line[:300])]
+            return [part for m in range(task.candidates) for part in self._guarded(task.only(m))]
+        return [(values[m], "ok", "") for m in range(task.candidates)]
+
+    def _values(self, task: Task) -> np.ndarray:
+        indices = range(task.start, task.stop)
+        z = noise_of(self.seed, task.stream, indices, self.problem.shape)
+        generator = None
+        if task.program.stochastic:
+            generator = torch.Generator().manual_seed(
+                sample_seed(self.seed, f"{task.stream}/steps", task.start)
+            )
+        with torch.no_grad():
+            x = run(
+                task.program,
+                self.denoiser,
+                z,
+                cond=conditions(self.problem, indices),
+                guidance=self.problem.guidance,
+                m=task.constant,
+                generator=generator,
+                options=task.options,
+                check=task.strict,
+            )
+        if task.want == "samples":
+            return x.to(torch.float32).cpu().numpy()
+        reference = self._references[task.stream][task.start : task.stop].to(x)
+        measures = self.objective.measure(x, reference)
+        return measures.to(torch.float32).to(torch.float64).cpu().numpy()
+
+
+def _fill(parts: Sequence[np.ndarray | None]) -> np.ndarray:
+    shape = next((p.shape for p in parts if p is not None), (1, 1))
+    return np.stack([np.full(shape, np.nan) if p is None else p for p in parts])
+
+
+def make_objective(spec: EvaluatorSpec, problem: Problem) -> Objective:
+    """The objective that a study names.
+
+    Raises:
+        StudyError: frechet without features.
+    """
+    if spec.objective == "endpoint_mse":
+        return EndpointMSE()
+    features: Callable[[Tensor], Tensor] | None = problem.features
+    if spec.features is not None:
+        features = import_path(spec.features, spec.model.folder, "objective.features")
+    if features is None:
+        raise StudyError(
+            "objective frechet needs features: name a function in objective.features, or give the Problem some"
+        )
+    return Frechet(features)
+
+
+def scaled(schedule: Any, noise: NoiseSchedule) -> Program:
+    """The schedule's program as it acts on UNIT noise: the scale of its start state multiplies p_0
+    and e.
+    """
+    program: Program = schedule.program
+    scale = noise.prior_scale(schedule.times[0])
+    if scale == 1.0:
+        return program
+    init = program.init * torch.tensor([scale, 1.0], dtype=torch.float64)
+    return replace(program, init=init, e=program.e * scale)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """M candidates that run as one batch: their positions in the list given, and what is the same
+    for all.
+    """
+
+    members: tuple[int, ...]
+    program: Program
+    options: dict[str, Any]
+    constant: Tensor | None
+
+    def tasks(
+        self,
+        stream: str,
+        samples: int,
+        block: int,
+        want: Literal["measures", "samples"] = "measures",
+    ) -> Iterator[Task]:
+        """The chunk's blocks, samples in index order."""
+        for start in range(0, samples, block):
+            stop = min(start + block, samples)
+            yield Task(self.program, stream, start, stop, want, self.options, self.constant)
+
+
+def chunks(schedules: Sequence[Any], noise: NoiseSchedule, size: int) -> list[Chunk]:
+    """Cut a list of schedules into chunks of at most `size` that can run as one batch, in the
+    order given.
+
+    Raises:
+        ModelError: a schedule of another noise schedule than the model's.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, schedule in enumerate(schedules):
+        if schedule.noise != noise:
+            raise ModelError(
+                "a schedule was made for another noise schedule than the model's: search or import it anew"
+            )
+        program = schedule.program
+        shared = [program.nfe, program.guidance is not None, program.stochastic, schedule.options]
+        alone = i if schedule.constant is not None else -1
+        groups.setdefault(json.dumps([*shared, alone], sort_keys=True), []).append(i)
+    found = []
+    for members in groups.values():
+        for k in range(0, len(members), size):
+            part = tuple(members[k : k + size])
+            first = schedules[part[0]]
+            program = stack([scaled(schedules[i], noise) for i in part])
+            found.append(Chunk(part, program, dict(first.options), first.constant))
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """The evaluation of one schedule.
+
+    Args:
+        score: the number minimised; inf unless status is "ok".
+        status: "ok", "diverged", "oom", "timeout" or "error".
+        message: why, "" if ok.
+        per_sample: per-sample scores in sample order, or None where the objective has none.
+        measures: (N, K) measures of all samples; None if not kept.
+        calls: network evaluations spent on it (samples x NFE).
+        seconds: its share of the workers' wall time.
+        samples: N.
+    """
+
+    score: float
+    status: str = "ok"
+    message: str = ""
+    per_sample: Array | None = None
+    measures: Array | None = None
+    calls: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+
+
+def assemble(parts: Sequence[TaskResult], objective: Objective, reference: Array) -> list[Result]:
+    """The results of a chunk's candidates from its blocks, in sample order."""
+    results = []
+    count = len(parts[0].status)
+    for m in range(count):
+        status = next((p.status[m] for p in parts if p.status[m] != "ok"), "ok")
+        message = next((p.message[m] for p in parts if p.status[m] != "ok"), "")
+        cost = {
+            "calls": sum(p.evaluations for p in parts) // count,
+            "seconds": sum(p.seconds for p in parts) / count,
+        }
+        if status != "ok":
+            results.append(Result(float("inf"), status, message, **cost))  # type: ignore[arg-type]
+            continue
+        measures = np.concatenate([p.values[m] for p in parts])
+        score = objective.score(measures, reference)
+        if not np.isfinite(score):
+            results.append(Result(float("inf"), "diverged", "the score is not finite", **cost))  # type: ignore[arg-type]
+            continue
+        per_sample = measures[:, 0] if objective.per_sample else None
+        results.append(
+            Result(score, "ok", "", per_sample, measures, samples=len(measures), **cost)
+        )  # type: ignore[arg-type]
+    return results

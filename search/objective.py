@@ -1,0 +1,148 @@
+"""What is minimised, and statistics of paired scores.
+
+endpoint_mse: a sample's score is the squared distance of its end point to the teacher's, divided
+by the number of elements (pixels x channels): the MEAN SQUARE per element, so that RMSE is its
+root in the units of the data. The score of a schedule is the mean over samples. Noise and
+conditions are shared by all schedules, so comparisons are paired, sample by sample.
+
+frechet: |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) between features of the samples and of
+the teacher's end points (Heusel et al. 2017, arXiv 1706.08500, eq. 6), float64, the root by
+eigendecomposition. It has no per-sample scores.
+
+Bootstrap: samples are drawn with replacement, the SAME ones for both schedules, and the ratio of
+the two scores is formed; the interval holds the middle 95% of ratios (Efron and Tibshirani 1993,
+ch. 13, percentile interval).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fewstep.space.errors import StudyError
+
+Array = NDArray[np.float64]
+
+
+class Objective(Protocol):
+    """Workers `measure` samples, the driver turns the measures of all samples of a schedule into a
+    score.
+    """
+
+    name: str
+    per_sample: bool
+
+    def measure(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Samples (M, B, *shape) and the teacher's end points (B, *shape) -> measures (M, B,
+        K).
+        """
+        ...
+
+    def score(self, measures: Array, reference: Array) -> float:
+        """Measures (N, K) of a schedule's samples, and of the teacher's end points, -> the number
+        minimised.
+        """
+        ...
+
+
+class EndpointMSE:
+    """Mean over samples of the squared distance to the teacher, per element."""
+
+    name = "endpoint_mse"
+    per_sample = True
+
+    def measure(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Mean over elements of the squared difference, float64, K = 1."""
+        difference = (x - reference).to(torch.float64)
+        return difference.square().flatten(2).mean(-1, keepdim=True)
+
+    def score(self, measures: Array, reference: Array) -> float:
+        """Mean over samples."""
+        return float(measures.mean())
+
+
+class Frechet:
+    """Frechet distance of features to those of the teacher's end points.
+
+    Args:
+        features: images (B, *shape) -> (B, F).
+    """
+
+    name = "frechet"
+    per_sample = False
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        self.features = features
+
+    def measure(self, x: Tensor, reference: Tensor) -> Tensor:
+        """The features, K = F."""
+        with torch.no_grad():
+            out = self.features(x.flatten(0, 1))
+        if out.ndim != 2 or len(out) != x.shape[0] * x.shape[1]:
+            raise StudyError(
+                f"objective.features returned {tuple(out.shape)} for {x.shape[0] * x.shape[1]} images: (B, F) is needed"
+            )
+        return out.to(torch.float64).unflatten(0, x.shape[:2])
+
+    def score(self, measures: Array, reference: Array) -> float:
+        """The distance of two sets of features."""
+        return frechet_distance(measures, reference)
+
+
+def frechet_distance(a: Array, b: Array) -> float:
+    """Frechet distance between the Gaussians fitted to two sets of features.
+
+    Args:
+        a: features, shape (N, F), N >= 2.
+        b: features, shape (N', F).
+
+    Returns:
+        A number >= 0, 0 for equal sets; inf if a feature is not finite.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ cov_b @ root)
+    gap = a.mean(0) - b.mean(0)
+    distance = (
+        gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.clip(inner, 0, None)).sum()
+    )
+    return float(max(distance, 0.0))
+
+
+def ratio_interval(
+    a: Array,
+    b: Array,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    score: Callable[[Array, NDArray[np.intp]], float] | None = None,
+) -> tuple[float, float]:
+    """Paired bootstrap interval (95%) of score(a) / score(b).
+
+    Args:
+        a: measures of one schedule, shape (N,) or (N, K).
+        b: measures of the other on the same samples.
+        resamples: number of resamples.
+        seed: of the resampling.
+        score: (measures, chosen samples) -> score; default the mean over the chosen.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(a)
+    if score is None:
+        pair = np.stack([a.reshape(n), b.reshape(n)], axis=1)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+        sums = counts @ pair
+        ratios = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(float).tiny)
+    else:
+        picks = [rng.integers(0, n, size=n) for _ in range(min(resamples, 500))]
+        ratios = np.array([score(a, p) / max(score(b, p), np.finfo(float).tiny) for p in picks])
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)

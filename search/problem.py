@@ -1,0 +1,160 @@
+"""The user's model: importing the factory that a study names, and giving every sample its own
+noise.
+
+Only what the study file names by import path is executed. The folder of the study file is put on
+the import path only when it holds the factory's module, and never when it is this project's own
+checkout, whose bare folder names must not become importable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.samplers import Problem
+from fewstep.space.errors import FewstepError, StudyError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build the problem anywhere: factory path, its keyword arguments, and the folder that
+    may hold its module.
+    """
+
+    factory: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+    def load(self) -> Problem:
+        """Import the factory and call it.
+
+        Raises:
+            StudyError: the module or function is missing, the arguments do not fit, or something
+                else than a Problem came back.
+        """
+        function = import_path(self.factory, self.folder, "model.factory")
+        try:
+            problem = function(**self.arguments)
+        except FewstepError:
+            raise
+        except TypeError as error:
+            raise StudyError(f"model.factory {self.factory}: {error}") from error
+        except Exception as error:
+            raise StudyError(
+                f"model.factory {self.factory} failed: {type(error).__name__}: {_line(error)}"
+            ) from error
+        if not isinstance(problem, Problem):
+            raise StudyError(
+                f"model.factory {self.factory} returned {type(problem).__name__}: it must return a fewstep.samplers.Problem"
+            )
+        return problem
+
+
+def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:
+    """The function at "module.path:function".
+
+    Raises:
+        StudyError: there is no such module or function; `what` names the setting.
+    """
+    module_name, _, name = path.partition(":")
+    if not name:
+        raise StudyError(f"{what} {path!r} is not of the form module.path:function")
+    add_folder(folder, module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise StudyError(
+            f"{what} {path}: cannot import {module_name} ({_line(error)}): put it beside the study file or on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise StudyError(
+            f"{what} {path}: importing {module_name} failed: {type(error).__name__}: {_line(error)}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise StudyError(f"{what} {path}: {module_name} has no function {name}")
+    return function  # type: ignore[no-any-return]
+
+
+def add_folder(folder: str, module_name: str) -> None:
+    """Put `folder` first on the import path if it holds the module and is not this project's
+    checkout.
+    """
+    top = module_name.split(".")[0]
+    place = Path(folder) if folder else None
+    if place is None or not ((place / f"{top}.py").is_file() or (place / top).is_dir()):
+        return
+    if _is_checkout(place):
+        raise StudyError(
+            f"model.factory {module_name}: move it out of {place}, whose folder names would become imports"
+        )
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def leave_checkout() -> None:
+    """Drop this project's checkout from the import path (a worker inherits the folder its driver
+    was started in).
+    """
+    sys.path[:] = [entry for entry in sys.path if not _is_checkout(Path(entry or "."))]
+
+
+def _is_checkout(folder: Path) -> bool:
+    return (folder / "space" / "program.py").is_file() and (
+        folder / "samplers" / "ode.py"
+    ).is_file()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def sample_seed(seed: int, stream: str, index: int) -> int:
+    """The seed of one sample's noise: a function of these three alone, so no batch or worker can
+    change a score.
+    """
+    digest = hashlib.sha256(f"fewstep/{seed}/{stream}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def noise_of(seed: int, stream: str, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Unit noise of the samples `indices` of a stream, shape (B, *shape), float32.
+
+    Args:
+        seed: the study's seed.
+        stream: "search", "select" or "fresh": streams share no noise.
+        indices: sample indices.
+        shape: shape of one sample.
+    """
+    draws = []
+    for index in indices:
+        generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))
+        draws.append(torch.randn(shape, generator=generator))
+    return torch.stack(draws)
+
+
+def conditions(problem: Problem, indices: Sequence[int]) -> dict[str, Tensor] | None:
+    """The conditioning tensors of samples, or None for an unconditional model."""
+    return None if problem.cond is None else problem.cond(torch.as_tensor(list(indices)))
+
+
+def model_key(problem: Problem) -> str:
+    """What tells one model from another: its fingerprint and its answer to one probe."""
+    z = noise_of(0, "probe", range(2), problem.shape)
+    t_start, t_end = problem.denoiser.noise.t_range
+    t = torch.full((2,), (t_start + t_end) / 2, dtype=torch.float64)
+    guidance = problem.guidance
+    with torch.no_grad():
+        out = problem.denoiser(z, t, cond=conditions(problem, range(2)), guidance=guidance)
+    probe = hashlib.sha256(out.to(torch.float32).cpu().contiguous().numpy().tobytes()).hexdigest()[
+        :12
+    ]
+    return f"{problem.fingerprint}/{probe}/{guidance}"

@@ -1,0 +1,216 @@
+"""What a search leaves for people: the closing table, two pictures and a page that holds them
+all.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.search.final import Row
+from fewstep.search.record import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Points = Sequence[tuple[int, float]]
+
+
+def number(value: float | None) -> str:
+    """A score in four digits."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def results_table(rows: Sequence[Row], objective: str) -> Table:
+    """The closing table: per NFE the best named solver, the schedule found, their ratio with its
+    interval, the teacher's own error.
+    """
+    from rich.table import Table
+
+    table = Table(
+        title=f"{objective} on {rows[0].samples if rows else 0} fresh samples (mean | median)"
+    )
+    for head in (
+        "NFE",
+        "best named solver",
+        "its score",
+        "found",
+        "found / named",
+        "95%",
+        "teacher",
+    ):
+        table.add_column(
+            head, justify="left" if head == "best named solver" else "right", no_wrap=True
+        )
+    for row in rows:
+        low, high = row.interval
+        table.add_row(
+            str(row.nfe),
+            row.best_named,
+            f"{number(row.best_named_score)} | {number(row.best_named_median)}",
+            f"{number(row.found_score)} | {number(row.found_median)}",
+            f"{row.ratio:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            number(row.teacher_self_error),
+        )
+    return table
+
+
+def named_table(rows: Sequence[Row]) -> Table:
+    """Every named solver on its best grid, at every NFE."""
+    from rich.table import Table
+
+    table = Table(title="every named solver on its best grid, fresh samples")
+    table.add_column("solver", no_wrap=True)
+    for row in rows:
+        table.add_column(f"NFE {row.nfe}", justify="right", no_wrap=True)
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        for scored in row.named:
+            solver, _, kind = scored.name.partition("/")
+            cells.setdefault(solver, {})[row.nfe] = f"{number(scored.score)} {kind}"
+    for solver in sorted(cells):
+        table.add_row(solver, *(cells[solver].get(row.nfe, "–") for row in rows))
+    return table
+
+
+def tiles(x: Tensor, low: float, high: float) -> Tensor | None:
+    """Samples (B, *shape) as images (B, H, W, 3) in 0..1; None if their shape is no image."""
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        return None
+    scaled = (x - low) / max(high - low, 1e-12)
+    return scaled.clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+
+def contact_sheet(
+    path: Path, rows: Sequence[tuple[str, Tensor]], picture: Any = None
+) -> Path | None:
+    """One row of images per (label, samples); None if the samples are no images.
+
+    Args:
+        path: PNG to write.
+        rows: labels and samples (B, *shape), the same noise in each column; the last row sets the
+            grey scale.
+        picture: samples -> (B, H, W) or (B, H, W, 3) in 0..1; None for a default.
+    """
+    from matplotlib.figure import Figure
+
+    low, high = float(rows[-1][1].min()), float(rows[-1][1].max())
+    images = []
+    for _, x in rows:
+        drawn = (
+            tiles(x, low, high)
+            if picture is None
+            else torch.as_tensor(picture(x)).to(torch.float32)
+        )
+        if drawn is None:
+            return None
+        images.append(drawn if drawn.ndim == 4 else drawn[..., None].expand(-1, -1, -1, 3))
+    count = len(images[0])
+    figure = Figure(figsize=(2.6 + 0.62 * count, 0.66 * len(rows) + 0.1))
+    axes = figure.subplots(
+        len(rows), count, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04}
+    )
+    for r, (label, _) in enumerate(rows):
+        for c in range(count):
+            axes[r, c].imshow(images[r][c].numpy(), interpolation="nearest")
+            axes[r, c].set_axis_off()
+        axes[r, 0].text(
+            -0.15, 0.5, label, transform=axes[r, 0].transAxes, ha="right", va="center", fontsize=8
+        )
+    figure.subplots_adjust(left=2.5 / (2.6 + 0.62 * count), right=0.995, top=0.99, bottom=0.01)
+    return _save(figure, path, dpi=110)
+
+
+def curves(
+    path: Path, series: Mapping[int, Points], named: Mapping[int, float], objective: str
+) -> Path:
+    """Best score so far over candidates, one panel per NFE, the best named solver as a line;
+    search noise.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(series), 2.9), layout="constrained")
+    axes = figure.subplots(1, len(series), squeeze=False)[0]
+    for axis, (nfe, points) in zip(axes, series.items(), strict=True):
+        axis.step(
+            [k + 1 for k, _ in points],
+            [v for _, v in points],
+            where="post",
+            color="C0",
+            label="best so far",
+        )
+        if nfe in named:
+            axis.axhline(named[nfe], color="0.5", linestyle="--", linewidth=1, label="best named")
+        axis.set_yscale("log")
+        axis.set_title(f"NFE {nfe}", fontsize=10)
+        axis.set_xlabel("candidates")
+        axis.grid(True, which="both", alpha=0.2)
+    axes[0].set_ylabel(f"{objective} (search noise)")
+    axes[0].legend(fontsize=8, frameon=False)
+    return _save(figure, path, dpi=110)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(path)
+    return path
+
+
+def page(
+    path: Path, title: str, rows: Sequence[Row], pictures: Sequence[Path], facts: Mapping[str, str]
+) -> Path:
+    """A page with the tables and the pictures inside it; it needs no other file."""
+    head = "<tr><th>NFE<th>best named<th>mean<th>median<th>found<th>median<th>found / named<th>95%<th>teacher<th>search score<th>trials</tr>"
+    body = []
+    for row in rows:
+        low, high = row.interval
+        cells = (
+            str(row.nfe),
+            row.best_named,
+            number(row.best_named_score),
+            number(row.best_named_median),
+            number(row.found_score),
+            number(row.found_median),
+            f"{row.ratio:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            number(row.teacher_self_error),
+            number(row.found_search_score),
+            f"{row.trials} ({row.failed} failed)",
+        )
+        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
+    named = []
+    for row in rows:
+        lines = "".join(
+            f"<tr><td>{html.escape(s.name)}<td>{number(s.score)}<td>{number(s.median)}</tr>"
+            for s in row.named
+        )
+        named.append(
+            f"<details><summary>NFE {row.nfe}: every named solver on its best grid</summary><table>{lines}</table></details>"
+        )
+    images = "".join(
+        f'<p><img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
+        for p in pictures
+    )
+    listed = "".join(
+        f"<tr><td>{html.escape(k)}<td>{html.escape(v)}</tr>" for k, v in facts.items()
+    )
+    style = "body{font:14px/1.45 sans-serif;margin:2em auto;max-width:70em}td,th{padding:.15em .7em;text-align:right}img{max-width:100%}"
+    text = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+        f"<h1>{html.escape(title)}</h1><table>{head}{''.join(body)}</table>{''.join(named)}{images}<h2>Study</h2><table>{listed}</table></html>\n"
+    )
+    return write_text(path, text)

@@ -1,0 +1,517 @@
+"""The driver: from a study to schedule files, and the evidence beside them.
+
+    study -> problem, named solvers, space, strategy -> teacher -> per NFE: generations -> verdict
+    on fresh noise -> files, MLflow
+
+Everything that decides a result comes from the study; what was already done comes from the log, so
+a killed search goes on where it stopped and ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.samplers import Problem
+from fewstep.search import report
+from fewstep.search.config import StudyConfig
+from fewstep.search.display import Display, Silent, count, duration
+from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Task, chunks
+from fewstep.search.final import FRESH, SELECT, Judge, Row, Verdict, final_cost
+from fewstep.search.objective import Array
+from fewstep.search.pool import Pool, cpus, make_pool
+from fewstep.search.problem import ModelSpec
+from fewstep.search.record import Record, prepare_out, write_text
+from fewstep.search.rung import SEARCH, Progress, Rung, best_so_far
+from fewstep.search.scoring import Scorer
+from fewstep.search.strategies import Evaluated, Strategy
+from fewstep.search.study import TrialTable, open_storage, study_name
+from fewstep.search.teacher import Teacher
+from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
+from fewstep.space.baselines import SOLVERS, named
+from fewstep.space.domain import OdeDomain
+from fewstep.space.errors import ScheduleError, StudyError
+from fewstep.space.noise import NoiseSchedule
+from fewstep.space.schedule import save_schedule
+from fewstep.space.step_choices import StepChoices
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search ends with: a row and the files per NFE."""
+
+    rows: tuple[Row, ...]
+    out: Path
+    seconds: float
+
+
+def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
+    """What workers need to know of a study."""
+    model = ModelSpec(config.model.factory, config.model.arguments, config.folder)
+    return EvaluatorSpec(
+        model, config.objective.name, config.objective.features, config.search.seed
+    )
+
+
+def make_domain(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> OdeDomain:
+    """The search space of [space]: fields of `OdeDomain` and of its `StepChoices`.
+
+    Raises:
+        StudyError: an unknown key or a space without members; one line.
+    """
+    ours = {f.name for f in dataclasses.fields(OdeDomain)} - {
+        "noise",
+        "nfe",
+        "choices",
+        "constant",
+    }
+    steps = {f.name for f in dataclasses.fields(StepChoices)}
+    for key in config.space:
+        if key not in ours | steps:
+            raise StudyError(
+                f"space.{key} is an unknown key: use one of {', '.join(sorted(ours | steps))}"
+            )
+    values = {k: _tuples(v) for k, v in config.space.items()}
+    try:
+        choices = StepChoices(**{k: v for k, v in values.items() if k in steps})
+        return OdeDomain(
+            noise, nfe, choices=choices, **{k: v for k, v in values.items() if k in ours}
+        )
+    except (ScheduleError, TypeError) as error:
+        raise StudyError(f"space: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def make_strategy(config: StudyConfig, domain: OdeDomain) -> Strategy:
+    """The strategy that a study names, on a domain.
+
+    Raises:
+        StudyError: an unknown name or option.
+    """
+    from fewstep.search import strategies
+
+    try:
+        made: Strategy = strategies.make(config.search.strategy, domain, **config.search.options)
+    except TypeError as error:
+        raise StudyError(f"search.options of {config.search.strategy}: {error}") from None
+    return made
+
+
+def search(
+    config: StudyConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    address: str | None = None,
+    display: Display | None = None,
+) -> Outcome:
+    """Run a study.
+
+    Args:
+        config: the study.
+        out: folder for everything it leaves.
+        resume: go on with the search in `out`.
+        overwrite: discard the search in `out`.
+        address: Ray cluster; None joins RAY_ADDRESS or starts one on loopback.
+        display: where progress is shown.
+
+    Returns:
+        The rows of results.json.
+
+    Raises:
+        FewstepError: a study, a model or a folder that cannot be used.
+    """
+    with Record(prepare_out(out, resume=resume, overwrite=overwrite)) as record:
+        return _Search(config, out, record, display or Silent(), address).run()
+
+
+class _Search:
+    def __init__(
+        self, config: StudyConfig, out: Path, record: Record, display: Display, address: str | None
+    ) -> None:
+        self.config, self.out, self.record, self.display, self.address = (
+            config,
+            out,
+            record,
+            display,
+            address,
+        )
+        self._begun = time.monotonic() - record.elapsed
+        self._references: dict[str, Array] = {}
+        self._endpoints: dict[str, Tensor] = {}
+
+    def clock(self) -> float:
+        """Seconds the search has run, earlier sessions included."""
+        return time.monotonic() - self._begun
+
+    def run(self) -> Outcome:
+        config = self.config
+        self._freeze()
+        spec = evaluator_spec(config)
+        evaluator = Evaluator.from_spec(spec)
+        problem, noise = evaluator.problem, evaluator.problem.denoiser.noise
+        domains = {nfe: make_domain(config, noise, nfe) for nfe in config.search.nfe}
+        strategies = {nfe: make_strategy(config, domain) for nfe, domain in domains.items()}
+        per_call = _speed(evaluator, config)
+        solvers = {nfe: named(noise, nfe) for nfe in config.search.nfe}
+        storage = open_storage(config.search.storage, self.out)
+        tracker: Tracker = NoTracker()
+        if config.tracking.enabled:
+            tracker = MlflowTracker(
+                config.tracking.uri, config.tracking.experiment, config.search.nfe
+            )
+        with self.display, ThreadPoolExecutor(1) as background:
+            self.display.stage("starting workers")
+            opening = background.submit(self._open_tracker, tracker)
+            pool = make_pool(
+                spec,
+                workers=config.search.workers,
+                address=self.address,
+                timeout=config.search.timeout,
+                retries=config.search.retries,
+                gpus=config.search.gpus,
+                evaluator=evaluator,
+            )
+            status = "FAILED"
+            try:
+                runs = opening.result()
+                self._announce(per_call, pool, len(next(iter(solvers.values()))))
+                outcome = self._work(
+                    evaluator, problem, pool, tracker, runs, storage, domains, strategies, solvers
+                )
+                status = "FINISHED"
+                return outcome
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            finally:
+                pool.close()
+                tracker.close(status)
+
+    def _freeze(self) -> None:
+        """Keep the resolved study in the folder; a resumed one must ask the same."""
+        identity = json.loads(json.dumps(self.config.identity()))
+        kept = self.record.notes.get("study")
+        if kept is None:
+            self.record.note(study=identity)
+        elif kept != identity:
+            keys = sorted(k for k in {*kept, *identity} if kept.get(k) != identity.get(k))
+            was, now = kept.get(keys[0]), identity.get(keys[0])
+            raise StudyError(
+                f"--resume: {keys[0]} is {now!r} but the search in {self.out} began with {was!r}: set it back, or --overwrite"
+            )
+        write_text(self.out / "study.json", json.dumps(self.config.resolved(), indent=1) + "\n")
+
+    def _open_tracker(self, tracker: Tracker) -> dict[str, str]:
+        runs = tracker.open(
+            self.config.name, self.config.identity(), self.record.notes.get("mlflow", {})
+        )
+        if runs and runs != self.record.notes.get("mlflow"):
+            self.record.note(mlflow=runs)
+        return runs
+
+    def _announce(self, per_call: float, pool: Pool, solvers: int) -> None:
+        config, final = self.config, self.config.final
+        reference = (
+            config.search.samples
+            + 2 * final.samples
+            + 2 * min(config.teacher.check, final.samples)
+        ) * config.teacher.nfe
+        verdict = sum(
+            final_cost(nfe, final, len(SOLVERS) if final.named == "best_grid" else solvers)
+            for nfe in config.search.nfe
+        )
+        candidates = config.candidates()
+        at_once = max(1, min(pool.workers, cpus()) if self.address is None else pool.workers)
+        where = f"{pool.workers} workers" if pool.workers else "this process"
+        if candidates is None:
+            seconds = (config.budget.seconds or 0) + (reference + verdict) * per_call / at_once
+            self.display.total(None)
+            self.display.note(
+                f"{config.name}: {config.budget.seconds:g} s of search on {where}, about {duration(seconds)} in all; "
+                "a budget in seconds makes the result depend on the machine"
+            )
+            return
+        trials = candidates * config.search.samples * sum(config.search.nfe)
+        total = trials + reference + verdict
+        self.display.total(total)
+        self.display.note(
+            f"{config.name}: NFE {', '.join(map(str, config.search.nfe))}, {candidates} candidates each x {config.search.samples} samples; "
+            f"{count(total)} network evaluations on {where}, about {duration(total * per_call / at_once)} "
+            f"({per_call * 1e6:.0f} µs each, measured)"
+        )
+
+    def _work(
+        self,
+        evaluator: Evaluator,
+        problem: Problem,
+        pool: Pool,
+        tracker: Tracker,
+        runs: Mapping[str, str],
+        storage: Any,
+        domains: Mapping[int, OdeDomain],
+        strategies: Mapping[int, Strategy],
+        solvers: Mapping[int, Mapping[str, Any]],
+    ) -> Outcome:
+        config = self.config
+        cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
+        block = config.search.block[1]
+        teacher = Teacher(
+            problem, config.teacher, pool, cache, seed=config.search.seed, block=block
+        )
+        scorer = Scorer(
+            pool,
+            evaluator.objective,
+            problem.denoiser.noise,
+            self.record,
+            self._references,
+            block=config.search.block,
+            clock=self.clock,
+            advance=self.display.advance,
+        )
+        self._refer(teacher, evaluator, pool, SEARCH, config.search.samples)
+        found: dict[int, list[Evaluated]] = {}
+        spent: dict[int, int] = {}
+        for k, nfe in enumerate(config.search.nfe):
+            fresh = not self.record.generations
+            table = TrialTable(
+                storage,
+                study_name(config.name, nfe),
+                domains[nfe],
+                fresh=fresh or self._first_time(nfe),
+            )
+            table.remember(
+                mlflow_run=runs.get(str(nfe), ""), mlflow_parent_run=runs.get("parent", "")
+            )
+            begun = time.monotonic()
+            rung = Rung(
+                nfe,
+                config,
+                solvers[nfe],
+                strategies[nfe],
+                domain=domains[nfe],
+                scorer=scorer,
+                record=self.record,
+                table=table,
+                clock=self.clock,
+                deadline=self._deadline(k),
+                told=self._teller(nfe),
+            )
+            self.display.stage(f"NFE {nfe}: named solvers")
+            found[nfe], spent[nfe] = rung.run(), sum(rung.costs)
+            tracker.curve(nfe, f"best_{config.objective.name}", best_so_far(found[nfe]))
+            self._say_rung(nfe, rung, time.monotonic() - begun)
+        for stream in (SELECT, FRESH):
+            self._refer(teacher, evaluator, pool, stream, config.final.samples)
+        self.display.stage("teacher against itself")
+        own_error = teacher.self_error(FRESH, self._endpoints[FRESH], self.display.advance)
+        judge = Judge(
+            scorer, evaluator.objective, config.final, self._references, config.search.seed
+        )
+        verdicts: list[Verdict] = []
+        for nfe in config.search.nfe:
+            self.display.stage(f"NFE {nfe}: fresh seeds")
+            verdicts.append(
+                judge.verdict(
+                    nfe,
+                    found[nfe],
+                    len(solvers[nfe]),
+                    teacher_self_error=own_error,
+                    calls_spent=spent[nfe],
+                )
+            )
+        self.display.stage("writing")
+        return self._write(evaluator, pool, problem, tracker, runs, verdicts, found, solvers)
+
+    def _first_time(self, nfe: int) -> bool:
+        return (nfe, 0) not in self.record.generations
+
+    def _deadline(self, k: int) -> float | None:
+        if self.config.budget.seconds is None:
+            return None
+        nfes = self.config.search.nfe
+        return self.config.budget.seconds * sum(nfes[: k + 1]) / sum(nfes)
+
+    def _refer(
+        self, teacher: Teacher, evaluator: Evaluator, pool: Pool, stream: str, samples: int
+    ) -> None:
+        """The teacher's end points of a stream, given to every worker, and their measures."""
+        self.display.stage(f"teacher, {self.config.teacher.nfe} calls ({stream})")
+        endpoints = teacher.reference(stream, samples, self.display.advance).samples
+        self._endpoints[stream] = endpoints
+        pool.share(stream, endpoints)
+        with torch.no_grad():
+            measures = evaluator.objective.measure(endpoints[None], endpoints)
+        self._references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
+
+    def _teller(self, nfe: int) -> Callable[[Progress], None]:
+        def told(progress: Progress) -> None:
+            if progress.best is not None:
+                text = f"NFE {nfe}: {progress.trials} candidates, best {progress.best.score:.3g}"
+                if progress.named is not None:
+                    text += f" ({progress.best.score / progress.named.score:.2f} of {progress.named.source})"
+                self.display.stage(text)
+
+        return told
+
+    def _say_rung(self, nfe: int, rung: Rung, seconds: float) -> None:
+        points = best_so_far(rung.known)
+        named_points = best_so_far(rung.named_known())
+        text = f"NFE {nfe}: best {points[-1][1]:.4g} of {len(rung.known)} candidates"
+        if named_points:
+            text += f", best named {named_points[-1][1]:.4g} (search noise)"
+        self.display.note(f"{text}, {duration(seconds)}")
+
+    def _write(
+        self,
+        evaluator: Evaluator,
+        pool: Pool,
+        problem: Problem,
+        tracker: Tracker,
+        runs: Mapping[str, str],
+        verdicts: list[Verdict],
+        found: Mapping[int, list[Evaluated]],
+        solvers: Mapping[int, Mapping[str, Any]],
+    ) -> Outcome:
+        config, out = self.config, self.out
+        rows = tuple(v.row for v in verdicts)
+        for verdict in verdicts:
+            nfe = verdict.row.nfe
+            provenance = self._provenance(verdict.row, problem, runs)
+            schedule = verdict.found.model_copy(update={"provenance": provenance})
+            path = save_schedule(schedule, out / "schedules" / f"nfe{nfe:02d}.json")
+            tracker.file(nfe, path, "schedules")
+            tracker.file(None, path, "schedules")
+        results = {
+            "study": config.name,
+            "objective": config.objective.name,
+            "rows": [row.to_dict() for row in rows],
+        }
+        written = [
+            write_text(out / "results.json", json.dumps(results, indent=1) + "\n"),
+            out / "study.json",
+        ]
+        series = {nfe: best_so_far(known) for nfe, known in found.items()}
+        levels = {
+            nfe: best_so_far(known[: len(solvers[nfe])])[-1][1] for nfe, known in found.items()
+        }
+        pictures = [report.curves(out / "curves.png", series, levels, config.objective.name)]
+        sheet = report.contact_sheet(
+            out / "samples.png", self._sheet(pool, problem, verdicts), problem.picture
+        )
+        if sheet is not None:
+            pictures.insert(0, sheet)
+        facts = {k: str(v) for k, v in config.identity().items()}
+        facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
+        written.append(
+            report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
+        )
+        for path in (*written, *pictures):
+            tracker.file(None, path)
+        for row in rows:
+            values = {
+                "found_score": row.found_score,
+                "best_named_score": row.best_named_score,
+                "ratio": row.ratio,
+            }
+            values |= {
+                "ratio_low": row.interval[0],
+                "ratio_high": row.interval[1],
+                "gap": row.gap,
+                "trials": row.trials,
+            }
+            tracker.numbers(
+                row.nfe, values | {"calls_spent": row.calls_spent, "failed": row.failed}
+            )
+            tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
+        return Outcome(rows, out, self.clock())
+
+    def _sheet(
+        self, pool: Pool, problem: Problem, verdicts: list[Verdict]
+    ) -> list[tuple[str, Tensor]]:
+        """Labelled samples on the same fresh noise: per NFE the best named solver and the schedule
+        found, then the teacher.
+        """
+        size = min(self.config.final.pictures, self.config.final.samples)
+        schedules = [s for v in verdicts for s in (v.best_named, v.found)]
+        labels = [
+            t
+            for v in verdicts
+            for t in (f"{v.row.best_named}, {v.row.nfe} calls", f"found, {v.row.nfe} calls")
+        ]
+        tickets: dict[int, str] = {}
+        for label, schedule in zip(labels, schedules, strict=True):
+            (chunk,) = chunks([schedule], problem.denoiser.noise, 1)
+            (task,) = chunk.tasks(FRESH, size, size, "samples")
+            tickets[pool.submit(task)] = label
+        drawn: dict[str, Tensor] = {}
+        while len(drawn) < len(tickets):
+            ticket, result = pool.collect()
+            drawn[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
+        teacher = (f"teacher, {self.config.teacher.nfe} calls", self._endpoints[FRESH][:size])
+        return [(label, drawn[label]) for label in labels] + [teacher]
+
+    def _provenance(self, row: Row, problem: Problem, runs: Mapping[str, str]) -> dict[str, Any]:
+        config = self.config
+        return {
+            "model": problem.fingerprint,
+            "objective": config.objective.name,
+            "score": row.found_score,
+            "median": row.found_median,
+            "ratio": row.ratio,
+            "interval": list(row.interval),
+            "baselines": {s.name: s.score for s in row.named},
+            "seeds": {
+                "seed": config.search.seed,
+                "search": config.search.samples,
+                "fresh": config.final.samples,
+            },
+            "guidance": problem.guidance,
+            "teacher": {
+                "solver": config.teacher.solver,
+                "nfe": config.teacher.nfe,
+                "self_error": row.teacher_self_error,
+            },
+            "study": config.name,
+            "strategy": config.search.strategy,
+            "source": row.source,
+            "mlflow_run": runs.get(str(row.nfe), ""),
+            "fewstep": version("fewstep"),
+        }
+
+
+def _speed(evaluator: Evaluator, config: StudyConfig) -> float:
+    """Seconds of one network evaluation in a block, one thread, from a short timing; raises what
+    the model raises.
+    """
+    noise = evaluator.problem.denoiser.noise
+    schedules = list(named(noise, 2).values())[: config.search.block[0]]
+    samples = min(config.search.block[1], config.search.samples)
+    chunk = chunks(schedules, noise, config.search.block[0])[0]
+    task = Task(chunk.program, "timing", 0, samples, "samples", strict=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        evaluator.run(task.only(0))  # warm-up, and the first look at the model
+        result = evaluator.run(task)
+    finally:
+        torch.set_num_threads(threads)
+    return result.seconds / max(result.evaluations, 1)

@@ -1,0 +1,205 @@
+"""The search at one NFE: generations proposed, scored, told in the order proposed.
+
+Generation 0 is the named solvers. Generation g is proposed from the results of generations up to g
+- lag, with random numbers of f(seed, nfe, g); the log holds what was proposed, so a resumed search
+proposes nothing twice and the trial table grows identically.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fewstep.search.config import StudyConfig
+from fewstep.search.evaluate import Result
+from fewstep.search.record import Record
+from fewstep.search.scoring import Batch, Scorer
+from fewstep.search.strategies import Evaluated, Proposal, Strategy
+from fewstep.search.study import TrialTable
+from fewstep.space.errors import StudyError
+from fewstep.space.schedule import load_schedule
+
+SEARCH = "search"
+"""The stream of noise that candidates are scored on."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a rung tells after each generation: trials told, the best so far, and the best named
+    solver.
+    """
+
+    trials: int
+    best: Evaluated | None
+    named: Evaluated | None
+
+
+@dataclass
+class _Generation:
+    number: int
+    proposals: list[Proposal]
+    batch: Batch
+    fresh: list[str] = field(default_factory=list)
+
+
+class Rung:
+    """One NFE of a search.
+
+    Args:
+        nfe: network calls.
+        config: the study.
+        named: the named solvers, by name.
+        strategy: proposes generations from 1 on.
+        domain: the search space; gives back constants that a proposal's JSON does not hold.
+        scorer: evaluates.
+        record: the log.
+        table: the Optuna trials.
+        clock: seconds since the search began.
+        deadline: clock at which to stop proposing, for a budget in seconds.
+        told: called after each generation.
+    """
+
+    def __init__(
+        self,
+        nfe: int,
+        config: StudyConfig,
+        named: Mapping[str, Any],
+        strategy: Strategy,
+        *,
+        domain: Any,
+        scorer: Scorer,
+        record: Record,
+        table: TrialTable,
+        clock: Callable[[], float],
+        deadline: float | None,
+        told: Callable[[Progress], None],
+    ) -> None:
+        self.nfe, self._config, self._named, self._strategy = nfe, config, named, strategy
+        self._domain, self._scorer, self._record, self._table = domain, scorer, record, table
+        self._clock, self._deadline, self._told = clock, deadline, told
+        self._limit = config.candidates()
+        self._proposed = 0
+        self._results: dict[str, Result] = {}
+        self._seen: set[str] = set()
+        self.known: list[Evaluated] = []
+        self.costs: list[int] = []
+
+    def run(self) -> list[Evaluated]:
+        """Run to the end of the budget; every trial in the order told."""
+        waiting: deque[_Generation] = deque()
+        number = 0
+        while True:
+            due = max(number - self._config.search.lag, 0)  # the named solvers are always known
+            while number > 0 and waiting and waiting[0].number <= due:
+                self._tell(waiting.popleft())
+            proposals = self._proposals(number)
+            if not proposals:
+                break
+            waiting.append(self._start(number, proposals))
+            number += 1
+        while waiting:
+            self._tell(waiting.popleft())
+        if not any(e.status == "ok" for e in self.known):
+            reason = self._results[self.known[0].schedule.digest].message
+            raise StudyError(
+                f"NFE {self.nfe}: none of {len(self.known)} candidates could be scored ({reason}): check the model"
+            )
+        return self.known
+
+    def _proposals(self, number: int) -> list[Proposal]:
+        size = self._config.search.generation
+        if number == 0:
+            size = len(self._named)
+        if self._limit is not None:
+            size = min(size, self._limit - self._proposed)
+        if size <= 0:
+            return []
+        logged = self._record.generations.get((self.nfe, number))
+        if logged is not None:
+            return [self._restore(entry) for entry in logged]
+        if number > 0 and self._deadline is not None and self._clock() > self._deadline:
+            return []
+        if number == 0:
+            proposals = [Proposal(schedule, name) for name, schedule in self._named.items()][:size]
+        else:
+            rng = np.random.default_rng([self._config.search.seed, self.nfe, number])
+            proposals = list(self._strategy.propose(self.known, number, size, rng))[:size]
+        entries = [
+            {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note}
+            for p in proposals
+        ]
+        if entries:
+            self._record.generation(self.nfe, number, entries, self._clock())
+        return proposals
+
+    def _restore(self, entry: Mapping[str, Any]) -> Proposal:
+        schedule = load_schedule(entry["schedule"])
+        constant = getattr(self._domain, "constant", None)
+        if constant is not None and getattr(schedule, "first", None) == "mean":
+            schedule = schedule.with_constant(constant)
+        return Proposal(schedule, entry["source"], dict(entry["note"]))
+
+    def _start(self, number: int, proposals: list[Proposal]) -> _Generation:
+        fresh: dict[str, Any] = {}
+        for proposal in proposals:
+            digest = proposal.schedule.digest
+            if digest not in self._seen:
+                fresh[digest] = proposal.schedule
+        self._seen |= set(fresh)
+        self._proposed += len(proposals)
+        batch = self._scorer.submit(list(fresh.values()), SEARCH, self._config.search.samples)
+        return _Generation(number, proposals, batch, list(fresh))
+
+    def _tell(self, generation: _Generation) -> None:
+        results = self._scorer.wait(generation.batch)
+        self._results |= dict(zip(generation.fresh, results, strict=True))
+        paid = set(generation.fresh)
+        for proposal in generation.proposals:
+            digest = proposal.schedule.digest
+            result = self._results[digest]
+            evaluated = Evaluated(
+                proposal.schedule,
+                result.score,
+                result.status,
+                result.samples,
+                result.per_sample,
+                proposal.source,
+            )
+            calls = result.calls if digest in paid else 0
+            paid.discard(digest)
+            self._table.tell(
+                len(self.known),
+                evaluated,
+                calls=calls,
+                seconds=result.seconds if calls else 0.0,
+                message=result.message,
+                note={"generation": generation.number, **proposal.note},
+            )
+            self.known.append(evaluated)
+            self.costs.append(calls)
+        self._told(Progress(len(self.known), best_of(self.known), best_of(self.named_known())))
+
+    def named_known(self) -> list[Evaluated]:
+        """The named solvers told so far."""
+        return self.known[: len(self._named)]
+
+
+def best_of(evaluated: Sequence[Evaluated]) -> Evaluated | None:
+    """The lowest score, the earliest of equals; None if nothing was scored."""
+    ok = [e for e in evaluated if e.status == "ok"]
+    return min(ok, key=lambda e: e.score) if ok else None
+
+
+def best_so_far(known: Sequence[Evaluated]) -> list[tuple[int, float]]:
+    """(trial, best score until then), from the first scored trial on."""
+    points: list[tuple[int, float]] = []
+    best = float("inf")
+    for number, evaluated in enumerate(known):
+        best = min(best, evaluated.score)
+        if np.isfinite(best):
+            points.append((number, best))
+    return points

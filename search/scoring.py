@@ -1,0 +1,132 @@
+"""Lists of schedules to results, through a pool and the log: what is in the log is not run
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fewstep.search.evaluate import Chunk, Result, TaskResult, assemble, chunks
+from fewstep.search.objective import Array, Objective
+from fewstep.search.pool import Pool
+from fewstep.search.record import Record
+from fewstep.space.noise import NoiseSchedule
+
+
+@dataclass
+class _Piece:
+    chunk: Chunk
+    digests: tuple[str, ...]
+    stream: str
+    samples: int
+    expected: int
+    parts: dict[int, TaskResult] = field(default_factory=dict)
+    results: list[Result] | None = None
+
+
+@dataclass
+class Batch:
+    """Schedules under evaluation, in the order given."""
+
+    size: int
+    pieces: list[_Piece]
+
+    @property
+    def done(self) -> bool:
+        """Whether every result is there."""
+        return all(piece.results is not None for piece in self.pieces)
+
+
+class Scorer:
+    """Cuts schedules into blocks, runs them, and keeps their results.
+
+    Args:
+        pool: where blocks run.
+        objective: turns measures into scores.
+        noise: the model's noise schedule.
+        record: the log.
+        references: measures of the teacher's end points by stream.
+        block: (candidates, samples) of a block.
+        clock: seconds since the search began.
+        advance: told the network evaluations done, those found in the log included.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        objective: Objective,
+        noise: NoiseSchedule,
+        record: Record,
+        references: Mapping[str, Array],
+        *,
+        block: tuple[int, int],
+        clock: Callable[[], float],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._pool, self._objective, self._noise, self._record = pool, objective, noise, record
+        self._references, self._block = references, block
+        self._clock, self._advance = clock, advance
+        self._open: dict[int, tuple[_Piece, int]] = {}
+        self.spent = 0
+
+    def submit(
+        self, schedules: Sequence[Any], stream: str, samples: int, *, measures: bool = False
+    ) -> Batch:
+        """Start evaluating schedules of any NFE on samples 0..samples-1 of a stream.
+
+        Args:
+            schedules: distinct schedules.
+            stream: which noise.
+            samples: how many samples.
+            measures: results must carry their measures (only then is an objective without
+                per-sample scores run again).
+        """
+        batch = Batch(len(schedules), [])
+        for chunk in chunks(schedules, self._noise, self._block[0]):
+            digests = tuple(schedules[i].digest for i in chunk.members)
+            keys = [(stream, samples, digest) for digest in digests]
+            known = [self._record.results.get(key) for key in keys]
+            usable = [
+                r is not None and not (measures and r.status == "ok" and r.measures is None)
+                for r in known
+            ]
+            tasks = list(chunk.tasks(stream, samples, self._block[1]))
+            piece = _Piece(chunk, digests, stream, samples, len(tasks))
+            batch.pieces.append(piece)
+            if all(usable):
+                piece.results = [r for r in known if r is not None]
+                self.spent += sum(r.calls for r in piece.results)
+                self._advance(len(digests) * samples * chunk.program.nfe)
+                continue
+            for position, task in enumerate(tasks):
+                self._open[self._pool.submit(task)] = (piece, position)
+        return batch
+
+    def wait(self, batch: Batch) -> list[Result]:
+        """The results of a batch in the order of its schedules; blocks of other batches that
+        finish meanwhile are kept too.
+        """
+        while not batch.done:
+            ticket, part = self._pool.collect()
+            piece, position = self._open.pop(ticket)
+            piece.parts[position] = part
+            task_samples = piece.samples / piece.expected
+            self._advance(round(len(piece.digests) * task_samples * piece.chunk.program.nfe))
+            if len(piece.parts) == piece.expected:
+                self._finish(piece)
+        results: dict[int, Result] = {}
+        for piece in batch.pieces:
+            assert piece.results is not None
+            results |= dict(zip(piece.chunk.members, piece.results, strict=True))
+        return [results[i] for i in range(batch.size)]
+
+    def _finish(self, piece: _Piece) -> None:
+        parts = [piece.parts[k] for k in sorted(piece.parts)]
+        piece.results = assemble(parts, self._objective, self._references[piece.stream])
+        self.spent += sum(r.calls for r in piece.results)
+        self._record.block(
+            piece.stream, piece.samples, piece.digests, piece.results, self._clock()
+        )
+        piece.parts.clear()
