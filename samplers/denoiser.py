@@ -1,13 +1,17 @@
-"""The Denoiser contract: what a sampler may ask of a model, and wrappers that make models of every output kind meet it.
+"""The Denoiser contract: what a sampler may ask of a model.
 
-A Denoiser returns the data prediction D = E[x0 | x_t] at the time it was asked. With eps, v, score or flow outputs:
+Wrappers make models of every output kind meet it.
+
+A Denoiser returns the data prediction D = E[x0 | x_t] at the time it was asked. With eps, v, score
+or flow outputs:
 
     eps    D = (x - sigma eps) / alpha
-    v      D = alpha x - sigma v                      (v = alpha eps - sigma x0, variance preserving)
+    v      D = alpha x - sigma v                (v = alpha eps - sigma x0, variance preserving)
     score  D = (x + sigma^2 score) / alpha            (eps = -sigma score)
-    flow   D = (x - sigma u) / (alpha + sigma)        (u = eps - x0; rectified flow has alpha + sigma = 1)
+    flow   D = (x - sigma u) / (alpha + sigma)  (u = eps - x0; alpha + sigma = 1)
 
-References: Salimans and Ho 2022 (arXiv 2202.00512) for v; classifier-free guidance, Ho and Salimans 2022 (2207.12598) eq. 6, here
+References: Salimans and Ho 2022 (arXiv 2202.00512) for v; classifier-free guidance, Ho and
+Salimans 2022 (2207.12598) eq. 6, here
 D = D_null + w (D_cond - D_null), w = 1 being the conditional model.
 """
 
@@ -33,14 +37,22 @@ class Denoiser(Protocol):
 
     noise: NoiseSchedule
 
-    def __call__(self, x: Tensor, t: Tensor, *, cond: Cond | None = None, guidance: float | Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        cond: Cond | None = None,
+        guidance: float | Tensor | None = None,
+    ) -> Tensor:
         """The data prediction at the time asked.
 
         Args:
             x: states, shape (B, *shape).
             t: times of `noise`, shape (B,).
             cond: conditioning tensors, each with leading axis B.
-            guidance: classifier-free guidance scale, a number or shape (B,); None or 1 is the conditional model alone.
+            guidance: classifier-free guidance scale, a number or shape (B,); None or 1 is the
+                conditional model alone.
         """
         ...
 
@@ -52,12 +64,14 @@ class Problem:
     Args:
         denoiser: the model behind the Denoiser contract.
         shape: shape of one sample, without the batch axis.
-        cond: sample indices (B,) -> conditioning tensors with leading axis B, so that sample i has the same conditions in every
-            candidate; None for an unconditional model.
+        cond: sample indices (B,) -> conditioning tensors with leading axis B, so that sample i has
+            the same conditions in every candidate; None for an unconditional model.
         guidance: the guidance scale samples are made with, None for a model without guidance.
-        fingerprint: a short name and hash of the weights, written into schedule files; "" if unknown.
+        fingerprint: a short name and hash of the weights, written into schedule files; "" if
+            unknown.
         features: images (B, *shape) -> (B, F), for the Frechet objective; None if there is none.
-        picture: images (B, *shape) -> (B, H, W) or (B, H, W, 3) in 0..1, for contact sheets; None for a default.
+        picture: images (B, *shape) -> (B, H, W) or (B, H, W, 3) in 0..1, for contact sheets; None
+            for a default.
     """
 
     denoiser: Denoiser
@@ -77,8 +91,9 @@ def bcast(value: Tensor, x: Tensor) -> Tensor:
 class ModelDenoiser:
     """A network with a given output kind as a Denoiser.
 
-    The network runs in its own dtype and device; the data prediction is formed in the state's dtype (at least float32).
-    `calls` counts calls of this interface (NFE), `forwards` images sent through the network (guidance doubles them).
+    The network runs in its own dtype and device; the data prediction is formed in the state's
+    dtype (at least float32). `calls` counts calls of this interface (NFE), `forwards` images sent
+    through the network (guidance doubles them).
     """
 
     def __init__(
@@ -102,7 +117,14 @@ class ModelDenoiser:
         """Set both counters to 0."""
         self.calls = self.forwards = 0
 
-    def __call__(self, x: Tensor, t: Tensor, *, cond: Cond | None = None, guidance: float | Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        cond: Cond | None = None,
+        guidance: float | Tensor | None = None,
+    ) -> Tensor:
         """See `Denoiser`."""
         self.calls += 1
         cond = cond or {}
@@ -110,21 +132,38 @@ class ModelDenoiser:
             raw = self._network(x, t, cond)
         else:
             if self.null_cond is None:
-                raise ModelError("guidance is set but the model has no unconditional branch: give null_cond to from_model")
-            both = {name: torch.cat([value, self.null_cond(cond)[name]]) for name, value in cond.items()}
+                raise ModelError(
+                    "guidance is set but the model has no unconditional branch: give null_cond "
+                    "to from_model"
+                )
+            both = {
+                name: torch.cat([value, self.null_cond(cond)[name]])
+                for name, value in cond.items()
+            }
             out, null = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-            scale = guidance if isinstance(guidance, Tensor) else torch.full((len(x),), float(guidance), dtype=torch.float64)
+            scale = (
+                guidance
+                if isinstance(guidance, Tensor)
+                else torch.full((len(x),), float(guidance), dtype=torch.float64)
+            )
             raw = null + bcast(scale.to(out.device), out) * (out - null)
         return self._data(x, t, raw)
 
     def _network(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.forwards += len(x)
         device, dtype = self._device or x.device, self._dtype or x.dtype
-        label = self.noise.label(t.to(torch.float64)).to(device=device, dtype=torch.float32 if dtype.itemsize < 4 else dtype)
-        out = self.model(x.to(device=device, dtype=dtype), label, **{k: v.to(device) for k, v in cond.items()})
+        label = self.noise.label(t.to(torch.float64)).to(
+            device=device, dtype=torch.float32 if dtype.itemsize < 4 else dtype
+        )
+        out = self.model(
+            x.to(device=device, dtype=dtype), label, **{k: v.to(device) for k, v in cond.items()}
+        )
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ModelError(f"the model returned {found} for a state of shape {tuple(x.shape)}: it must return a tensor of the state's shape")
+            raise ModelError(
+                f"the model returned {found} for a state of shape {tuple(x.shape)}: it must "
+                "return a tensor of the state's shape"
+            )
         return out.to(device=x.device, dtype=x.dtype)
 
     def _data(self, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
@@ -157,10 +196,12 @@ def from_model(
     """Wrap a network as a Denoiser.
 
     Args:
-        model: (x (B, *shape), label (B,), **cond) -> (B, *shape); label is `noise.label(t)`, what the network was trained with.
+        model: (x (B, *shape), label (B,), **cond) -> (B, *shape); label is `noise.label(t)`, what
+            the network was trained with.
         noise: its noise schedule.
         output: what it returns: "eps", "x0", "v", "score" or "flow" (module docstring).
-        null_cond: cond -> the unconditional conditioning of the same batch; needed for classifier-free guidance.
+        null_cond: cond -> the unconditional conditioning of the same batch; needed for
+            classifier-free guidance.
         dtype: dtype the network runs in; None = the state's.
         device: device the network runs on; None = the state's.
 
@@ -186,4 +227,3 @@ def fingerprint(module: torch.nn.Module, name: str) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{name}:{digest.hexdigest()[:12]}"
-

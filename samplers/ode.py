@@ -1,10 +1,13 @@
 """The one loop: runs a program, or a batch of candidate programs, on a Denoiser.
 
-    y = p_0 x_T + k_0 m;   for each row c:  D_c = denoise(y, t_c);   y = r_c y + e_c x_T + k_c m + sum_j b_cj D_j + g_c noise
+    y = p_0 x_T + k_0 m
+    for each row c:   D_c = denoise(y, t_c)
+                      y = r_c y + e_c x_T + k_c m + sum_j b_cj D_j + g_c noise
 
-Coefficients are float64 and cast once; the state and the history are at least float32 whatever the network's dtype. There are no
-solver classes: a new method is a new way to fill rows. With candidates stacked (a leading axis M in the program) the network sees M B images
-a call; candidates only share the starting noise.
+Coefficients are float64 and cast once; the state and the history are at least float32 whatever the
+network's dtype. There are no solver classes: a new method is a new way to fill rows. With
+candidates stacked (a leading axis M in the program) the network sees M B images a call; candidates
+only share the starting noise.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from fewstep.space.schedule import OdeSchedule
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback gets after every network call: its index, the query time, the state asked and the data prediction."""
+    """What a callback gets after every network call.
+
+    Its index, the query times, the states asked and the data predictions.
+    """
 
     call: int
     t: Tensor
@@ -36,7 +42,8 @@ def start(schedule: OdeSchedule | ProgramSchedule, z: Tensor) -> Tensor:
     """x_T from unit noise.
 
     Args:
-        schedule: the schedule to start; its first time sets the scale (1 for VP, sigma for EDM and rectified flow).
+        schedule: the schedule to start; its first time sets the scale (1 for VP, sigma for EDM and
+            rectified flow).
         z: standard normal, shape (B, *shape).
     """
     return schedule.noise.prior_scale(schedule.times[0]) * z
@@ -60,7 +67,8 @@ def sample(
         denoiser: the model.
         x_T: start states, shape (B, *shape), see `start`.
         cond: conditioning tensors with leading axis B.
-        guidance: guidance scale where the schedule does not set its own; None = the conditional model.
+        guidance: guidance scale where the schedule does not set its own; None = the conditional
+            model.
         generator: source of the fresh noise of schedules with eta > 0 (on x_T's device).
         callback: called after every network call.
 
@@ -74,7 +82,15 @@ def sample(
     if schedule.program.e.requires_grad:
         raise ScheduleError("the program carries gradients: call run() with a program instead")
     return run(
-        schedule.program, denoiser, x_T, cond=cond, guidance=guidance, m=schedule.constant, generator=generator, callback=callback, options=schedule.options
+        schedule.program,
+        denoiser,
+        x_T,
+        cond=cond,
+        guidance=guidance,
+        m=schedule.constant,
+        generator=generator,
+        callback=callback,
+        options=schedule.options,
     )
 
 
@@ -91,10 +107,10 @@ def run(
     options: dict[str, Any] | None = None,
     check: bool = True,
 ) -> Tensor:
-    """Run one program on x_T (B, *shape), or M stacked programs on the same x_T, giving (M, B, *shape).
+    """Run one program on x_T (B, *shape), or M stacked ones on the same x_T: (M, B, *shape).
 
-    `check` raises a ModelError at the first data prediction that is not finite; without it NaN travels to the result, so that a batch of
-    candidates survives one that diverges.
+    `check` raises a ModelError at the first data prediction that is not finite; without it NaN
+    travels to the result, so that a batch of candidates survives one that diverges.
     """
     stacked = program.r.ndim == 2
     count = program.r.shape[0] if stacked else 1
@@ -103,9 +119,14 @@ def run(
     batch, shape = x_T.shape[0], x_T.shape[1:]
     p = _Coefficients(program, x_T)
     if m is None and p.uses_m:
-        raise ScheduleError("the schedule starts from a constant image: load it from its file, or call with_constant(m)")
+        raise ScheduleError(
+            "the schedule starts from a constant image: load it from its file, or call "
+            "with_constant(m)"
+        )
     if cond and stacked:
-        cond = {name: value.repeat(count, *(1,) * (value.ndim - 1)) for name, value in cond.items()}
+        cond = {
+            name: value.repeat(count, *(1,) * (value.ndim - 1)) for name, value in cond.items()
+        }
     noisy = x_T.expand(count, batch, *shape)
     constant = None if m is None else m.to(x_T)
     y = p.at("p", 0) * noisy
@@ -116,11 +137,19 @@ def run(
         t = program.t[..., c].reshape(count, 1).expand(count, batch).reshape(-1).to(x_T.device)
         scale: float | Tensor | None = guidance
         if program.guidance is not None:
-            scale = program.guidance[..., c].reshape(count, 1).expand(count, batch).reshape(-1).to(x_T.device)
+            scale = (
+                program.guidance[..., c]
+                .reshape(count, 1)
+                .expand(count, batch)
+                .reshape(-1)
+                .to(x_T.device)
+            )
         flat = y.reshape(count * batch, *shape)
         D = denoiser(flat, t, cond=cond, guidance=scale)
         if D.shape != flat.shape:
-            raise ModelError(f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(flat.shape)}")
+            raise ModelError(
+                f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(flat.shape)}"
+            )
         D = D.to(state_dtype)
         if options and "threshold" in options:
             D = threshold(D, **options["threshold"])
@@ -134,17 +163,34 @@ def run(
 
 
 class _Coefficients:
-    """A program's numbers in the state's dtype and device, shaped to multiply (M, B, *shape), and what is zero throughout."""
+    """A program's numbers, shaped to multiply (M, B, *shape), and which of them are zero."""
 
     def __init__(self, program: Program, x: Tensor) -> None:
         self._extra = (1,) * x.ndim
         self._x = x
         lead = program if program.r.ndim == 2 else None
-        values = {"r": program.r, "e": program.e, "k": program.k, "g": program.g, "b": program.b, "p": program.init[..., :1], "k0": program.init[..., 1:]}
-        self._cast = {name: (v if lead is not None else v[None]).to(x) for name, v in values.items()}
-        self._live = {name: [bool((v[..., c] != 0).any()) or v.requires_grad for c in range(v.shape[-1])] for name, v in values.items() if name != "b"}
+        values = {
+            "r": program.r,
+            "e": program.e,
+            "k": program.k,
+            "g": program.g,
+            "b": program.b,
+            "p": program.init[..., :1],
+            "k0": program.init[..., 1:],
+        }
+        self._cast = {
+            name: (v if lead is not None else v[None]).to(x) for name, v in values.items()
+        }
+        self._live = {
+            name: [bool((v[..., c] != 0).any()) or v.requires_grad for c in range(v.shape[-1])]
+            for name, v in values.items()
+            if name != "b"
+        }
         b = values["b"]
-        self._used = [[bool((b[..., c, j] != 0).any()) or b.requires_grad for j in range(c + 1)] for c in range(b.shape[-1])]
+        self._used = [
+            [bool((b[..., c, j] != 0).any()) or b.requires_grad for j in range(c + 1)]
+            for c in range(b.shape[-1])
+        ]
         self.uses_m = bool((program.k != 0).any()) or bool((program.init[..., 1] != 0).any())
 
     def at(self, name: str, c: int) -> Tensor:
@@ -152,7 +198,13 @@ class _Coefficients:
         return value.reshape(-1, *self._extra)
 
     def advance(
-        self, c: int, y: Tensor, x_T: Tensor, m: Tensor | None, history: list[Tensor], generator: torch.Generator | None
+        self,
+        c: int,
+        y: Tensor,
+        x_T: Tensor,
+        m: Tensor | None,
+        history: list[Tensor],
+        generator: torch.Generator | None,
     ) -> Tensor:
         y = self.at("r", c) * y
         if self._live["e"][c]:
@@ -163,13 +215,17 @@ class _Coefficients:
             if self._used[c][j]:
                 y = y + self._cast["b"][:, c, j].reshape(-1, *self._extra) * D
         if self._live["g"][c]:
-            fresh = torch.randn(y.shape[1:], generator=generator, dtype=y.dtype, device=y.device)  # shared by candidates
+            fresh = torch.randn(
+                y.shape[1:], generator=generator, dtype=y.dtype, device=y.device
+            )  # shared by candidates
             y = y + self.at("g", c) * fresh
         return y
 
 
 def threshold(D: Tensor, quantile: float = 0.995, minimum: float = 1.0) -> Tensor:
-    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487): clip each sample at its |D| quantile, then scale it to 1.
+    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487).
+
+    Clips each sample at its |D| quantile (at least `minimum`), then scales the clip to `minimum`.
 
     Args:
         D: data predictions, shape (B, *shape).
@@ -178,4 +234,4 @@ def threshold(D: Tensor, quantile: float = 0.995, minimum: float = 1.0) -> Tenso
     """
     clip = torch.quantile(D.abs().flatten(1), quantile, dim=1).clamp(min=minimum)
     s = bcast(clip, D)
-    return D.clamp(-s, s) / s * min(minimum, 1.0)
+    return D.clamp(-s, s) * (minimum / s)

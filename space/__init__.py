@@ -2,9 +2,10 @@
 
 from fewstep.space import noise
 from fewstep.space.errors import FewstepError, ModelError, ScheduleError, StudyError
+from fewstep.space.files import load_schedule, save_schedule
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.program import Program, ProgramSchedule, compile, stack
-from fewstep.space.schedule import OdeSchedule, StepSpec, load_schedule, save_schedule
+from fewstep.space.schedule import OdeSchedule, StepSpec
 
 __all__ = [
     "CallSpec",

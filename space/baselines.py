@@ -1,11 +1,14 @@
 """The named solvers times the named grids, as ordinary schedules.
 
-A named solver is a recipe for steps; a grid a recipe for times. `named(noise, nfe)` gives every pair that exists at an NFE, keyed
-"solver/grid" (or "solver/grid/low" with the lower-order ending). All grids run from the noise schedule's first time to its last.
+A named solver is a recipe for steps; a grid a recipe for times. `named(noise, nfe)` gives every
+pair that exists at an NFE, keyed "solver/grid" (or "solver/grid/low" with the lower-order ending).
+All grids run from the noise schedule's first time to its last.
 
-Conventions: DPM-Solver++ 2M and 3M as in the standard release (midpoint weights, second difference times 1); UniPC as in its
-standalone code; DEIS degree d uses d + 1 points; iPNDM applies uniform-grid Adams weights on any grid; Heun is EDM's algorithm 2
-(two calls a step, one in the last, so NFE is odd); DDPM is the ancestral step (fresh noise: compare it by distribution only).
+Conventions: DPM-Solver++ 2M and 3M as in the standard release (midpoint weights, second difference
+times 1); UniPC as in its
+standalone code; DEIS degree d uses d + 1 points; iPNDM applies uniform-grid Adams weights on any
+grid; Heun is EDM's algorithm 2 (two calls a step, one in the last, so NFE is odd); DDPM is the
+ancestral step (fresh noise: compare it by distribution only).
 """
 
 from __future__ import annotations
@@ -23,13 +26,21 @@ from fewstep.space.schedule import OdeSchedule, StepSpec
 GRIDS = ("time", "quadratic", "logsnr", "edm")
 
 
-def grid(noise: NoiseSchedule, n_steps: int, kind: str, *, t_start: float | None = None, t_end: float | None = None) -> tuple[float, ...]:
+def grid(
+    noise: NoiseSchedule,
+    n_steps: int,
+    kind: str,
+    *,
+    t_start: float | None = None,
+    t_end: float | None = None,
+) -> tuple[float, ...]:
     """N+1 decreasing times.
 
     Args:
         noise: the noise schedule.
         n_steps: N >= 1.
-        kind: "time" uniform in t; "quadratic" uniform in sqrt(t); "logsnr" uniform in lam; "edm" uniform in (sigma/alpha)^(1/7).
+        kind: "time" uniform in t; "quadratic" uniform in sqrt(t); "logsnr" uniform in lam; "edm"
+            uniform in (sigma/alpha)^(1/7).
         t_start: first time, default the noise schedule's.
         t_end: last time, default the noise schedule's.
 
@@ -39,7 +50,10 @@ def grid(noise: NoiseSchedule, n_steps: int, kind: str, *, t_start: float | None
     default = noise.t_range
     a, b = (default[0] if t_start is None else t_start), (default[1] if t_end is None else t_end)
     if n_steps < 1 or not a > b:
-        raise ScheduleError(f"a grid of {n_steps} steps from {a} to {b}: N >= 1 and a first time above the last are needed")
+        raise ScheduleError(
+            f"a grid of {n_steps} steps from {a} to {b}: N >= 1 and a first time above the last "
+            "are needed"
+        )
     share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64)
     ends = torch.tensor([a, b], dtype=torch.float64)
     if kind == "time":
@@ -47,10 +61,18 @@ def grid(noise: NoiseSchedule, n_steps: int, kind: str, *, t_start: float | None
     elif kind == "quadratic":
         t = _power(ends, share, 2.0)
     elif kind in ("logsnr", "edm"):
-        lam = noise.lam(ends).clamp(min=-7.0)  # a rectified flow starts at lam = -inf; its first time stays exact below
+        lam = noise.lam(ends).clamp(
+            min=-7.0
+        )  # a rectified flow starts at lam = -inf; its first time stays exact below
         if bool(torch.isinf(lam).any()):
-            raise ScheduleError(f"grid {kind} cannot end at sigma = 0: set t_end above {noise.t_data}")
-        inner = lam[0] + share * (lam[1] - lam[0]) if kind == "logsnr" else -torch.log(_power(torch.exp(-lam), share, 7.0))
+            raise ScheduleError(
+                f"grid {kind} cannot end at sigma = 0: set t_end above {noise.t_data}"
+            )
+        inner = (
+            lam[0] + share * (lam[1] - lam[0])
+            if kind == "logsnr"
+            else -torch.log(_power(torch.exp(-lam), share, 7.0))
+        )
         t = noise.t_of_lam(inner)
     else:
         raise ScheduleError(f"grid {kind!r} is unknown: use one of {', '.join(GRIDS)}")
@@ -64,7 +86,7 @@ def _power(ends: Tensor, share: Tensor, power: float) -> Tensor:
 
 
 def orders(n_steps: int, order: int, *, lower_final: bool) -> list[int]:
-    """The order of each step after warm-up (p <= i + 1) and, if asked, the lower-order ending (p <= N - i)."""
+    """Orders after warm-up (p <= i + 1) and, if asked, the lower-order ending (p <= N - i)."""
     return [min(order, i + 1, n_steps - i if lower_final else order) for i in range(n_steps)]
 
 
@@ -78,12 +100,21 @@ def multistep(
 ) -> OdeSchedule:
     """A multistep schedule: step i has its warmed-up order p and the fields spec(p, last)."""
     n = len(times) - 1
-    steps = [StepSpec(order=p, **spec(p, i == n - 1)) for i, p in enumerate(orders(n, order, lower_final=lower_final))]
+    steps = [
+        StepSpec(order=p, **spec(p, i == n - 1))
+        for i, p in enumerate(orders(n, order, lower_final=lower_final))
+    ]
     return OdeSchedule(noise=noise, times=tuple(times), steps=tuple(steps))
 
 
-def dpm(formulation: str, order: int, *, taylor: bool = False, true_second: bool = False) -> Callable[[int, bool], dict[str, Any]]:
-    """DPM-Solver (noise) or DPM-Solver++ (data) multistep fields: midpoint weights at order 2, halved second difference at 3."""
+def dpm(
+    formulation: str, order: int, *, taylor: bool = False, true_second: bool = False
+) -> Callable[[int, bool], dict[str, Any]]:
+    """DPM-Solver (noise) or DPM-Solver++ (data) multistep fields.
+
+    Midpoint weights at order 2 (exact ones with `taylor`), halved second difference at order 3 (not
+    with `true_second`).
+    """
 
     def spec(p: int, last: bool) -> dict[str, Any]:
         relaxation = "none"
@@ -97,10 +128,16 @@ def dpm(formulation: str, order: int, *, taylor: bool = False, true_second: bool
 
 
 def unipc(variant: str, formulation: str = "data") -> Callable[[int, bool], dict[str, Any]]:
-    """UniPC fields: B(h) acts in the order-2 predictor and the order-1 corrector only; no corrector in the last step."""
+    """UniPC fields: B(h) acts in the order-2 predictor and the order-1 corrector only.
+
+    No corrector in the last step.
+    """
 
     def spec(p: int, last: bool) -> dict[str, Any]:
-        fields: dict[str, Any] = {"formulation": formulation, "relaxation": variant if p == 2 else "none"}
+        fields: dict[str, Any] = {
+            "formulation": formulation,
+            "relaxation": variant if p == 2 else "none",
+        }
         if not last:
             fields |= {"corrector": "reuse", "corrector_relaxation": variant if p == 1 else "none"}
         return fields
@@ -114,7 +151,9 @@ def in_basis(basis: str) -> Callable[[int, bool], dict[str, Any]]:
 
 
 def _recipes() -> dict[str, tuple[int, Callable[[int, bool], dict[str, Any]]]]:
-    table: dict[str, tuple[int, Callable[[int, bool], dict[str, Any]]]] = {"ddim": (1, dpm("data", 1))}
+    table: dict[str, tuple[int, Callable[[int, bool], dict[str, Any]]]] = {
+        "ddim": (1, dpm("data", 1))
+    }
     table |= {f"dpmpp{p}m": (p, dpm("data", p)) for p in (2, 3)}
     table |= {f"unipc{p}-{v}": (p, unipc(v)) for p in (2, 3) for v in ("bh1", "bh2")}
     for name, basis in (("tab", "t"), ("rhoab", "rho"), ("logrho", "lam")):
@@ -127,31 +166,48 @@ _MULTISTEP = _recipes()
 SOLVERS = (*_MULTISTEP, "ipndm1", "heun", "ddpm")
 
 
-def baseline(name: str, noise: NoiseSchedule, nfe: int, *, t_start: float | None = None, t_end: float | None = None) -> OdeSchedule:
+def baseline(
+    name: str,
+    noise: NoiseSchedule,
+    nfe: int,
+    *,
+    t_start: float | None = None,
+    t_end: float | None = None,
+) -> OdeSchedule:
     """A named solver as a schedule.
 
     Args:
-        name: "solver/grid" or "solver/grid/low", e.g. "dpmpp2m/logsnr"; solvers in `SOLVERS`, grids in `GRIDS`.
+        name: "solver/grid" or "solver/grid/low", e.g. "dpmpp2m/logsnr"; solvers in `SOLVERS`,
+            grids in `GRIDS`.
         noise: the noise schedule.
         nfe: network calls, >= 1.
         t_start: first time, default the noise schedule's.
         t_end: last time, default the noise schedule's.
 
     Raises:
-        ScheduleError: unknown names, or a solver that does not exist at this NFE (Heun at an even one).
+        ScheduleError: unknown names, or a solver that does not exist at this NFE (Heun at an even
+            one).
     """
     parts = name.split("/")
     if len(parts) not in (2, 3) or (len(parts) == 3 and parts[2] != "low"):
-        raise ScheduleError(f"baseline {name!r}: write solver/grid or solver/grid/low, e.g. dpmpp2m/logsnr")
+        raise ScheduleError(
+            f"baseline {name!r}: write solver/grid or solver/grid/low, e.g. dpmpp2m/logsnr"
+        )
     solver, kind, low = parts[0], parts[1], len(parts) == 3
     if nfe < 1:
         raise ScheduleError(f"nfe {nfe} must be at least 1")
     if solver == "heun":
         if nfe % 2 == 0:
-            raise ScheduleError(f"heun makes an odd number of calls, not {nfe}: use {nfe - 1} or {nfe + 1}")
+            raise ScheduleError(
+                f"heun makes an odd number of calls, not {nfe}: use {nfe - 1} or {nfe + 1}"
+            )
         times = grid(noise, (nfe + 1) // 2, kind, t_start=t_start, t_end=t_end)
         two = StepSpec(formulation="noise", basis="rho", tableau="heun2")
-        schedule = OdeSchedule(noise=noise, times=times, steps=(two,) * (len(times) - 2) + (StepSpec(formulation="noise"),))
+        schedule = OdeSchedule(
+            noise=noise,
+            times=times,
+            steps=(two,) * (len(times) - 2) + (StepSpec(formulation="noise"),),
+        )
     elif solver == "ddpm":
         times = grid(noise, nfe, kind, t_start=t_start, t_end=t_end)
         schedule = OdeSchedule(noise=noise, times=times, steps=(StepSpec(eta=1.0),) * nfe)
@@ -164,8 +220,10 @@ def baseline(name: str, noise: NoiseSchedule, nfe: int, *, t_start: float | None
     return schedule.model_copy(update={"provenance": {"baseline": name}})
 
 
-def named(noise: NoiseSchedule, nfe: int, *, t_start: float | None = None, t_end: float | None = None) -> dict[str, OdeSchedule]:
-    """Every named solver and grid that exists at this NFE, equal samplers kept once (under their first name).
+def named(
+    noise: NoiseSchedule, nfe: int, *, t_start: float | None = None, t_end: float | None = None
+) -> dict[str, OdeSchedule]:
+    """Every named solver and grid that exists at this NFE; equal samplers under one name.
 
     DDPM is left out: it adds noise and has no endpoint to compare.
     """
@@ -177,7 +235,9 @@ def named(noise: NoiseSchedule, nfe: int, *, t_start: float | None = None, t_end
                 if solver == "heun" and (nfe % 2 == 0 or ending):
                     continue
                 try:
-                    schedule = baseline(f"{solver}/{kind}{ending}", noise, nfe, t_start=t_start, t_end=t_end)
+                    schedule = baseline(
+                        f"{solver}/{kind}{ending}", noise, nfe, t_start=t_start, t_end=t_end
+                    )
                     digest = schedule.digest
                 except ScheduleError:  # e.g. a basis that cannot start at alpha = 0
                     continue

@@ -1,19 +1,22 @@
 """Weights of one solver step on the network outputs it uses; every formula once, float64.
 
-A step goes from level (alpha, sigma, lam) to (alpha', sigma', lam'), h = lam' - lam > 0. Three formulations of the same ODE, each
-`base * x + integral of F against a measure`:
+A step goes from level (alpha, sigma, lam) to (alpha', sigma', lam'), h = lam' - lam > 0. Three
+formulations of the same ODE, each `base * x + integral of F against a measure`:
 
     noise     x' = alpha' ( x/alpha + int eps d(rho) ),       rho = e^-lam = sigma/alpha
     data      x' = sigma' ( x/sigma + int D d(e^lam) )
     velocity  x' = x + int v dt,                              v = alpha_dot D + sigma_dot eps
 
-F is replaced by a polynomial through the step's points, in a basis variable phi (lam, t, rho, or rho^p), or by the Adams weights of
-a uniform grid ("adams"). `first` below is the weight a constant F gets (the DDIM coefficient): **the weights of a step always
-sum to it**, whatever basis and order, and order 1 is DDIM. In the lam basis the polynomial is written as a Taylor series about the
+F is replaced by a polynomial through the step's points, in a basis variable phi (lam, t, rho, or
+rho^p), or by the Adams weights of a uniform grid ("adams"). `first` below is the weight a constant
+F gets (the DDIM coefficient): **the weights of a step always sum to it**, whatever basis and
+order, and order 1 is DDIM. In the lam basis the polynomial is written as a Taylor series about the
 start, because published relaxations act on its derivatives.
 
-References: exponential integrators and psi, UniPC (arXiv 2302.04867) eq. 5-9 and DPM-Solver++ (2211.01095) appendix A; the Taylor
-form with low-order derivatives and scalings, USF (2312.07243) section 3; DEIS (2204.13902) eq. 14-15; Adams weights, PNDM (2202.09778) eq. 12.
+References: exponential integrators and psi, UniPC (arXiv 2302.04867) eq. 5-9 and DPM-Solver++
+(2211.01095) appendix A; the Taylor
+form with low-order derivatives and scalings, USF (2312.07243) section 3; DEIS (2204.13902) eq.
+14-15; Adams weights, PNDM (2202.09778) eq. 12.
 """
 
 from __future__ import annotations
@@ -31,14 +34,27 @@ from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule
 
 RELAXATIONS = ("none", "bh1", "bh2", "exp", "minus_exp", "linear", "half_second")
-ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 # newest (implicit) point first, then the start point, then older ones
-ADAMS_MOULTON = ((1.0,), (1 / 2, 1 / 2), (5 / 12, 8 / 12, -1 / 12), (9 / 24, 19 / 24, -5 / 24, 1 / 24))
+ADAMS_MOULTON = (
+    (1.0,),
+    (1 / 2, 1 / 2),
+    (5 / 12, 8 / 12, -1 / 12),
+    (9 / 24, 19 / 24, -5 / 24, 1 / 24),
+)
 
 
 @dataclass(frozen=True)
 class Level:
-    """A point of the noise schedule: time, alpha, sigma and lam as float64 tensors (0-d, or (B,) where rows are per image)."""
+    """A point of the noise schedule.
+
+    Time, alpha, sigma and lam as float64 tensors: 0-d, or (B,) where rows are per image.
+    """
 
     t: Tensor
     alpha: Tensor
@@ -58,7 +74,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a step turns points into weights; the fields are those of `StepSpec`, resolved for predictor or corrector."""
+    """How a step turns points into weights.
+
+    The fields are those of `StepSpec`, resolved for predictor or corrector.
+    """
 
     formulation: str = "data"
     basis: str = "lam"
@@ -71,8 +90,8 @@ class Rule:
 def phi(z: Tensor, n: int) -> list[Tensor]:
     """[phi_1(z), ..., phi_n(z)], phi_k(z) = int_0^1 e^{z(1-u)} u^{k-1}/(k-1)! du.
 
-    The recursion phi_{k+1} = (phi_k - 1/k!)/z loses k digits per unit of 1/z, so |z| < 1 starts from the series of phi_n and runs it
-    backwards, which is stable.
+    The recursion phi_{k+1} = (phi_k - 1/k!)/z loses k digits per unit of 1/z, so |z| < 1 starts
+    from the series of phi_n and runs it backwards, which is stable.
     """
     small = z.abs() < 1
     if bool(small.all()):
@@ -90,7 +109,10 @@ def _series_coefficients(n: int) -> Tensor:
 
 
 def _phi_series(z: Tensor, n: int) -> list[Tensor]:
-    powers = torch.cumprod(torch.cat([torch.ones_like(z)[..., None], z[..., None].expand(*z.shape, 19)], dim=-1), dim=-1)
+    powers = torch.cumprod(
+        torch.cat([torch.ones_like(z)[..., None], z[..., None].expand(*z.shape, 19)], dim=-1),
+        dim=-1,
+    )
     values = [powers @ _series_coefficients(n)]
     for k in range(n - 1, 0, -1):
         values.append(z * values[-1] + 1.0 / math.factorial(k))
@@ -124,14 +146,23 @@ def first(formulation: str, start: Level, land: Level) -> Tensor:
     return -land.sigma * torch.expm1(land.lam - start.lam)
 
 
-def step_weights(rule: Rule, noise: NoiseSchedule, start: Level, points: Sequence[Level], land: Level, *, implicit: bool) -> list[Tensor]:
+def step_weights(
+    rule: Rule,
+    noise: NoiseSchedule,
+    start: Level,
+    points: Sequence[Level],
+    land: Level,
+    *,
+    implicit: bool,
+) -> list[Tensor]:
     """Weights of the outputs at [start, *points] in one step from `start` to `land`.
 
     Args:
         rule: formulation, basis and scalings.
         noise: needed where the basis is t.
         start: level of the state the step starts from; its output is the first weight.
-        points: levels of the other outputs used, newest first; the order of the step is 1 + len(points).
+        points: levels of the other outputs used, newest first; the order of the step is 1 +
+            len(points).
         land: level the step lands on.
         implicit: points[0] is the output at the landing time (a corrector step).
 
@@ -139,7 +170,8 @@ def step_weights(rule: Rule, noise: NoiseSchedule, start: Level, points: Sequenc
         1 + len(points) tensors; they sum to `first(...)`.
 
     Raises:
-        ScheduleError: more points than the basis can use (Adams beyond 4, order > 1 landing on sigma = 0 with the lam basis).
+        ScheduleError: more points than the basis can use (Adams beyond 4, order > 1 landing on
+            sigma = 0 with the lam basis).
     """
     total = first(rule.formulation, start, land)
     if not points:
@@ -147,27 +179,42 @@ def step_weights(rule: Rule, noise: NoiseSchedule, start: Level, points: Sequenc
     if rule.basis == "adams":
         table = ADAMS_MOULTON if implicit else ADAMS_BASHFORTH
         if len(points) >= len(table):
-            raise ScheduleError(f"the adams basis has weights for orders 1 to {len(table)}, not {1 + len(points)}: lower the order")
-        row = table[len(points)]
+            raise ScheduleError(
+                f"the adams basis has weights for orders 1 to {len(table)}, not "
+                f"{1 + len(points)}: lower the order"
+            )
+        row: tuple[float, ...] = table[len(points)]
         if implicit:
             row = (row[1], row[0], *row[2:])
         return [total * w for w in row]
     if rule.basis == "lam":
         if rule.formulation == "velocity":
-            raise ScheduleError("formulation velocity is integrated in model time: use basis t or adams")
+            raise ScheduleError(
+                "formulation velocity is integrated in model time: use basis t or adams"
+            )
         return _taylor_weights(rule, start, points, land, total)
     older = _lagrange_integrals(rule, noise, start, points, land)
     return [total - sum(older[1:], older[0]), *older]
 
 
-def _taylor_weights(rule: Rule, start: Level, points: Sequence[Level], land: Level, total: Tensor) -> list[Tensor]:
-    """Sum_k A_k F^(k), F^(k) from differences to the start; A_k = +-(alpha'|sigma') h^{k+1} phi_{k+1}(-+h)."""
-    live = [p for p in points if not bool(torch.isinf(p.lam).any())]  # a point at lam = -inf has weight 0 in the limit
+def _taylor_weights(
+    rule: Rule, start: Level, points: Sequence[Level], land: Level, total: Tensor
+) -> list[Tensor]:
+    """Sum_k A_k F^(k), F^(k) from differences to the start.
+
+    A_k = +-(alpha'|sigma') h^{k+1} phi_{k+1}(-+h).
+    """
+    live = [
+        p for p in points if not bool(torch.isinf(p.lam).any())
+    ]  # a point at lam = -inf has weight 0 in the limit
     m = len(live)
     if m == 0 or bool(torch.isinf(start.lam).any()):
         return [total, *(torch.zeros_like(total) for _ in points)]
     if bool(torch.isinf(land.lam).any()):
-        raise ScheduleError("a step that lands on sigma = 0 must have order 1 in the lam basis: set order 1 for the last step")
+        raise ScheduleError(
+            "a step that lands on sigma = 0 must have order 1 in the lam basis: set order 1 for "
+            "the last step"
+        )
     h = land.lam - start.lam
     z, scale = (-h, land.alpha) if rule.formulation == "data" else (h, -land.sigma)
     phis = phi(z, m + 1)
@@ -181,12 +228,14 @@ def _taylor_weights(rule: Rule, start: Level, points: Sequence[Level], land: Lev
         factor = scale * h * phis[k] * _relaxation(rule, k, h, z)
         weights = [w + factor * slope for w, slope in zip(weights, slopes[k - 1], strict=True)]
     filled = iter(weights)
-    older = [torch.zeros_like(h) if bool(torch.isinf(p.lam).any()) else next(filled) for p in points]
+    older = [
+        torch.zeros_like(h) if bool(torch.isinf(p.lam).any()) else next(filled) for p in points
+    ]
     return [total - sum(older[1:], older[0]), *older]
 
 
 def _derivative_rows(ratio: Tensor, m: int) -> list[list[Tensor]]:
-    """Rows a_k of T a_k = e_k, T_ij = ratio_j^i / i!: the k-th derivative (times h^k) from m differences."""
+    """Rows a_k of T a_k = e_k, T_ij = ratio_j^i / i!: h^k F^(k) from m differences."""
     if m == 1:
         return [[1 / ratio[..., 0]]]
     if m == 2:
@@ -200,7 +249,10 @@ def _derivative_rows(ratio: Tensor, m: int) -> list[list[Tensor]]:
 
 
 def _relaxation(rule: Rule, k: int, h: Tensor, z: Tensor) -> Tensor | float:
-    """The factor 1 + R(h) of USF's derivative scalings; on F' except half_second (DPM-Solver++ 3M, which halves F'')."""
+    """The factor 1 + R(h) of USF's derivative scalings.
+
+    On F' except half_second (DPM-Solver++ 3M, which halves F'').
+    """
     name = rule.relaxation
     if name == "half_second":
         return 0.5 if k == 2 else 1.0
@@ -226,26 +278,45 @@ def _gauss(n: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
 
 
-def _lagrange_integrals(rule: Rule, noise: NoiseSchedule, start: Level, points: Sequence[Level], land: Level) -> list[Tensor]:
-    """Integrals of the Lagrange polynomials of `points` (the start's follows from the sum), by Gauss-Legendre.
+def _lagrange_integrals(
+    rule: Rule, noise: NoiseSchedule, start: Level, points: Sequence[Level], land: Level
+) -> list[Tensor]:
+    """Integrals of the Lagrange polynomials of `points`, by Gauss-Legendre.
 
-    In rho with the noise formulation and in t with velocity the integrand is a polynomial and few nodes are exact; otherwise it
-    is smooth in lam (on a table it has kinks at the labels, where panels are cut).
+    The start's follows from the sum.
+    In rho with the noise formulation and in t with velocity the integrand is a polynomial and few
+    nodes are exact; otherwise it is smooth in lam (on a table it has kinks at the labels, where
+    panels are cut).
     """
     exact = (rule.formulation, rule.basis) in (("noise", "rho"), ("velocity", "t"))
     if exact:
         x, w = _gauss(4)
         a, b = (start.rho, land.rho) if rule.basis == "rho" else (start.t, land.t)
         nodes = a[..., None] + (b - a)[..., None] * x
-        measure = (b - a)[..., None] * w * (land.alpha if rule.basis == "rho" else torch.ones_like(land.alpha))[..., None]
+        measure = (
+            (b - a)[..., None]
+            * w
+            * (land.alpha if rule.basis == "rho" else torch.ones_like(land.alpha))[..., None]
+        )
         at = nodes
     else:
         if rule.formulation == "velocity":
-            raise ScheduleError("formulation velocity is integrated in model time: use basis t or adams")
+            raise ScheduleError(
+                "formulation velocity is integrated in model time: use basis t or adams"
+            )
         if bool(torch.isinf(land.lam).any()) or bool(torch.isinf(start.lam).any()):
-            raise ScheduleError(f"basis {rule.basis} needs finite lam at both ends for order > 1: set order 1 or end above sigma = 0")
+            raise ScheduleError(
+                f"basis {rule.basis} needs finite lam at both ends for order > 1: set order 1 or "
+                "end above sigma = 0"
+            )
         lam, w = _panels(noise, start, land)
-        at = noise.t_of_lam(lam) if rule.basis == "t" else torch.exp(-rule.power * lam) if rule.basis == "power" else torch.exp(-lam)
+        at = (
+            noise.t_of_lam(lam)
+            if rule.basis == "t"
+            else torch.exp(-rule.power * lam)
+            if rule.basis == "power"
+            else torch.exp(-lam)
+        )
         if rule.formulation == "noise":
             measure = -land.alpha[..., None] * torch.exp(-lam) * w
         else:
@@ -270,7 +341,10 @@ def _basis_value(rule: Rule, point: Level) -> Tensor:
 
 
 def _panels(noise: NoiseSchedule, start: Level, land: Level) -> tuple[Tensor, Tensor]:
-    """Quadrature nodes and weights in lam from start to land; panels end at the kinks of a tabulated noise schedule."""
+    """Quadrature nodes and weights in lam from start to land.
+
+    Panels end at the kinks of a tabulated noise schedule.
+    """
     table = getattr(noise, "table", None)
     if table is None:
         cuts = torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -290,7 +364,10 @@ def _panels(noise: NoiseSchedule, start: Level, land: Level) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method: stage i at c_i uses rows[i], the result uses `result`. Row sums equal c, `result` sums to 1."""
+    """An explicit Runge-Kutta method: stage i at c_i uses rows[i], the result uses `result`.
+
+    Row sums equal c, `result` sums to 1.
+    """
 
     c: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
@@ -304,7 +381,8 @@ class Tableau:
             raise ScheduleError("tableau result weights must sum to 1, one for each stage")
 
 
-# Names and members as in DEIS's rhoRK family; sources: Butcher, Numerical Methods for ODEs, sections 23 and 32.
+# Names and members as in DEIS's rhoRK family; sources: Butcher, Numerical Methods for ODEs,
+# sections 23 and 32.
 TABLEAUS: dict[str, Tableau] = {
     "euler1": Tableau((0.0,), ((),), (1.0,)),
     "heun2": Tableau((0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2)),
@@ -315,7 +393,9 @@ TABLEAUS: dict[str, Tableau] = {
     "vdh3": Tableau((0.0, 8 / 15, 2 / 3), ((), (8 / 15,), (1 / 4, 5 / 12)), (1 / 4, 0.0, 3 / 4)),
     "ssprk3": Tableau((0.0, 1.0, 1 / 2), ((), (1.0,), (1 / 4, 1 / 4)), (1 / 6, 1 / 6, 2 / 3)),
     "rk4": Tableau(
-        (0.0, 1 / 2, 1 / 2, 1.0), ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 2 / 6, 2 / 6, 1 / 6)
+        (0.0, 1 / 2, 1 / 2, 1.0),
+        ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
+        (1 / 6, 2 / 6, 2 / 6, 1 / 6),
     ),
 }
 

@@ -1,12 +1,15 @@
 """Noise schedules: t -> (alpha, sigma) of x_t = alpha x0 + sigma eps, each with its exact inverse.
 
-`lam = log(alpha) - log(sigma)` is half the log-SNR and increases towards data; `rho = sigma/alpha = exp(-lam)` (the `edm_sigma`
-of EDM). Times decrease from `t_start` (noise) to `t_end` (data) while sampling. All functions take and return float64 tensors of
-any shape and are differentiable, because a schedule's times are optimised through them. sigma may be 0 at the very end (lam = inf)
+`lam = log(alpha) - log(sigma)` is half the log-SNR and increases towards data; `rho = sigma/alpha
+= exp(-lam)` (the `edm_sigma` of EDM). Times decrease from `t_start` (noise) to `t_end` (data)
+while sampling. All functions take and return float64 tensors of any shape and are differentiable,
+because a schedule's times are optimised through them. sigma may be 0 at the very end (lam = inf)
 and alpha 0 at the very start of a rectified flow (lam = -inf).
 
-References: VP linear, Song et al. 2021 (arXiv 2011.13456) eq. 32-33; VP cosine, Nichol and Dhariwal 2021 (2102.09672) eq. 17;
-EDM, Karras et al. 2022 (2206.00364) table 1; rectified flow with shift, Esser et al. 2024 (2403.03206) eq. 23.
+References: VP linear, Song et al. 2021 (arXiv 2011.13456) eq. 32-33; VP cosine, Nichol and
+Dhariwal 2021 (2102.09672) eq. 17;
+EDM, Karras et al. 2022 (2206.00364) table 1; rectified flow with shift, Esser et al. 2024
+(2403.03206) eq. 23.
 """
 
 from __future__ import annotations
@@ -117,10 +120,13 @@ class _VP:
 
 @dataclass(frozen=True)
 class VPLinear(_VP):
-    """beta(t) = beta_min + (beta_max - beta_min) t; log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2.
+    """beta(t) = beta_min + (beta_max - beta_min) t, variance preserving.
+
+    log alpha = -(beta_max - beta_min) t^2/4 - beta_min t/2.
 
     Args:
-        beta_min: beta at t = 0, > 0. beta_min = beta_max gives the constant-rate schedule alpha = exp(-beta t/2).
+        beta_min: beta at t = 0, > 0. beta_min = beta_max gives the constant-rate schedule alpha =
+            exp(-beta t/2).
         beta_max: slope parameter, >= beta_min.
         t_start: first time, > t_end.
         t_end: last time of the named grids, > 0.
@@ -137,7 +143,9 @@ class VPLinear(_VP):
     def __post_init__(self) -> None:
         _check(self, self.t_start, self.t_end, positive=("beta_min", "beta_max", "label_scale"))
         if self.beta_max < self.beta_min:
-            raise ScheduleError(f"noise.beta_max {self.beta_max} is below beta_min {self.beta_min}: swap them")
+            raise ScheduleError(
+                f"noise.beta_max {self.beta_max} is below beta_min {self.beta_min}: swap them"
+            )
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -178,7 +186,9 @@ class VPCosine(_VP):
     def __post_init__(self) -> None:
         _check(self, self.t_start, self.t_end, positive=("s", "label_scale"))
         if self.t_start >= 1:
-            raise ScheduleError(f"noise.t_start {self.t_start} must be below 1, where alpha is 0: use 0.9946")
+            raise ScheduleError(
+                f"noise.t_start {self.t_start} must be below 1, where alpha is 0: use 0.9946"
+            )
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -207,16 +217,19 @@ class VPCosine(_VP):
 
 @dataclass(frozen=True)
 class VPDiscrete(_VP):
-    """A table of N training steps; t is the integer label 0..N-1, log alpha is linear between labels.
+    """A table of N training steps; t is the label 0..N-1, log alpha is linear between labels.
 
-    t = -1 is clean data (sigma = 0). Between labels -1/2 and 0 the first segment is extended, as published schedules end there.
+    t = -1 is clean data (sigma = 0). Between labels -1/2 and 0 the first segment is extended, as
+    published schedules end there.
 
     Args:
-        betas: "linear" or "scaled_linear" (squares of a linspace of roots), or the N betas themselves.
+        betas: "linear" or "scaled_linear" (squares of a linspace of roots), or the N betas
+            themselves.
         beta_start: first beta of a named schedule.
         beta_end: last beta of a named schedule.
         n: number of training steps of a named schedule.
-        alphas_cumprod: the N products of (1 - beta), given instead of betas; strictly decreasing, within (0, 1).
+        alphas_cumprod: the N products of (1 - beta), given instead of betas; strictly decreasing,
+            within (0, 1).
     """
 
     betas: str | tuple[float, ...] = "scaled_linear"
@@ -227,13 +240,25 @@ class VPDiscrete(_VP):
     type: ClassVar[str] = "vp_discrete"
 
     def __post_init__(self) -> None:
-        if self.alphas_cumprod is None and isinstance(self.betas, str) and self.betas not in ("linear", "scaled_linear"):
-            raise ScheduleError(f"noise.betas {self.betas!r}: give 'linear', 'scaled_linear' or the list of betas")
+        if (
+            self.alphas_cumprod is None
+            and isinstance(self.betas, str)
+            and self.betas not in ("linear", "scaled_linear")
+        ):
+            raise ScheduleError(
+                f"noise.betas {self.betas!r}: give 'linear', 'scaled_linear' or the list of betas"
+            )
         table = self.table
         if len(table) < 2:
             raise ScheduleError("noise.n: a discrete schedule needs at least 2 training steps")
-        if not bool(torch.isfinite(table).all()) or bool((table.diff() >= 0).any()) or float(table[0]) >= 0:
-            raise ScheduleError("noise.alphas_cumprod must decrease strictly and lie within (0, 1): check betas")
+        if (
+            not bool(torch.isfinite(table).all())
+            or bool((table.diff() >= 0).any())
+            or float(table[0]) >= 0
+        ):
+            raise ScheduleError(
+                "noise.alphas_cumprod must decrease strictly and lie within (0, 1): check betas"
+            )
 
     @cached_property
     def table(self) -> Tensor:
@@ -245,7 +270,12 @@ class VPDiscrete(_VP):
         elif self.betas == "linear":
             betas = torch.linspace(self.beta_start, self.beta_end, self.n, dtype=torch.float64)
         else:
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.n, dtype=torch.float64) ** 2
+            betas = (
+                torch.linspace(
+                    self.beta_start**0.5, self.beta_end**0.5, self.n, dtype=torch.float64
+                )
+                ** 2
+            )
         return 0.5 * torch.log(torch.cumprod(1 - betas, dim=0))
 
     @property
@@ -348,7 +378,9 @@ class RectifiedFlow:
     def __post_init__(self) -> None:
         _check(self, self.t_start, self.t_end, positive=("shift", "label_scale"))
         if self.t_start > 1:
-            raise ScheduleError(f"noise.t_start {self.t_start} is above 1, which is pure noise: use 1")
+            raise ScheduleError(
+                f"noise.t_start {self.t_start} is above 1, which is pure noise: use 1"
+            )
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -398,7 +430,10 @@ def noise_from_dict(data: dict[str, Any]) -> NoiseSchedule:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "type"}
     for key, value in values.items():
         if key not in known:
-            raise ScheduleError(f"noise.{key} is not a field of {data['type']}: its fields are {', '.join(sorted(known))}")
+            raise ScheduleError(
+                f"noise.{key} is not a field of {data['type']}: its fields are "
+                f"{', '.join(sorted(known))}"
+            )
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float | str):
                 raise ScheduleError(f"noise.{key} holds {number!r}: numbers are needed")

@@ -4,8 +4,9 @@
     D_c     = denoise(y_c, t_c)                                                  c = 0 .. C-1
     y_{c+1} = r_c y_c + e_c x_T + k_c m + sum_{j<=c} b_cj D_j (+ g_c noise)      the sample is y_C
 
-`compile` runs the textbook loop of `space.solve` on symbolic vectors and reads row c off as s_{c+1} - r_c s_c with
-r_c = sigma_{c+1}/sigma_c; it knows no method names. All numbers are float64 torch tensors on the CPU and carry gradients.
+`compile` runs the textbook loop of `space.solve` on symbolic vectors and reads row c off as
+s_{c+1} - r_c s_c with r_c = sigma_{c+1}/sigma_c; it knows no method names. All numbers are float64
+torch tensors on the CPU and carry gradients.
 """
 
 from __future__ import annotations
@@ -73,12 +74,17 @@ class Program:
     @cached_property
     def digest(self) -> str:
         """Hash over the numbers, 12 significant digits, |x| < 1e-13 taken as 0."""
-        text = json.dumps({name: _canonical(value) for name, value in self.to_dict().items()}, sort_keys=True)
+        text = json.dumps(
+            {name: _canonical(value) for name, value in self.to_dict().items()}, sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; b as ragged rows, g only if some row adds noise."""
-        data: dict[str, Any] = {name: getattr(self, name).tolist() for name in ("t", "label", "alpha", "sigma", "init", "r", "e", "k")}
+        data: dict[str, Any] = {
+            name: getattr(self, name).tolist()
+            for name in ("t", "label", "alpha", "sigma", "init", "r", "e", "k")
+        }
         data["b"] = [row[: c + 1] for c, row in enumerate(self.b.tolist())]
         if self.stochastic:
             data["g"] = self.g.tolist()
@@ -90,35 +96,57 @@ class Program:
         """Read the JSON form.
 
         Raises:
-            ScheduleError: a missing field, a wrong length or a number that is not finite; the field is named.
+            ScheduleError: a missing field, a wrong length or a number that is not finite; the
+                field is named.
         """
         size = len(data["t"]) if isinstance(data.get("t"), list) else 0
         values: dict[str, Tensor] = {}
         for name in ("t", "label", "alpha", "sigma", "init", "r", "e", "k"):
-            values[name] = _numbers(data.get(name), f"program.{name}", 2 if name == "init" else size)
+            values[name] = _numbers(
+                data.get(name), f"program.{name}", 2 if name == "init" else size
+            )
         rows = data.get("b")
         if not isinstance(rows, list) or len(rows) != size or size == 0:
-            raise ScheduleError(f"program.b must hold {size} rows, and at least one: the file is damaged")
+            raise ScheduleError(
+                f"program.b must hold {size} rows, and at least one: the file is damaged"
+            )
         b = torch.zeros(size, size, dtype=torch.float64)
         for c, row in enumerate(rows):
             b[c, : c + 1] = _numbers(row, f"program.b[{c}]", c + 1)
-        g = _numbers(data["g"], "program.g", size) if data.get("g") is not None else torch.zeros(size, dtype=torch.float64)
+        g = (
+            _numbers(data["g"], "program.g", size)
+            if data.get("g") is not None
+            else torch.zeros(size, dtype=torch.float64)
+        )
         guidance = data.get("guidance")
         known = {f.name for f in fields(cls)}
         for name in data:
             if name not in known:
                 raise ScheduleError(f"program.{name} is not a field of a program: remove it")
-        return cls(**values, b=b, g=g, guidance=None if guidance is None else _numbers(guidance, "program.guidance", size))
+        return cls(
+            **values,
+            b=b,
+            g=g,
+            guidance=None if guidance is None else _numbers(guidance, "program.guidance", size),
+        )
 
     def require_equal(self, other: Program, tolerance: float = 1e-9) -> None:
-        """Raise a ScheduleError naming the first field in which two programs differ by more than `tolerance` (relative to 1 + |x|)."""
+        """Raise a ScheduleError naming the first field that differs by > tolerance * (1 + |x|)."""
         for field in fields(self):
             a, b = getattr(self, field.name), getattr(other, field.name)
             if a is None and b is None:
                 continue
-            same = a is not None and b is not None and a.shape == b.shape and bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
+            same = (
+                a is not None
+                and b is not None
+                and a.shape == b.shape
+                and bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
+            )
             if not same:
-                raise ScheduleError(f"program.{field.name} is not what the steps compile to: the file was edited; remove 'program' to recompile")
+                raise ScheduleError(
+                    f"program.{field.name} is not what the steps compile to: the file was edited; "
+                    "remove 'program' to recompile"
+                )
 
 
 def compile(schedule: OdeSchedule, values: Mapping[str, Tensor] | None = None) -> Program:
@@ -126,18 +154,23 @@ def compile(schedule: OdeSchedule, values: Mapping[str, Tensor] | None = None) -
 
     Args:
         schedule: the choices.
-        values: numbers to use instead of the schedule's, by field: "times" (N+1,) or any number of `StepSpec` with leading axis N
-            ("compensation", "dt_query", "weights" (N, K), "guidance", ...). They may require gradients.
+        values: numbers to use instead of the schedule's, by field: "times" (N+1,) or any number of
+            `StepSpec` with leading axis N ("compensation", "dt_query", "weights" (N, K),
+            "guidance", ...). They may require gradients.
 
     Returns:
         The program; its tensors carry gradients where `values` do.
 
     Raises:
-        ScheduleError: choices that have no program (an order the basis cannot integrate, older noise that does not cancel).
+        ScheduleError: choices that have no program (an order the basis cannot integrate, older
+            noise that does not cancel).
     """
     choices = Choices(schedule, values or {})
     calls = schedule.nfe
-    noises = any(isinstance(e, Tensor) or e != 0 for e in (choices.get("eta", i) for i in range(schedule.n_steps)))
+    noises = any(
+        isinstance(e, Tensor) or e != 0
+        for e in (choices.get("eta", i) for i in range(schedule.n_steps))
+    )
     tape = Tape(calls, noises=noises)
     final, arrived = solve(choices, tape)
     record = tape.calls
@@ -146,14 +179,22 @@ def compile(schedule: OdeSchedule, values: Mapping[str, Tensor] | None = None) -
     states = [call.state for call in record] + [final]
     arrivals = [call.arrived for call in record[1:]] + [arrived]
     r = torch.stack([after / call.sigma for after, call in zip(arrivals, record, strict=True)])
-    rows = torch.stack([after - rc * before for rc, (before, after) in zip(r, pairwise(states), strict=True)])
+    rows = torch.stack(
+        [after - rc * before for rc, (before, after) in zip(r, pairwise(states), strict=True)]
+    )
     if not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0])
-        raise ScheduleError(f"the row of network call {bad} is not finite: two of its points coincide or a step lands on sigma = 0 with too high an order")
+        raise ScheduleError(
+            f"the row of network call {bad} is not finite: two of its points coincide or a step "
+            "lands on sigma = 0 with too high an order"
+        )
     rows = _clean(rows)
     fresh = rows[:, 2 + calls :]
     if noises and bool((fresh - torch.diag(fresh.diagonal())).abs().max() > 1e-10):
-        raise ScheduleError("a step uses outputs in the noise formulation across fresh noise: use formulation data, or order 1, where eta > 0")
+        raise ScheduleError(
+            "a step uses outputs in the noise formulation across fresh noise: use formulation "
+            "data, or order 1, where eta > 0"
+        )
     queries = [call.query for call in record]
     t = torch.stack([q.t for q in queries])
     return Program(
@@ -192,7 +233,9 @@ def stack(programs: Sequence[Program]) -> Program:
     """
     sizes = {p.nfe for p in programs}
     if len(sizes) != 1:
-        raise ScheduleError(f"programs of {sorted(sizes)} calls cannot run as one batch: group them by NFE")
+        raise ScheduleError(
+            f"programs of {sorted(sizes)} calls cannot run as one batch: group them by NFE"
+        )
     guided = [p.guidance is not None for p in programs]
     if any(guided) and not all(guided):
         raise ScheduleError("some programs set guidance and some do not: group them")
@@ -205,7 +248,7 @@ def stack(programs: Sequence[Program]) -> Program:
 
 @dataclass(frozen=True)
 class ProgramSchedule:
-    """A schedule file that holds only a program: it can be replayed and compared, not edited or explained."""
+    """A file with only a program: it can be replayed and compared, not edited or explained."""
 
     program: Program
     noise: NoiseSchedule
@@ -235,8 +278,18 @@ class ProgramSchedule:
 
     def to_dict(self) -> dict[str, Any]:
         """The file form."""
-        head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "nfe": self.nfe, "noise": noise_to_dict(self.noise)}
-        return head | {"options": self.options, "program": self.program.to_dict(), "provenance": self.provenance}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "nfe": self.nfe,
+            "noise": noise_to_dict(self.noise),
+        }
+        return head | {
+            "options": self.options,
+            "program": self.program.to_dict(),
+            "provenance": self.provenance,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ProgramSchedule:
@@ -244,7 +297,12 @@ class ProgramSchedule:
         if "noise" not in data:
             raise ScheduleError("noise is missing from the schedule file")
         noise = noise_from_dict(data["noise"])
-        return cls(Program.from_dict(data["program"]), noise, dict(data.get("options") or {}), dict(data.get("provenance") or {}))
+        return cls(
+            Program.from_dict(data["program"]),
+            noise,
+            dict(data.get("options") or {}),
+            dict(data.get("provenance") or {}),
+        )
 
 
 def sampler_digest(program: Program, noise: NoiseSchedule, options: Mapping[str, Any]) -> str:
@@ -257,7 +315,11 @@ def _numbers(value: object, name: str, size: int) -> Tensor:
     if not isinstance(value, list) or len(value) != size:
         raise ScheduleError(f"{name} must be a list of {size} numbers")
     for i, number in enumerate(value):
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int | float)
+            or not math.isfinite(number)
+        ):
             raise ScheduleError(f"{name}[{i}] is {number!r}: a finite number is needed")
     return torch.tensor(value, dtype=torch.float64)
 

@@ -1,20 +1,27 @@
 """Solver schedules: WHAT a sampler does, as frozen, validated values with a versioned JSON form.
 
-An `OdeSchedule` is a noise schedule, N+1 decreasing times and one `StepSpec` per step. Its meaning is the `Program` it compiles to
-(`space.program`). The file holds both: the choices for people, the program for samplers. Every field of a step has a neutral value at which
-the program equals the plain solver's bit for bit. Nothing that is loaded here can execute code.
+An `OdeSchedule` is a noise schedule, N+1 decreasing times and one `StepSpec` per step. Its meaning
+is the `Program` it compiles to (`space.program`). The file holds both: the choices for people, the
+program for samplers. Every field of a step has a neutral value at which the program equals the
+plain solver's bit for bit. Nothing that is loaded here can execute code.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor
 
 from fewstep.space.coefficients import RELAXATIONS, TABLEAUS
@@ -31,9 +38,11 @@ VERSION = 1
 class Frozen(BaseModel):
     """A pydantic value whose construction errors are one-line `ScheduleError`s."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
-    def __init__(self, **data: Any) -> None:  # noqa: ANN401
+    def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -55,27 +64,36 @@ class StepSpec(Frozen):
     """One step t -> t_next. Neutral values in brackets.
 
     Args:
-        order: points used by the predictor, 1..4; needs order - 1 older points (DPM-Solver++ 2M: 2).
+        order: points used by the predictor, 1..4; needs order - 1 older points (DPM-Solver++ 2M:
+            2).
         formulation: variable of the ODE the step integrates: "data", "noise" or "velocity".
-        basis: variable of the interpolation: "lam" (exponential integrators), "t" (DEIS tAB), "rho" (DEIS rhoAB), "power"
-            (rho ** power) or "adams" (uniform-grid Adams weights, iPNDM).
+        basis: variable of the interpolation: "lam" (exponential integrators), "t" (DEIS tAB),
+            "rho" (DEIS rhoAB), "power" (rho ** power) or "adams" (uniform-grid Adams weights,
+            iPNDM).
         power: exponent of the "power" basis; 1 is "rho", towards 0 it tends to "lam".
-        relaxation: factor on the first derivative in the lam basis ["none"]: "bh1", "bh2" (UniPC's B(h)), "exp", "minus_exp",
-            "linear" (1 + coefficient * h); "half_second" halves the second derivative (DPM-Solver++ 3M).
+        relaxation: factor on the first derivative in the lam basis ["none"]: "bh1", "bh2" (UniPC's
+            B(h)), "exp", "minus_exp", "linear" (1 + coefficient * h); "half_second" halves the
+            second derivative (DPM-Solver++ 3M).
         relaxation_coefficient: c of "linear" [0], per unit of lam.
         slope_points: points used for the FIRST derivative, 1..order-1, nearest first [all].
-        start: which history point the step starts from, 0 = newest [0]; > 0 makes singlestep methods.
-        tableau: an explicit Runge-Kutta method instead of history (see `coefficients.TABLEAUS`) [None]; its stages are placed
-            in the basis variable: "rho" is DEIS rhoRK, "t" PNDM's pseudo Runge-Kutta.
-        corrector: "none"; "reuse" (UniC: corrects the state, keeps the network value, +0 calls); "reeval" (+1 call).
+        start: which history point the step starts from, 0 = newest [0]; > 0 makes singlestep
+            methods.
+        tableau: an explicit Runge-Kutta method instead of history (see `coefficients.TABLEAUS`)
+            [None]; its stages are placed in the basis variable: "rho" is DEIS rhoRK, "t" PNDM's
+            pseudo Runge-Kutta.
+        corrector: "none"; "reuse" (UniC: corrects the state, keeps the network value, +0 calls);
+            "reeval" (+1 call).
         corrector_order: points used by the corrector, the new one included [order + 1].
         corrector_relaxation: as `relaxation`, for the corrector ["none"].
-        weights: extra weights on older outputs, newest first, in units of the step's DDIM weight; the newest output loses their
-            sum, so constants stay exact [()].
-        compensation: DC-Solver's ratio: the newest output is replaced for good by its interpolation at
-            compensation * t + (1 - compensation) * t_previous [1]; needs `compensation_order` older points.
+        corrector_slope_points: as `slope_points`, for the corrector, the new point included [all].
+        weights: extra weights on older outputs, newest first, in units of the step's DDIM weight;
+            the newest output loses their sum, so constants stay exact [()].
+        compensation: DC-Solver's ratio: the newest output is replaced for good by its
+            interpolation at compensation * t + (1 - compensation) * t_previous [1]; needs
+            `compensation_order` older points.
         dt_query: time told to the network minus the nominal time, in model time [0].
-        dt_start: time whose (alpha, sigma) the step takes its start state to have, minus nominal [0].
+        dt_start: time whose (alpha, sigma) the step takes its start state to have, minus nominal
+            [0].
         dt_land: time the step lands on, minus the nominal next time [0].
         eta: share of fresh noise, 0..1 [0]; 1 with order 1 is the DDPM ancestral step.
         guidance: guidance scale of this step's network call, None = as the caller gives [None].
@@ -93,6 +111,7 @@ class StepSpec(Frozen):
     corrector: Literal["none", "reuse", "reeval"] = "none"
     corrector_order: int | None = None
     corrector_relaxation: str = "none"
+    corrector_slope_points: int | None = None
     weights: tuple[float, ...] = ()
     compensation: float = 1.0
     dt_query: float = 0.0
@@ -107,17 +126,44 @@ class StepSpec(Frozen):
         _need(self.start >= 0, f"start {self.start} must be 0 (newest) or more")
         _need(0 <= self.eta <= 1, f"eta {self.eta} is outside 0..1")
         for name in (self.relaxation, self.corrector_relaxation):
-            _need(name in RELAXATIONS, f"relaxation {name!r} is unknown: use one of {', '.join(RELAXATIONS)}")
+            _need(
+                name in RELAXATIONS,
+                f"relaxation {name!r} is unknown: use one of {', '.join(RELAXATIONS)}",
+            )
         if self.tableau is not None:
-            _need(self.tableau in TABLEAUS, f"tableau {self.tableau!r} is unknown: use one of {', '.join(TABLEAUS)}")
-            _need(self.order == 1 and self.corrector == "none", "a tableau step takes order 1 and no corrector")
-            _need(self.basis in ("lam", "rho", "t"), "a tableau step places its stages in basis lam, rho or t")
+            _need(
+                self.tableau in TABLEAUS,
+                f"tableau {self.tableau!r} is unknown: use one of {', '.join(TABLEAUS)}",
+            )
+            _need(
+                self.order == 1 and self.corrector == "none",
+                "a tableau step takes order 1 and no corrector",
+            )
+            _need(
+                self.basis in ("lam", "rho", "t"),
+                "a tableau step places its stages in basis lam, rho or t",
+            )
         if self.slope_points is not None:
             _need(self.order > 1, "slope_points needs order 2 or more")
-            _need(1 <= self.slope_points < self.order, f"slope_points {self.slope_points} must lie in 1..order-1")
+            _need(
+                1 <= self.slope_points < self.order,
+                f"slope_points {self.slope_points} must lie in 1..order-1",
+            )
         if self.corrector_order is not None:
             _need(self.corrector != "none", "corrector_order is given but corrector is none")
-            _need(2 <= self.corrector_order <= 5, f"corrector_order {self.corrector_order} is outside 2..5")
+            _need(
+                2 <= self.corrector_order <= 5,
+                f"corrector_order {self.corrector_order} is outside 2..5",
+            )
+        if self.corrector_slope_points is not None:
+            top = self.points_corrector - 1
+            _need(
+                self.corrector != "none", "corrector_slope_points is given but corrector is none"
+            )
+            _need(
+                1 <= self.corrector_slope_points <= top,
+                f"corrector_slope_points {self.corrector_slope_points} must lie in 1..{top}",
+            )
         _need(self.eta == 0 or self.corrector == "none", "a step with eta > 0 takes no corrector")
         _need(self.basis != "power" or self.power > 0, f"power {self.power} must be positive")
         return self
@@ -133,14 +179,17 @@ class OdeSchedule(Frozen):
 
     Args:
         noise: the noise schedule the times belong to (a `NoiseSchedule` or its JSON form).
-        times: N+1 strictly decreasing times, times[0] <= noise's first time, times[N] >= the time of clean data.
+        times: N+1 strictly decreasing times, times[0] <= noise's first time, times[N] >= the time
+            of clean data.
         steps: N steps.
-        first: "network"; or the analytical first step, which replaces the first call: "mean" (D = the constant image m),
-            "zero" (D = 0), "usf_zero" (eps = x as USF released it; kept to replay published files).
+        first: "network"; or the analytical first step, which replaces the first call: "mean" (D =
+            the constant image m), "zero" (D = 0), "usf_zero" (eps = x as USF released it; kept to
+            replay published files).
         compensation_order: polynomial degree K of the compensation's interpolation, 1..3.
         compensation_variable: "t" as published, or "lam".
         shift_keeps: which output of a shifted query is carried to the nominal time, "eps" or "x0".
-        options: named run-time options that are not linear, e.g. {"threshold": {...}} (see `samplers.ode`).
+        options: named run-time options that are not linear, e.g. {"threshold": {...}} (see
+            `samplers.ode`).
         provenance: where the schedule comes from; free JSON, not part of equality of programs.
     """
 
@@ -167,43 +216,82 @@ class OdeSchedule(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _need(isinstance(self.noise, NoiseSchedule), f"noise {self.noise!r} is not a noise schedule")
+        _need(
+            isinstance(self.noise, NoiseSchedule), f"noise {self.noise!r} is not a noise schedule"
+        )
         times, n = self.times, len(self.steps)
         _need(n >= 1, "steps is empty: a schedule needs at least one step")
         _need(len(times) == n + 1, f"{len(times)} times for {n} steps: give {n + 1} times")
-        for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
-            _need(t > t_next, f"times[{i + 1}] = {t_next} is not below times[{i}] = {t}: times must decrease strictly")
+        for i, (t, t_next) in enumerate(pairwise(times)):
+            _need(
+                t > t_next,
+                (
+                    f"times[{i + 1}] = {t_next} is not below times[{i}] = {t}: times must "
+                    "decrease strictly"
+                ),
+            )
         t_start, _ = self.noise.t_range
-        _need(times[0] <= t_start * (1 + 1e-6), f"times[0] = {times[0]} is above the noise schedule's first time {t_start}")
+        _need(
+            times[0] <= t_start * (1 + 1e-6),
+            f"times[0] = {times[0]} is above the noise schedule's first time {t_start}",
+        )
         low = self.noise.t_data
         _need(times[-1] >= low, f"times[{n}] = {times[-1]} is below {low}, the time of clean data")
         if low < 0:
             for i, t in enumerate(times):
-                _need(t == low or t > low + 0.5, f"times[{i}] = {t}: below label {low + 0.5} only {low} (clean data) exists")
-        _need(1 <= self.compensation_order <= 3, f"compensation_order {self.compensation_order} is outside 1..3")
+                _need(
+                    t == low or t > low + 0.5,
+                    f"times[{i}] = {t}: below label {low + 0.5} only {low} (clean data) exists",
+                )
+        _need(
+            1 <= self.compensation_order <= 3,
+            f"compensation_order {self.compensation_order} is outside 1..3",
+        )
         for i, step in enumerate(self.steps):
             self._check_history(i, step, last=i == n - 1)
         return self
 
     def _check_history(self, i: int, step: StepSpec, *, last: bool) -> None:
-        for order, what in ((step.order, "order"), (step.points_corrector - 1 if step.corrector != "none" else 1, "corrector")):
+        for order, what in (
+            (step.order, "order"),
+            (step.points_corrector - 1 if step.corrector != "none" else 1, "corrector"),
+        ):
             _need(
                 order <= i + 1,
-                f"step {i} asks for {what} {order if what == 'order' else order + 1} but has {i + 1} point{'s' if i else ''} of history: "
-                f"use order <= {i + 1}{'' if what == 'order' else f', corrector_order <= {i + 2}'}",
+                f"step {i} asks for {what} {order if what == 'order' else order + 1} but has "
+                f"{i + 1} point{'s' if i else ''} of history: use order <= {i + 1}"
+                f"{'' if what == 'order' else f', corrector_order <= {i + 2}'}",
             )
-        _need(step.start <= i, f"step {i}: start {step.start} points before the first of {i + 1} points")
-        _need(len(step.weights) <= i, f"step {i}: {len(step.weights)} extra weights for {i} older points")
+        _need(
+            step.start <= i,
+            f"step {i}: start {step.start} points before the first of {i + 1} points",
+        )
+        _need(
+            len(step.weights) <= i,
+            f"step {i}: {len(step.weights)} extra weights for {i} older points",
+        )
         _need(
             step.compensation == 1.0 or i >= self.compensation_order,
-            f"step {i}: compensation {step.compensation} needs {self.compensation_order} older points: it is 1 before step {self.compensation_order}",
+            (
+                f"step {i}: compensation {step.compensation} needs {self.compensation_order} "
+                f"older points: it is 1 before step {self.compensation_order}"
+            ),
         )
-        _need(not (last and step.corrector == "reuse"), f"step {i} is the last: a reuse corrector there has no call to reuse")
+        _need(
+            not (last and step.corrector == "reuse"),
+            f"step {i} is the last: a reuse corrector there has no call to reuse",
+        )
         _need(
             not (last and step.corrector == "reeval" and self.times[-1] <= self.noise.t_data),
-            f"step {i} lands on clean data, where the network cannot be asked: corrector must be none",
+            (
+                f"step {i} lands on clean data, where the network cannot be asked: corrector must "
+                "be none"
+            ),
         )
-        _need(i > 0 or step.tableau is None or self.first == "network", "step 0 is a tableau step: first must be 'network'")
+        _need(
+            i > 0 or step.tableau is None or self.first == "network",
+            "step 0 is a tableau step: first must be 'network'",
+        )
 
     @property
     def nfe(self) -> int:
@@ -213,7 +301,9 @@ class OdeSchedule(Frozen):
             calls += 1
             if step.tableau is not None:
                 calls += len(TABLEAUS[step.tableau].c) - 1
-            if step.corrector == "reeval" or (step.corrector == "reuse" and i == len(self.steps) - 1):
+            if step.corrector == "reeval" or (
+                step.corrector == "reuse" and i == len(self.steps) - 1
+            ):
                 calls += 1
         return calls
 
@@ -238,7 +328,10 @@ class OdeSchedule(Frozen):
 
     @property
     def constant(self) -> Tensor | None:
-        """The constant image m of an analytical first step, shape of one sample; None otherwise."""
+        """The constant image m of an analytical first step, shape of one sample.
+
+        None otherwise.
+        """
         return self._constant
 
     def with_constant(self, m: Tensor) -> OdeSchedule:
@@ -248,12 +341,25 @@ class OdeSchedule(Frozen):
         return copy
 
     def to_dict(self) -> dict[str, Any]:
-        """The file form: format, version, choices that differ from neutral, program, provenance."""
+        """The file form: format, version, non-neutral choices, program, provenance."""
         steps = []
         for step in self.steps:
             kept = step.model_dump(mode="json", exclude_defaults=True)
-            steps.append({"order": step.order, "formulation": step.formulation, "corrector": step.corrector} | kept)
-        extra = self.model_dump(mode="json", exclude_defaults=True, include={"first", "compensation_order", "compensation_variable", "shift_keeps", "options"})
+            steps.append(
+                {"order": step.order, "formulation": step.formulation, "corrector": step.corrector}
+                | kept
+            )
+        extra = self.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            include={
+                "first",
+                "compensation_order",
+                "compensation_variable",
+                "shift_keeps",
+                "options",
+            },
+        )
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -276,7 +382,10 @@ class OdeSchedule(Frozen):
         body["steps"] = tuple(_step(i, s) for i, s in enumerate(body["steps"]))
         schedule = cls(**body)
         if "nfe" in data:
-            _need(data["nfe"] == schedule.nfe, f"nfe is {data['nfe']} in the file but its steps make {schedule.nfe} calls")
+            _need(
+                data["nfe"] == schedule.nfe,
+                f"nfe is {data['nfe']} in the file but its steps make {schedule.nfe} calls",
+            )
         if data.get("program") is not None:
             from fewstep.space.program import Program
 
@@ -298,80 +407,3 @@ def _need(condition: bool, message: str) -> None:
 
 
 LOADERS: dict[str, Callable[[dict[str, Any]], Any]] = {"ode": OdeSchedule.from_dict}
-
-
-def load_schedule(source: str | os.PathLike[str] | dict[str, Any]) -> Any:  # noqa: ANN401
-    """Read a schedule file (or its parsed JSON) of any kind.
-
-    Args:
-        source: path or dict.
-
-    Returns:
-        An `OdeSchedule` (kind "ode"), a `ProgramSchedule` (a file with only a program), or what `LOADERS` holds for its kind.
-
-    Raises:
-        ScheduleError: not JSON, another format, an unknown version, NaN, or choices that make no sense; nothing is half-loaded.
-    """
-    if isinstance(source, dict):
-        return _load(source)
-    path = Path(source)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except FileNotFoundError:
-        raise ScheduleError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"{path}: not valid JSON at line {error.lineno} ({error.msg}): the file is truncated or edited") from None
-    except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error}") from None
-    try:
-        schedule = _load(data)
-    except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error}") from None
-    beside = path.with_suffix(".safetensors")
-    if getattr(schedule, "first", None) == "mean" and beside.exists():
-        from safetensors.torch import load_file
-
-        return schedule.with_constant(load_file(beside)["constant"])
-    return schedule
-
-
-def _no_constant(name: str) -> float:
-    raise ScheduleError(f"the file holds {name}: every number must be finite")
-
-
-def _load(data: object) -> Any:  # noqa: ANN401
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ScheduleError(f"format is not {FORMAT!r}: this is not a schedule file")
-    if data.get("version") != VERSION:
-        raise ScheduleError(f"version {data.get('version')!r} is unknown: this fewstep reads version {VERSION}; upgrade fewstep")
-    if data.get("kind") not in LOADERS:
-        raise ScheduleError(f"kind {data.get('kind')!r} is unknown: use one of {', '.join(LOADERS)}")
-    if data["kind"] == "ode" and "steps" not in data and data.get("program") is not None:
-        from fewstep.space.program import ProgramSchedule
-
-        return ProgramSchedule.from_dict(data)
-    return LOADERS[data["kind"]](data)
-
-
-def save_schedule(schedule: Any, path: str | os.PathLike[str]) -> Path:  # noqa: ANN401
-    """Write a schedule file (to a temporary name first, then renamed) and, if it has one, its constant image beside it."""
-    path = Path(path)
-    text = json.dumps(schedule.to_dict(), indent=1, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    constant = getattr(schedule, "constant", None)
-    if constant is not None:
-        from safetensors.torch import save_file
-
-        _replace(path.with_suffix(".safetensors"), lambda p: save_file({"constant": constant.contiguous()}, p))
-    _replace(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
-    return path
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
-
-

@@ -1,9 +1,10 @@
 """The textbook loops, run on symbolic vectors over the basis {x_T, m, D_0, D_1, ..., noise}.
 
-`solve` is the one multistep loop (any order, formulation, basis, corrector, compensation, shift) and `_runge_kutta` its single-step
-branch. They are written as a paper would write them, on states `x` and outputs `D`, `eps`; that these are coefficient vectors and
-not images is the only trick: the `Tape` hands out a fresh unit vector for every network call and remembers the state it was asked at.
-`space.program` reads the rows of the triangular program off the tape.
+`solve` is the one multistep loop (any order, formulation, basis, corrector, compensation, shift)
+and `_runge_kutta` its single-step branch. They are written as a paper would write them, on states
+`x` and outputs `D`, `eps`; that these are coefficient vectors and not images is the only trick:
+the `Tape` hands out a fresh unit vector for every network call and remembers the state it was
+asked at. `space.program` reads the rows of the triangular program off the tape.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.space.coefficients import TABLEAUS, Level, Rule, base, first, lagrange_at, step_weights
+from fewstep.space.coefficients import (
+    TABLEAUS,
+    Level,
+    Rule,
+    base,
+    first,
+    lagrange_at,
+    step_weights,
+)
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.schedule import OdeSchedule, StepSpec
@@ -29,7 +38,7 @@ def times_vector(c: Tensor, vector: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """One network call: the symbolic state it was asked at, that state's sigma, the sigma it arrived with, and the query."""
+    """One network call: the state asked, its sigma, the sigma it arrived with, the query."""
 
     state: Tensor
     sigma: Tensor
@@ -66,7 +75,7 @@ class Tape:
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluated point: the level it stands for, the (corrected) state there, and both forms of the network's output."""
+    """An evaluated point: its level, the (corrected) state, both forms of the output."""
 
     level: Level
     x: Tensor
@@ -84,19 +93,27 @@ class Point:
 
 
 class Choices:
-    """The numbers of a schedule's steps, some of them replaced by tensors that carry gradients or a batch."""
+    """The numbers of the steps, some replaced by tensors that carry gradients or a batch."""
 
     def __init__(self, schedule: OdeSchedule, values: Mapping[str, Tensor]) -> None:
         known = {"times", *StepSpec.model_fields}
         for name in values:
             if name not in known:
-                raise ScheduleError(f"values[{name!r}] is not a number of a step: use times or a field of StepSpec")
+                raise ScheduleError(
+                    f"values[{name!r}] is not a number of a step: use times or a field of StepSpec"
+                )
         self._values = values
         self.schedule = schedule
         self.noise: NoiseSchedule = schedule.noise
-        self.times = values["times"] if "times" in values else torch.tensor(schedule.times, dtype=torch.float64)
+        self.times = (
+            values["times"]
+            if "times" in values
+            else torch.tensor(schedule.times, dtype=torch.float64)
+        )
         t = self.times
-        self._nominal = list(zip(t, self.noise.alpha(t), self.noise.sigma(t), self.noise.lam(t), strict=True))
+        self._nominal = list(
+            zip(t, self.noise.alpha(t), self.noise.sigma(t), self.noise.lam(t), strict=True)
+        )
 
     def get(self, name: str, i: int) -> Number:
         """Field `name` of step i: a float, or a tensor where overridden."""
@@ -115,9 +132,22 @@ class Choices:
         """The weights rule of step i."""
         step = self.schedule.steps[i]
         if corrector:
-            return Rule(step.formulation, step.basis, self.get("power", i), step.corrector_relaxation)
+            return Rule(
+                step.formulation,
+                step.basis,
+                self.get("power", i),
+                step.corrector_relaxation,
+                slope_points=step.corrector_slope_points,
+            )
         coefficient = self.get("relaxation_coefficient", i)
-        return Rule(step.formulation, step.basis, self.get("power", i), step.relaxation, coefficient, step.slope_points)
+        return Rule(
+            step.formulation,
+            step.basis,
+            self.get("power", i),
+            step.relaxation,
+            coefficient,
+            step.slope_points,
+        )
 
 
 def solve(choices: Choices, tape: Tape) -> tuple[Tensor, Tensor]:
@@ -127,7 +157,11 @@ def solve(choices: Choices, tape: Tape) -> tuple[Tensor, Tensor]:
     history: list[Point] = []  # newest first
     pending: Point | None = None  # point i when step i-1 has already asked the network there
     for i, step in enumerate(steps):
-        point = pending or (_analytical(choices, tape, x) if i == 0 and schedule.first != "network" else evaluate(choices, tape, x, i, arrived))
+        point = pending or (
+            _analytical(choices, tape, x)
+            if i == 0 and schedule.first != "network"
+            else evaluate(choices, tape, x, i, arrived)
+        )
         history.insert(0, replace(point, x=x))
         pending = None
         _compensate(choices, history, i)
@@ -148,18 +182,32 @@ def solve(choices: Choices, tape: Tape) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(choices: Choices, tape: Tape, x: Tensor, i: int, arrived: Tensor) -> Point:
-    """Ask the network at state x at times[i] (shifted as step i says; the end of the last step is unshifted)."""
+    """Ask the network at state x at times[i] (shifted as step i says.
+
+    The end of the last step is unshifted).
+    """
     if i < len(choices.schedule.steps):
-        query_shift, start_shift, guidance = choices.get("dt_query", i), choices.get("dt_start", i), choices.get("guidance", i)
+        query_shift, start_shift, guidance = (
+            choices.get("dt_query", i),
+            choices.get("dt_start", i),
+            choices.get("guidance", i),
+        )
     else:
         query_shift, start_shift, guidance = 0.0, 0.0, choices.get("guidance", i - 1)
     nominal = choices.level(i, start_shift)
-    query = nominal if query_shift is start_shift or (_plain(query_shift, start_shift) and query_shift == start_shift) else choices.level(i, query_shift)
+    query = (
+        nominal
+        if query_shift is start_shift
+        or (_plain(query_shift, start_shift) and query_shift == start_shift)
+        else choices.level(i, query_shift)
+    )
     D = tape.call(Call(x, choices.level(i).sigma, arrived, query, guidance))
     if query is nominal or choices.schedule.shift_keeps == "x0":
         return Point(nominal, x, D, _eps(x, D, nominal))
     eps = _eps(x, D, query)
-    return Point(nominal, x, times_vector(1 / nominal.alpha, x - times_vector(nominal.sigma, eps)), eps)
+    return Point(
+        nominal, x, times_vector(1 / nominal.alpha, x - times_vector(nominal.sigma, eps)), eps
+    )
 
 
 def _plain(*numbers: Number) -> bool:
@@ -173,7 +221,9 @@ def _eps(x: Tensor, D: Tensor, level: Level) -> Tensor:
 def _analytical(choices: Choices, tape: Tape, x: Tensor) -> Point:
     """The first point without a network call."""
     level, kind = choices.level(0), choices.schedule.first
-    if kind == "usf_zero":  # as released: eps = x where the model is VP; in EDM eps = x/sigma but D = x(1 - sigma)
+    if (
+        kind == "usf_zero"
+    ):  # as released: eps = x where the model is VP; in EDM eps = x/sigma but D = x(1 - sigma)
         eps = times_vector(1 / level.alpha / level.sigma, x) if choices.noise.type == "edm" else x
         return Point(level, x, times_vector((1 - level.sigma) / level.alpha, x), eps)
     D = tape.m if kind == "mean" else tape.zero
@@ -181,16 +231,24 @@ def _analytical(choices: Choices, tape: Tape, x: Tensor) -> Point:
 
 
 def _compensate(choices: Choices, history: list[Point], i: int) -> None:
-    """DC-Solver: the newest output becomes its interpolation at ratio * t_i + (1 - ratio) * t_{i-1}, for good."""
+    """DC-Solver: the newest output is read at ratio t_i + (1 - ratio) t_{i-1}, for good."""
     ratio = choices.get("compensation", i)
     k = choices.schedule.compensation_order + 1
     if (isinstance(ratio, float) and ratio == 1.0) or len(history) < k:
         return
     levels = [choices.level(i - j) for j in range(k)]
-    nodes = [level.t if choices.schedule.compensation_variable == "t" else level.lam for level in levels]
+    nodes = [
+        level.t if choices.schedule.compensation_variable == "t" else level.lam for level in levels
+    ]
     weights = lagrange_at(nodes, ratio * nodes[0] + (1 - ratio) * nodes[1])
-    D = sum((times_vector(w, p.D) for w, p in zip(weights, history, strict=False)), torch.zeros_like(history[0].D))
-    eps = sum((times_vector(w, p.eps) for w, p in zip(weights, history, strict=False)), torch.zeros_like(history[0].eps))
+    D = sum(
+        (times_vector(w, p.D) for w, p in zip(weights, history, strict=False)),
+        torch.zeros_like(history[0].D),
+    )
+    eps = sum(
+        (times_vector(w, p.eps) for w, p in zip(weights, history, strict=False)),
+        torch.zeros_like(history[0].eps),
+    )
     history[0] = replace(history[0], D=D, eps=eps)
 
 
@@ -203,9 +261,14 @@ def _predict(choices: Choices, tape: Tape, history: list[Point], i: int, land: L
     x = _advance(choices, choices.rule(i), start, others[: step.order - 1], land, implicit=False)
     extra = choices.get("weights", i)
     if len(extra) > 0:  # type: ignore[arg-type]
-        total, newest = first(step.formulation, start.level, land), start.output(step.formulation, choices.noise)
+        total, newest = (
+            first(step.formulation, start.level, land),
+            start.output(step.formulation, choices.noise),
+        )
         for weight, point in zip(extra, others, strict=False):  # type: ignore[arg-type]
-            x = x + times_vector(total * weight, point.output(step.formulation, choices.noise) - newest)
+            x = x + times_vector(
+                total * weight, point.output(step.formulation, choices.noise) - newest
+            )
     return x
 
 
@@ -217,9 +280,13 @@ def _correct(choices: Choices, history: list[Point], new: Point, i: int, land: L
     return _advance(choices, choices.rule(i, corrector=True), start, points, land, implicit=True)
 
 
-def _advance(choices: Choices, rule: Rule, start: Point, points: list[Point], land: Level, *, implicit: bool) -> Tensor:
+def _advance(
+    choices: Choices, rule: Rule, start: Point, points: list[Point], land: Level, *, implicit: bool
+) -> Tensor:
     """base * x + sum of weights * outputs."""
-    weights = step_weights(rule, choices.noise, start.level, [p.level for p in points], land, implicit=implicit)
+    weights = step_weights(
+        rule, choices.noise, start.level, [p.level for p in points], land, implicit=implicit
+    )
     x = times_vector(base(rule.formulation, start.level, land), start.x)
     for weight, point in zip(weights, (start, *points), strict=True):
         x = x + times_vector(weight, point.output(rule.formulation, choices.noise))
@@ -227,25 +294,45 @@ def _advance(choices: Choices, rule: Rule, start: Point, points: list[Point], la
 
 
 def _downstep(eta: Number, start: Level, land: Level) -> tuple[Level, Tensor]:
-    """Ancestral step: land at sigma_down, then add g noise; g = eta sigma' sqrt(1 - e^-2h), sigma_down^2 = sigma'^2 - g^2."""
+    """Ancestral step: land at sigma_down, then add g noise.
+
+    G = eta sigma' sqrt(1 - e^-2h), sigma_down^2 = sigma'^2 - g^2.
+    """
     share = -torch.expm1(2 * (start.lam - land.lam)) * eta**2
     g, down = land.sigma * torch.sqrt(share), land.sigma * torch.sqrt(1 - share)
     return Level(land.t, land.alpha, down, torch.log(land.alpha) - torch.log(down)), g
 
 
 def _runge_kutta(choices: Choices, tape: Tape, point: Point, i: int, land: Level) -> Tensor:
-    """Explicit Runge-Kutta in the step's formulation; stage c_i lies at a share c_i of the way in the basis variable."""
+    """Explicit Runge-Kutta in the step's formulation.
+
+    Stage c_i lies at a share c_i of the way in the basis variable.
+    """
     step, start = choices.schedule.steps[i], point.level
     tableau = TABLEAUS[step.tableau or ""]
     outputs = [point.output(step.formulation, choices.noise)]
     for c, row in zip(tableau.c[1:], tableau.rows[1:], strict=True):
-        stage = land if c == 1.0 else Level.at(choices.noise, _between(choices.noise, step.basis, start, land, c))
-        mix = sum((a / c * f for a, f in zip(row, outputs, strict=True)), torch.zeros_like(outputs[0]))
-        x = times_vector(base(step.formulation, start, stage), point.x) + times_vector(first(step.formulation, start, stage), mix)
+        stage = (
+            land
+            if c == 1.0
+            else Level.at(choices.noise, _between(choices.noise, step.basis, start, land, c))
+        )
+        mix = sum(
+            (a / c * f for a, f in zip(row, outputs, strict=True)), torch.zeros_like(outputs[0])
+        )
+        x = times_vector(base(step.formulation, start, stage), point.x) + times_vector(
+            first(step.formulation, start, stage), mix
+        )
         D = tape.call(Call(x, stage.sigma, stage.sigma, stage, choices.get("guidance", i)))
-        outputs.append(Point(stage, x, D, _eps(x, D, stage)).output(step.formulation, choices.noise))
-    mix = sum((b * f for b, f in zip(tableau.result, outputs, strict=True)), torch.zeros_like(outputs[0]))
-    return times_vector(base(step.formulation, start, land), point.x) + times_vector(first(step.formulation, start, land), mix)
+        outputs.append(
+            Point(stage, x, D, _eps(x, D, stage)).output(step.formulation, choices.noise)
+        )
+    mix = sum(
+        (b * f for b, f in zip(tableau.result, outputs, strict=True)), torch.zeros_like(outputs[0])
+    )
+    return times_vector(base(step.formulation, start, land), point.x) + times_vector(
+        first(step.formulation, start, land), mix
+    )
 
 
 def _between(noise: NoiseSchedule, basis: str, start: Level, land: Level, c: float) -> Tensor:

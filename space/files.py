@@ -1,0 +1,102 @@
+"""Schedule files: reading and writing any kind, nothing half-loaded or half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fewstep.space.errors import ScheduleError
+from fewstep.space.program import ProgramSchedule
+from fewstep.space.schedule import FORMAT, LOADERS, VERSION
+
+
+def load_schedule(source: str | os.PathLike[str] | dict[str, Any]) -> Any:
+    """Read a schedule file (or its parsed JSON) of any kind.
+
+    Args:
+        source: path or dict.
+
+    Returns:
+        An `OdeSchedule` (kind "ode"), a `ProgramSchedule` (a file with only a program), or what
+        `LOADERS` holds for its kind.
+
+    Raises:
+        ScheduleError: not JSON, another format, an unknown version, NaN, or choices that make no
+            sense; nothing is half-loaded.
+    """
+    if isinstance(source, dict):
+        return _load(source)
+    path = Path(source)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise ScheduleError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ScheduleError(
+            f"{path}: not valid JSON at line {error.lineno} ({error.msg}): the file is truncated "
+            "or edited"
+        ) from None
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from None
+    try:
+        schedule = _load(data)
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from None
+    beside = path.with_suffix(".safetensors")
+    if getattr(schedule, "first", None) == "mean" and beside.exists():
+        from safetensors.torch import load_file
+
+        return schedule.with_constant(load_file(beside)["constant"])
+    return schedule
+
+
+def _no_constant(name: str) -> float:
+    raise ScheduleError(f"the file holds {name}: every number must be finite")
+
+
+def _load(data: object) -> Any:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ScheduleError(f"format is not {FORMAT!r}: this is not a schedule file")
+    if data.get("version") != VERSION:
+        raise ScheduleError(
+            f"version {data.get('version')!r} is unknown: this fewstep reads version {VERSION}; "
+            "upgrade fewstep"
+        )
+    if data.get("kind") not in LOADERS:
+        raise ScheduleError(
+            f"kind {data.get('kind')!r} is unknown: use one of {', '.join(LOADERS)}"
+        )
+    if data["kind"] == "ode" and "steps" not in data and data.get("program") is not None:
+        return ProgramSchedule.from_dict(data)
+    return LOADERS[data["kind"]](data)
+
+
+def save_schedule(schedule: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a schedule file, and its constant image beside it if it has one.
+
+    Both are written to a temporary name first, then renamed.
+    """
+    path = Path(path)
+    text = json.dumps(schedule.to_dict(), indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    constant = getattr(schedule, "constant", None)
+    if constant is not None:
+        from safetensors.torch import save_file
+
+        _replace(
+            path.with_suffix(".safetensors"),
+            lambda p: save_file({"constant": constant.contiguous()}, p),
+        )
+    _replace(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    return path
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)
