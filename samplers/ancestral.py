@@ -27,7 +27,9 @@ from fewstep.samplers.masked import TokenDenoiser
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.masked import MaskedNoise
 
-__all__ = ["ancestral", "expected_calls"]
+__all__ = ["Sampling", "ancestral", "expected_calls"]
+
+Sampling = Literal["two_stage", "categorical", "fp32_gumbel"]
 
 
 @torch.no_grad()
@@ -38,7 +40,7 @@ def ancestral(
     *,
     noise: MaskedNoise | None = None,
     cached: bool = False,
-    sampling: Literal["two_stage", "categorical", "fp32_gumbel"] = "two_stage",
+    sampling: Sampling = "two_stage",
     generator: torch.Generator | None = None,
     bits: int = DEMONSTRATION_BITS,
 ) -> Tensor:
@@ -89,7 +91,7 @@ def _step(
     logits: Tensor,
     masked: Tensor,
     stay: float,
-    sampling: str,
+    sampling: Sampling,
     generator: torch.Generator | None,
     bits: int,
     mask: int,

@@ -1,0 +1,227 @@
+"""How good generated molecules are: validity, uniqueness, novelty, Frechet ChemNet Distance.
+
+    validity    share of strings that rdkit reads as a molecule
+    uniqueness  share of distinct molecules (canonical SMILES) among the valid ones
+    novelty     share of those that are not in the MOSES training set
+    FCD         |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^{1/2}), of ChemNet's 512 features of
+                the valid molecules against the MOSES test set
+
+FCD depends on the number of molecules: 2000 training molecules score 0.62 for being so few.
+Compare at equal numbers only. ChemNet is read from the pinned `fcd_torch` wheel, the reference
+statistics ship beside the model as plain arrays (`--reference` makes them again from the pinned
+`molsets` wheel). Needs the extra `fewstep[molecules]` (rdkit).
+
+    python -m fewstep.experiments.metrics_molecules molecules.smi
+    python -m fewstep.experiments.metrics_molecules --train 2000    # the floor at this number
+    python -m fewstep.experiments.metrics_molecules --reference
+
+References:
+    Polykovskiy et al. 1811.12823 (MOSES); Preuer et al. 1803.09518 (FCD).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fewstep.experiments.models import molecules
+from fewstep.experiments.models.assets import AssetError, read_member
+
+__all__ = ["Scores", "canonical", "chemnet_features", "fcd", "frechet", "reference", "score"]
+
+REFERENCE = Path(molecules.__file__).with_name("moses_test_fcd.safetensors")
+_SYMBOLS = (
+    "C", "N", "O", "H", "F", "Cl", "P", "B", "Br", "S", "I", "Si", "#", "(", ")", "+", "-",
+    "1", "2", "3", "4", "5", "6", "7", "8", "=", "[", "]", "@", "c", "n", "o", "s", "X", ".",
+)  # fmt: skip
+_INDEX = {symbol: i for i, symbol in enumerate(_SYMBOLS)}
+_PADDED = 350
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of `n` generated strings; shares in 0..1, `fcd` >= 0 (lower is better)."""
+
+    n: int
+    validity: float
+    uniqueness: float
+    novelty: float
+    fcd: float
+
+    def __str__(self) -> str:
+        shares = f"valid {self.validity:.4f} unique {self.uniqueness:.4f} new {self.novelty:.4f}"
+        return f"n {self.n} {shares} FCD {self.fcd:.3f}"
+
+
+def canonical(smiles: Sequence[str]) -> list[str | None]:
+    """Canonical SMILES, None where rdkit reads no molecule (an empty string is none)."""
+    try:
+        from rdkit import Chem, RDLogger
+    except ImportError:
+        raise AssetError("rdkit is missing: pip install 'fewstep[molecules]'") from None
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
+    read = (Chem.MolFromSmiles(s) if s else None for s in smiles)
+    return [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in read]
+
+
+# kind, (weights, sizes, options), as the file lists them
+_Layer = tuple[str, tuple[dict[str, Tensor], dict[str, int], dict[str, object]]]
+
+
+class _ChemNet(nn.Module):
+    """ChemNet without its last layer: convolutions, then LSTMs over the symbols of a SMILES."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        super().__init__()
+        self.layers, self.options = nn.ModuleList(), []
+        for kind, (state, sizes, options) in layers:
+            layer = {"Conv1d": nn.Conv1d, "LSTM": nn.LSTM}[kind](**sizes)
+            layer.load_state_dict(state)
+            self.layers.append(layer)
+            self.options.append(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `(n, 512)` of one-hot symbols `(n, length, 35)`."""
+        for layer, options in zip(self.layers, self.options, strict=True):
+            if isinstance(layer, nn.Conv1d):
+                size, stride = layer.kernel_size[0], layer.stride[0]
+                pad = max(size - (x.shape[1] % stride or stride), 0)  # "same"
+                pads = (pad // stride, pad // stride if pad % stride == 0 else pad - pad // stride)
+                x = functional.pad(x.transpose(1, 2), pads)
+                x = getattr(functional, str(options["activation"]))(layer(x)).transpose(1, 2)
+            else:
+                x = layer(x.flip(1) if options["reverse"] else x)[0]
+                x = x[:, -1] if options["last"] else x
+        return x
+
+
+@functools.cache
+def _chemnet() -> _ChemNet:
+    data = read_member("fcd_torch", "fcd_torch/ChemNet_v0.13_pretrained.pt")
+    return _ChemNet(torch.load(io.BytesIO(data), weights_only=True)).eval()
+
+
+def _one_hot(smiles: str) -> Tensor:
+    rows = torch.zeros(_PADDED, len(_SYMBOLS))
+    ids, at = [], 0
+    while at < len(smiles):
+        size = 2 if smiles[at + 1 : at + 2] in ("r", "i", "l") else 1
+        ids.append(_INDEX.get(smiles[at : at + size], _INDEX["X"]))
+        at += size
+    ids = [*ids[: _PADDED - 1], _INDEX["."]]
+    rows[torch.arange(len(ids)), torch.tensor(ids)] = 1 / len(_SYMBOLS)
+    return rows
+
+
+@torch.no_grad()
+def chemnet_features(smiles: Sequence[str], *, batch: int = 256, device: str = "cpu") -> Tensor:
+    """ChemNet features of canonical SMILES, float64 `(n, 512)`.
+
+    Raises:
+        AssetError: the pinned `fcd_torch` wheel is absent.
+    """
+    net = _chemnet().to(device)
+    parts = []
+    for i in range(0, len(smiles), batch):
+        rows = torch.stack([_one_hot(s) for s in smiles[i : i + batch]])
+        parts.append(net(rows.to(device)).double().cpu())
+    return torch.cat(parts) if parts else torch.empty(0, 512, dtype=torch.float64)
+
+
+def frechet(mu_1: Tensor, cov_1: Tensor, mu_2: Tensor, cov_2: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians; float64, covariances `(d, d)`.
+
+    tr (C_1 C_2)^{1/2} is the sum of the roots of the eigenvalues of C_1^{1/2} C_2 C_1^{1/2}.
+    """
+    values, vectors = torch.linalg.eigh(cov_1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
+    distance = (mu_1 - mu_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    return float(distance)
+
+
+@functools.cache
+def reference() -> tuple[Tensor, Tensor]:
+    """Mean `(512,)` and covariance `(512, 512)` of ChemNet's features of the MOSES test set."""
+    arrays = load_file(REFERENCE)
+    return arrays["mu"], arrays["sigma"]
+
+
+def fcd(features: Tensor) -> float:
+    """Frechet ChemNet Distance of features `(n, 512)`, n >= 2, to the MOSES test set."""
+    mu, sigma = reference()
+    return frechet(features.mean(0), features.T.cov(), mu, sigma)
+
+
+def score(smiles: Sequence[str], *, known: Collection[str] = (), device: str = "cpu") -> Scores:
+    """All scores of generated strings.
+
+    Args:
+        smiles: at least one string.
+        known: canonical SMILES of the training set; empty: novelty is 1.
+        device: where ChemNet runs.
+
+    Returns:
+        Scores; FCD is inf when fewer than two strings are valid.
+    """
+    valid = [s for s in canonical(smiles) if s is not None]
+    distinct = set(valid)
+    features = chemnet_features(valid, device=device)
+    return Scores(
+        n=len(smiles),
+        validity=len(valid) / len(smiles),
+        uniqueness=len(distinct) / max(1, len(valid)),
+        novelty=sum(s not in known for s in distinct) / max(1, len(distinct)),
+        fcd=fcd(features) if len(valid) > 1 else float("inf"),
+    )
+
+
+def write_reference() -> None:
+    """Read the statistics that MOSES ships (a pickled dict, hence the pinned file) as arrays."""
+    data = read_member("molsets", "moses/dataset/data/test_stats.npz")
+    with np.load(io.BytesIO(data), allow_pickle=True) as file:
+        statistics = file["stats"].item()["FCD"]
+    arrays = {
+        k: torch.as_tensor(np.asarray(statistics[k], dtype=np.float64)) for k in ("mu", "sigma")
+    }
+    save_file(arrays, REFERENCE, metadata={"source": "molsets==0.3.1 test_stats.npz, FCD"})
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="score generated molecules")
+    parser.add_argument("file", nargs="?", type=Path, help="one SMILES a line")
+    parser.add_argument("--train", type=int, help="score so many training molecules")
+    parser.add_argument("--reference", action="store_true", help="write the reference again")
+    args = parser.parse_args()
+    if args.reference:
+        write_reference()
+        print(REFERENCE.name, {k: tuple(v.shape) for k, v in load_file(REFERENCE).items()})
+        return
+    known = molecules.load_smiles("train")
+    if args.train:
+        chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+        smiles = [known[i] for i in chosen[: args.train].tolist()]
+    elif args.file:
+        smiles = args.file.read_text(encoding="utf-8").splitlines()
+    else:
+        parser.error("name a file, --train or --reference")
+    print(score(smiles, known=set(known)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AssetError as error:
+        sys.exit(f"error: {error}")

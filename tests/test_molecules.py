@@ -1,0 +1,121 @@
+"""The molecule model's tokens, network and metrics."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fewstep.experiments import metrics_molecules
+from fewstep.experiments.models import molecules, train_molecules
+from fewstep.experiments.models.assets import AssetError
+from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig
+from fewstep.samplers.masked import from_subs, sample_masked
+from fewstep.space.masked import MaskedSchedule
+
+ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
+
+
+def test_decode_undoes_encode() -> None:
+    smiles = [ASPIRIN, "Brc1c[nH]c2c1C(Cl)#N2", "C" * LENGTH]
+    ids = molecules.encode(smiles)
+    assert ids.shape == (3, LENGTH)
+    assert molecules.decode(ids) == smiles
+    assert ids[0, -1] == PAD
+
+
+def test_what_the_model_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="'I' of 'CCI' is not in the vocabulary"):
+        molecules.encode(["CCI"])
+    with pytest.raises(ValueError, match="has 55 tokens; the model holds 54"):
+        molecules.encode(["C" * 55])
+    with pytest.raises(ValueError, match="still holds masks"):
+        molecules.decode([[0, MASK]])
+
+
+def test_a_network_survives_its_file_in_half_precision(tmp_path) -> None:
+    net = MoleculeNet(NetConfig(width=32, depth=1, heads=2))
+    path = tmp_path / "net.safetensors"
+    molecules.save_net(net, path, {"steps": 0})
+    loaded = molecules.load_net(path)
+    tokens = torch.randint(MASK + 1, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(net(tokens), loaded(tokens), atol=1e-2)
+    with pytest.raises(ValueError, match="not a version 1 molecule network"):
+        molecules.load_net(metrics_molecules.REFERENCE)
+
+
+def test_training_is_the_same_run_when_it_is_resumed(tmp_path, monkeypatch) -> None:
+    data = torch.from_numpy(molecules.encode([ASPIRIN, "CCO", "c1ccccc1"] * 50))
+    monkeypatch.setattr(train_molecules, "load_tokens", lambda *_: data)
+    command = "--width 32 --heads 2 --depth 1 --batch 4 --held 10 --decay 100".split()
+
+    def run(name: str, *extra: object) -> dict[str, torch.Tensor]:
+        arguments = [*command, "--out", tmp_path / name, *extra]
+        monkeypatch.setattr("sys.argv", ["train", *map(str, arguments)])
+        train_molecules.main()
+        return molecules.load_net(tmp_path / name).state_dict()
+
+    whole = run("a", "--steps", 350, "--device", "cpu")
+    kept = tmp_path / "kept.safetensors"
+    run("b", "--steps", 350, "--checkpoint", kept, "--device", "cpu")
+    with safe_open(kept, framework="pt") as file:
+        assert file.metadata()["step"] == "350"
+    cut = tmp_path / "cut.safetensors"
+
+    class Stopped(Exception):
+        pass
+
+    save = train_molecules.Run.save
+
+    def stop(self: train_molecules.Run, path) -> None:
+        save(self, path)
+        raise Stopped
+
+    monkeypatch.setattr(train_molecules.Run, "save", stop)
+    with pytest.raises(Stopped):  # asked for more than will be done: the rate is still constant
+        run("c", "--steps", 5000, "--checkpoint", cut, "--device", "cpu")
+    monkeypatch.setattr(train_molecules.Run, "save", save)
+    resumed = run("c", "--steps", 350, "--checkpoint", cut, "--device", "cpu")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_frechet_distance_of_known_gaussians() -> None:
+    a, b = torch.eye(3, dtype=torch.float64), 4 * torch.eye(3, dtype=torch.float64)
+    mu = torch.zeros(3, dtype=torch.float64)
+    assert metrics_molecules.frechet(mu, a, mu + 1, b) == pytest.approx(3 + 3)
+    assert metrics_molecules.frechet(mu, b, mu, b) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_reference_statistics_are_a_mean_and_a_covariance() -> None:
+    mu, sigma = metrics_molecules.reference()
+    assert mu.shape == (512,)
+    assert torch.allclose(sigma, sigma.T)
+    assert float(torch.linalg.eigvalsh(sigma).min()) > -1e-9
+
+
+def test_scores_count_what_they_say() -> None:
+    pytest.importorskip("rdkit")
+    assert metrics_molecules.canonical(["OCC", "C1CC", ""]) == ["CCO", None, None]
+    try:
+        scores = metrics_molecules.score(["OCC", "CCO", "C(", "CCC"], known={"CCC"})
+    except AssetError as error:
+        pytest.skip(str(error))
+    assert (scores.n, scores.validity) == (4, 0.75)
+    assert scores.uniqueness == pytest.approx(2 / 3)
+    assert scores.novelty == 0.5
+    assert scores.fcd > 10
+
+
+def test_the_shipped_network_draws_molecules() -> None:
+    pytest.importorskip("rdkit")
+    if not molecules.WEIGHTS.exists():
+        pytest.skip("no trained weights: python -m fewstep.experiments.models.train_molecules")
+    assert molecules.WEIGHTS.stat().st_size <= 4_000_000
+    denoiser = from_subs(molecules.load_net(), MASK, length=LENGTH)
+    drawn = sample_masked(
+        MaskedSchedule.token_by_token(LENGTH),
+        denoiser,
+        torch.full((50, LENGTH), MASK),
+        generator=torch.Generator().manual_seed(0),
+    )
+    valid = [s for s in metrics_molecules.canonical(molecules.decode(drawn)) if s]
+    assert len(valid) >= 5
+    assert len(set(valid)) == len(valid)
