@@ -82,7 +82,7 @@ class OdeDomain:
         for band in (self.start_band, self.end_band):
             if band is not None and not band[0] < band[1]:
                 raise ScheduleError(f"domain: band {band} must be (low, high) with low < high")
-        low, high = self._start_lam[1], self._end_lam[0]
+        low, high = self.start_lam[1], self.end_lam[0]
         if not self.min_gap > 0 or high - low < self.max_steps * self.min_gap:
             raise ScheduleError(
                 f"domain: {self.max_steps} steps with gaps of {self.min_gap} do not fit in lam {low:.3g} to {high:.3g}: lower min_gap"
@@ -102,13 +102,15 @@ class OdeDomain:
         return times
 
     @cached_property
-    def _start_lam(self) -> tuple[float, float]:
+    def start_lam(self) -> tuple[float, float]:
+        """(low, high) of the first time's lam, finite; equal where it is fixed."""
         t = self.noise.t_range[0]
         low, high = self.lam([t, t] if self.start_band is None else self.start_band[::-1])
         return max(low, LAM_FLOOR), max(high, LAM_FLOOR)
 
     @cached_property
-    def _end_lam(self) -> tuple[float, float]:
+    def end_lam(self) -> tuple[float, float]:
+        """(low, high) of the last time's lam, finite; equal where it is fixed."""
         t = self.noise.t_range[1]
         low, high = self.lam([t, t] if self.end_band is None else self.end_band[::-1])
         return min(low, LAM_CEILING), min(high, LAM_CEILING)
@@ -116,7 +118,7 @@ class OdeDomain:
     @property
     def lam_range(self) -> tuple[float, float]:
         """The widest range of lam a member spans (finite)."""
-        return self._start_lam[0], self._end_lam[1]
+        return self.start_lam[0], self.end_lam[1]
 
     @property
     def max_steps(self) -> int:
@@ -131,10 +133,10 @@ class OdeDomain:
             found.append(Parameter("first", "choice", choices=self.first, neutral=self.first[0]))
         if self.start_band is not None:
             found.append(
-                Parameter("lam_start", "float", *self._start_lam, neutral=self._start_lam[0])
+                Parameter("lam_start", "float", *self.start_lam, neutral=self.start_lam[0])
             )
         if self.end_band is not None:
-            found.append(Parameter("lam_end", "float", *self._end_lam, neutral=self._end_lam[1]))
+            found.append(Parameter("lam_end", "float", *self.end_lam, neutral=self.end_lam[1]))
         for i in range(self.max_steps):
             if i > 0:
                 found.append(
@@ -196,8 +198,8 @@ class OdeDomain:
         while place.calls > 0:
             steps.append(self.choices.settle(by_step.get(place.index, {}), place))
             place = place.after(steps[-1])
-        start = self._level("lam_start", values, self._start_lam, self.start_band, 0)
-        end = self._level("lam_end", values, self._end_lam, self.end_band, 1)
+        start = self._level("lam_start", values, self.start_lam, self.start_band, 0)
+        end = self._level("lam_end", values, self.end_lam, self.end_band, 1)
         inner = moves.fit_times(given, len(steps) - 1, start[0], end[0], self.min_gap)
         times = (start[1], *self.time(inner), end[1])
         return self._member(times, steps, first)

@@ -1,0 +1,303 @@
+"""S3, the predictor-based multi-stage search: train on everything scored, evolve on the
+prediction, score the chosen few.
+
+The paper (USF, arXiv 2312.07243, section 4) gives the stages; its code is not released. Each
+generation here is one stage:
+
+1. Fit the quality predictor on every result so far, of every NFE (`predictors.quality`).
+2. Evolve: parents are the best schedules known, and members made from a neighbouring NFE by
+inserting or deleting a step. Each round takes
+   a few step patterns (parents' own, mutated or crossed) and for each moves all inner times at
+   once in lam, by Gaussian steps of log-uniform size or along differences of good schedules
+   (differential evolution). A pattern's moves share one symbolic compilation. Survivors are the
+   best by mean, and by the lower confidence bound mean - beta * std.
+3. Choose distinct candidates one after the other by the bound with beta drawn anew; each choice
+removes the uncertainty it will remove
+   when scored (Desautels et al. 2014, batch UCB), so the batch spreads. The first is the best by
+   mean alone.
+
+Continuous times matter most: they are what the moves spend their number on. The first proposals
+with too few results come from the warm start and random members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.predictors.quality import LEAST_ROWS, QualityPredictor
+from fewstep.search.strategies import Evaluated, Proposal
+from fewstep.search.strategies.common import Member, members
+from fewstep.space.domain import OdeDomain
+from fewstep.space.schedule import OdeSchedule
+from fewstep.space.step_choices import Value
+from fewstep.space.tokens import tokens
+
+_MEMO: dict[int, tuple[OdeSchedule, Tensor]] = {}
+_MEMO_SIZE = 8192
+_STEPS = (
+    "order",
+    "formulation",
+    "basis",
+    "relaxation",
+    "coefficient",
+    "slope",
+    "corrector",
+    "corrector_relaxation",
+)
+
+
+def tokens_of(schedule: OdeSchedule) -> Tensor:
+    """Tokens of a schedule, (nfe, F), computed once per object."""
+    if id(schedule) not in _MEMO:
+        if len(_MEMO) >= _MEMO_SIZE:
+            _MEMO.clear()
+        _MEMO[id(schedule)] = (schedule, tokens(schedule)[0])
+    return _MEMO[id(schedule)][1]
+
+
+@dataclass(frozen=True)
+class Individual:
+    """A step pattern with times: the pattern's schedule and parameters, lam of all N+1 times, and what is predicted."""
+
+    pattern: OdeSchedule
+    params: dict[str, Value]
+    lam: np.ndarray
+    tokens: Tensor
+    mean: float
+    std: float
+    source: str
+
+
+@dataclass(frozen=True)
+class S3:
+    """Stages of predict, evolve, score.
+
+    Args:
+        domain: the search space.
+        predictor: "auto", "sequence" or "gaussian" (see `predictors.quality`).
+        rounds: rounds of evolution on the prediction per stage.
+        patterns: step patterns per round.
+        moves: choices of times per pattern.
+        beta: weight of the uncertainty.
+        elite: parents taken from what is known.
+        adopted: results of each neighbouring NFE whose insertions and deletions join the parents.
+    """
+
+    domain: OdeDomain
+    predictor: str = "auto"
+    rounds: int = 6
+    patterns: int = 10
+    moves: int = 24
+    beta: float = 1.5
+    elite: int = 20
+    adopted: int = 3
+    name: str = field(default="s3")
+
+    def propose(
+        self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """See `Strategy`. Each proposal's note holds the predicted score, its uncertainty, the model used and its Kendall tau."""
+        pool = members(self.domain, known)
+        guests = self._guests(known)
+        if len(pool) < LEAST_ROWS:
+            warm = [Proposal(g, "adopted") for g in guests[:size]]
+            return warm + [
+                Proposal(self.domain.sample(rng), "random") for _ in range(size - len(warm))
+            ]
+        predictor = self._fit(known, pool, int(rng.integers(2**31)))
+        everyone = self._evolve(predictor, pool, guests, rng)
+        return self._choose(predictor, everyone, pool, size, rng)
+
+    def _guests(self, known: Sequence[Evaluated]) -> list[OdeSchedule]:
+        """Members made from the best results of the neighbouring NFE."""
+        found: list[OdeSchedule] = []
+        for nfe in (self.domain.nfe - 1, self.domain.nfe + 1):
+            if nfe >= 1:
+                for best in members(self.domain.with_nfe(nfe), known, self.adopted):
+                    found += self.domain.adopt(best.schedule)
+        return found
+
+    def _fit(
+        self, known: Sequence[Evaluated], pool: Sequence[Member], seed: int
+    ) -> QualityPredictor:
+        rows = [(known[m.told].schedule, m.score) for m in pool]
+        if self.predictor != "gaussian":
+            others = [
+                r
+                for r in known
+                if r.status == "ok"
+                and np.isfinite(r.score)
+                and isinstance(r.schedule, OdeSchedule)
+            ]
+            rows += [(r.schedule, r.score) for r in others if r.schedule.nfe != self.domain.nfe]
+        x = [tokens_of(s) for s, _ in rows]
+        return QualityPredictor(self.predictor, seed).fit(
+            x, [score for _, score in rows], self.domain.nfe
+        )
+
+    def _evolve(
+        self,
+        predictor: QualityPredictor,
+        pool: Sequence[Member],
+        guests: Sequence[OdeSchedule],
+        rng: np.random.Generator,
+    ) -> list[Individual]:
+        """Everyone met during the rounds."""
+        domain = self.domain
+        alive = [
+            self._individual(predictor, m.schedule, m.params, "parent") for m in pool[: self.elite]
+        ]
+        alive += [self._individual(predictor, g, domain.params(g), "adopted") for g in guests]
+        everyone = [i for i in alive if i.source == "adopted"]
+        for _ in range(self.rounds):
+            for _ in range(self.patterns):
+                parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
+                pattern, params, source = self._pattern(parent, alive, rng)
+                lam = np.array(domain.lam(pattern.times))
+                everyone += self._score(
+                    predictor, pattern, params, self._moved(lam, alive, rng), source
+                )
+            bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)[: 2 * self.elite]
+            mean = sorted(everyone, key=lambda i: i.mean)[: 2 * self.elite]
+            alive = [i for pair in zip(bound, mean, strict=True) for i in pair]
+        return everyone
+
+    def _individual(
+        self,
+        predictor: QualityPredictor,
+        schedule: OdeSchedule,
+        params: dict[str, Value],
+        source: str,
+    ) -> Individual:
+        lam = np.array(self.domain.lam(schedule.times))
+        mean, std = predictor.predict(tokens_of(schedule)[None])
+        return Individual(
+            schedule, params, lam, tokens_of(schedule), float(mean[0]), float(std[0]), source
+        )
+
+    def _pattern(
+        self, parent: Individual, alive: Sequence[Individual], rng: np.random.Generator
+    ) -> tuple[OdeSchedule, dict[str, Value], str]:
+        """A parent's steps as they are, or changed in a decision or two."""
+        domain, schedule = self.domain, self._built(parent)
+        if rng.random() < 0.5:
+            return schedule, domain.params(schedule), "times"
+        source = "steps"
+        if rng.random() < 0.3:
+            schedule = domain.crossover(
+                schedule, self._built(alive[int(rng.integers(min(len(alive), self.elite)))]), rng
+            )
+            source = "crossover"
+        rate = float(rng.choice([0.03, 0.1]))
+        rates = dict.fromkeys([*_STEPS, *(name for name, _, _ in domain.choices.extras)], rate)
+        schedule = domain.mutate(
+            schedule, rng, rates=rates | {"lam": 0.0, "relocate": 0.0, "first": rate}
+        )
+        return schedule, domain.params(schedule), source
+
+    def _moved(
+        self, lam: np.ndarray, alive: Sequence[Individual], rng: np.random.Generator
+    ) -> np.ndarray:
+        """`moves` vectors of N+1 lam around one, itself the first; those that break the minimum gap are left out."""
+        domain = self.domain
+        low, high = domain.lam_range
+        free = slice(0 if domain.start_band else 1, len(lam) - (0 if domain.end_band else 1))
+        same = [i.lam for i in alive if len(i.lam) == len(lam)]
+        out = np.tile(lam, (self.moves, 1))
+        for row in out[1:]:
+            v = row[free]
+            if rng.random() < 0.6 or len(same) < 3:
+                touched = rng.random(len(v)) < rng.choice([0.3, 1.0])
+                v += touched * rng.normal(0, (high - low) * 10 ** rng.uniform(-3, -1.2), len(v))
+            else:
+                a, b = rng.integers(len(same), size=2)
+                v += rng.uniform(0.2, 1.0) * (same[a] - same[b])[free] + rng.normal(
+                    0, 1e-3 * (high - low), len(v)
+                )
+        out[:, free].sort(axis=1)
+        inside = (np.diff(out, axis=1) >= domain.min_gap).all(1)
+        for band, column, bounds in (
+            (domain.start_band, 0, domain.start_lam),
+            (domain.end_band, -1, domain.end_lam),
+        ):
+            if band is not None:
+                inside &= (out[:, column] >= bounds[0]) & (out[:, column] <= bounds[1])
+        moved: np.ndarray = out[inside]
+        return moved
+
+    def _score(
+        self,
+        predictor: QualityPredictor,
+        pattern: OdeSchedule,
+        params: dict[str, Value],
+        lam: np.ndarray,
+        source: str,
+    ) -> list[Individual]:
+        if not len(lam):
+            return []
+        times = self.domain.noise.t_of_lam(torch.from_numpy(lam))
+        if self.domain.start_band is None:
+            times[:, 0] = pattern.times[0]
+        if self.domain.end_band is None:
+            times[:, -1] = pattern.times[-1]
+        x = tokens(pattern, times)
+        mean, std = predictor.predict(x)
+        return [
+            Individual(pattern, params, lam[i], x[i], float(mean[i]), float(std[i]), source)
+            for i in range(len(lam))
+        ]
+
+    def _built(self, individual: Individual) -> OdeSchedule:
+        """The member an individual stands for."""
+        lam = individual.lam
+        values: dict[str, Any] = dict(individual.params) | {
+            f"lam_{i}": float(lam[i]) for i in range(1, len(lam) - 1)
+        }
+        return self.domain.from_params(
+            values | {"lam_start": float(lam[0]), "lam_end": float(lam[-1])}
+        )
+
+    def _choose(
+        self,
+        predictor: QualityPredictor,
+        everyone: Sequence[Individual],
+        pool: Sequence[Member],
+        size: int,
+        rng: np.random.Generator,
+    ) -> list[Proposal]:
+        """Batch upper confidence bound over the best met; what is known already is not proposed again."""
+        bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)[: 10 * size]
+        exploit = sorted(everyone, key=lambda i: i.mean)[: 3 * size]
+        short = list({id(i): i for i in bound + exploit}.values())
+        mean, cov = predictor.posterior(torch.stack([i.tokens for i in short]))
+        noise = 1e-4 * max(float(np.var(mean)), 1e-6) + 1e-9
+        params = [m.params for m in pool]
+        free = np.ones(len(short), dtype=bool)
+        chosen: list[Proposal] = []
+        while len(chosen) < size and free.any():
+            beta = self.beta * float(rng.choice([0.3, 1.0, 1.5])) if chosen else 0.0
+            std = np.sqrt(cov.diagonal().clip(0))
+            i = int(np.argmin(np.where(free, mean - beta * std, np.inf)))
+            free[i] = False
+            schedule = self._built(short[i])
+            values = self.domain.params(schedule)
+            if values in params:
+                continue
+            params.append(values)
+            note = {
+                "predicted": float(mean[i]),
+                "std": float(short[i].std),
+                "predictor": predictor.chosen,
+            }
+            note |= {f"tau_{name}": value for name, value in predictor.tau.items()}
+            chosen.append(Proposal(schedule, short[i].source, note))
+            cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + noise)
+        return chosen + [
+            Proposal(self.domain.sample(rng), "random") for _ in range(size - len(chosen))
+        ]
