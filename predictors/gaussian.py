@@ -11,6 +11,7 @@ References: Rasmussen and Williams 2006, eq. 2.25-2.26 (posterior), 5.12 (leave-
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -113,6 +114,14 @@ class GaussianProcess:
         mean = (cross @ self._alpha).squeeze(-1) + self._theta[-1]
         variance = (torch.exp(self._theta[-2]) - (half**2).sum(0)).clamp(min=1e-12)
         return mean * self._y_scale + self._y_mean, variance.sqrt() * self._y_scale
+
+    def believe(self, x: Tensor, y: Tensor) -> GaussianProcess:
+        """A process with further rows x (n, d), y (n,), its kernel as fitted."""
+        more = copy.copy(self)
+        more._x = torch.cat([self._x, self._features(x)])
+        more._y = torch.cat([self._y, (y.double() - self._y_mean) / self._y_scale])
+        more._factorise()
+        return more
 
     def left_out(self, folds: Tensor) -> Tensor:
         """Predictions of each kept training row from the rows of other folds, with the fitted

@@ -1,5 +1,4 @@
-"""How candidates are proposed: a strategy is a function of what is known, the generation, and a
-seed.
+"""How candidates are proposed: from what is known, the generation, and a seed.
 
 A strategy keeps no memory of its own: everything it may use is in `known`, and its random numbers
 come from f(seed, generation). So a search killed at any moment and resumed proposes exactly what
@@ -45,7 +44,10 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate to score, and where it came from; `note` goes into the trial's user attributes."""
+    """A candidate to score, and where it came from.
+
+    `note` goes into the trial's user attributes.
+    """
 
     schedule: Any
     source: str
@@ -60,7 +62,10 @@ class Strategy(Protocol):
     def propose(
         self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
     ) -> list[Proposal]:
-        """Up to `size` candidates for generation `generation`; `known` holds the seeds' and earlier results in told order."""
+        """Up to `size` candidates for generation `generation`.
+
+        `known` holds the seeds' and earlier results in told order.
+        """
         ...
 
 
@@ -92,7 +97,8 @@ def make(name: str, domain: OdeDomain, **options: Any) -> Strategy:
     for option in options:
         if option not in known:
             raise StudyError(
-                f"strategy {name} has no option {option!r}: its options are {', '.join(known) or 'none'}"
+                f"strategy {name} has no option {option!r}: its options are "
+                f"{', '.join(known) or 'none'}"
             )
     strategy: Strategy = factory(domain, **options)
     return strategy

@@ -33,10 +33,13 @@ from torch import Tensor
 from fewstep.predictors.quality import LEAST_ROWS, QualityPredictor
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.strategies.common import Member, members
+from fewstep.search.strategies.sampler import S3Sampler
 from fewstep.space.domain import OdeDomain
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.step_choices import Value
 from fewstep.space.tokens import tokens
+
+__all__ = ["S3", "S3Sampler"]
 
 _MEMO: dict[int, tuple[OdeSchedule, Tensor]] = {}
 _MEMO_SIZE = 8192

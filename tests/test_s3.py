@@ -1,0 +1,19 @@
+"""S3Sampler keeps Optuna's contracts."""
+
+from collections.abc import Callable
+
+import pytest
+from optuna.samplers import BaseSampler
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
+
+from fewstep.search.strategies.s3 import S3Sampler
+
+
+class TestS3Sampler(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: S3Sampler(seed=0, startup=3, population=24, rounds=2)
