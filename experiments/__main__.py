@@ -1,7 +1,8 @@
 """The command line: `fewstep --help`.
 
-Every error this project raises on purpose ends as one line on standard error and exit code 2. Heavy imports stay inside the commands, so
-that help and completion answer at once and the commands for schedule files need no search libraries.
+Every error this project raises on purpose ends as one line on standard error and exit code 2.
+Heavy imports stay inside the commands, so that help and completion answer at once and the commands
+for schedule files need no search libraries.
 """
 
 from __future__ import annotations
@@ -15,18 +16,31 @@ import typer
 
 from fewstep.space.errors import FewstepError, StudyError
 
-# Typer carries its own copy of click from 0.2x on and imports click before: its error is found through what both export.
+# Newer typers carry their own copy of click: its root error is found through what typer exports.
 _USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="fewstep",
-    help="Find the solver schedule that samples a diffusion model best in few network calls, and replay it anywhere.",
-    epilog="Start with:  fewstep search STUDY.toml --out runs/mine   then   fewstep show runs/mine/schedules/nfe05.json",
+    help="Find the solver schedule that samples a diffusion model best in few network calls, "
+    "and replay it anywhere.",
+    epilog="Start with:  fewstep search STUDY.toml --out runs/mine   "
+    "then   fewstep show runs/mine/schedules/nfe05.json",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override a setting: table.key=value (repeatable).",
+        metavar="KEY=VALUE",
+        show_default=False,
+    ),
+]
+File = Annotated[Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)]
 
 
 def _version(value: bool) -> None:
@@ -50,7 +64,8 @@ def _top(
 
 
 @app.command(
-    epilog="Example:  fewstep search experiments/digits.toml --out runs/demo --set search.samples=128"
+    epilog="Example:  fewstep search experiments/digits.toml --out runs/demo "
+    "--set search.samples=128"
 )
 def search(
     study: Annotated[
@@ -65,15 +80,7 @@ def search(
             show_default=False,
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Override a setting: table.key=value (repeatable).",
-            metavar="KEY=VALUE",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     strategy: Annotated[
         str | None,
         typer.Option(
@@ -107,9 +114,8 @@ def search(
     config = load_study(study, overrides)
     if resume and overwrite:
         raise StudyError("--resume and --overwrite contradict each other: give one")
-    from rich.console import Console
-
-    from fewstep.search import report, run
+    from fewstep.search import report as pages
+    from fewstep.search import run
     from fewstep.search.display import Silent, Terminal, duration
 
     folder = out or Path("runs") / config.name
@@ -117,17 +123,245 @@ def search(
     outcome = run.search(
         config, folder, resume=resume, overwrite=overwrite, address=address, display=display
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 118
+    console = _console()
     if not quiet:
-        console.print(report.named_table(outcome.rows))
-    console.print(report.results_table(outcome.rows, config.objective.name))
+        console.print(pages.named_table(outcome.rows))
+    console.print(pages.results_table(outcome.rows, config.objective.name))
     console.print(
         f"{duration(outcome.seconds)}; schedules, pictures and report.html are in {outcome.out}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command(epilog="Example:  fewstep show runs/demo/schedules/nfe05.json")
+def show(
+    file: Annotated[
+        Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)
+    ],
+) -> None:
+    """Explain a schedule step by step; neutral values are greyed."""
+    from fewstep.experiments import explain
+
+    schedule = _load_ode(file)
+    console = _console()
+    for line in explain.headline(schedule):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(explain.steps_table(schedule))
+
+
+@app.command(epilog="Example:  fewstep lint runs/demo/schedules/*.json")
+def lint(
+    files: Annotated[
+        list[Path], typer.Argument(help="Schedule files.", metavar="FILE...", show_default=False)
+    ],
+) -> None:
+    """Check schedule files: what they say, and that their programs are what they say."""
+    from fewstep.space import load_schedule
+
+    wrong = 0
+    for file in files:
+        try:
+            schedule = load_schedule(file)
+        except FewstepError as error:
+            wrong += 1
+            print(f"fewstep: error: {error}", file=sys.stderr)
+        else:
+            print(f"{file}: ok, {schedule.kind}, {schedule.nfe} calls")
+    if wrong:
+        raise typer.Exit(2)
+
+
+@app.command(
+    epilog="Example:  fewstep compare runs/demo/schedules/nfe05.json ipndm3.json "
+    "--study experiments/digits.toml"
+)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Schedule file.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Schedule file.", metavar="B")],
+    study: Annotated[
+        Path | None,
+        typer.Option("--study", help="Also score both with this study's model."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=2, help="Samples to score on.")
+    ] = 256,
+    settings: Settings = None,
+) -> None:
+    """Say what differs between two schedules and, with a study, how their scores compare."""
+    from fewstep.experiments import explain
+
+    a, b = _load_ode(first), _load_ode(second)
+    lines = explain.differences(a, b)
+    for line in lines or ["the same sampler"]:
+        print(line)
+    if study is None:
+        return
+    import tempfile
+
+    from rich.table import Table
+
+    from fewstep.experiments.drawing import compare_scores
+    from fewstep.search.config import load_study
+
+    config = load_study(study, settings or [])
+    with tempfile.TemporaryDirectory() as cache:
+        rows = compare_scores([(str(first), a), (str(second), b)], config, samples, Path(cache))
+    table = Table(title=f"{config.objective.name}, {samples} samples, same noise")
+    for head in ("schedule", "NFE", "mean", "median", "ratio to A", "95%"):
+        table.add_column(head, no_wrap=True)
+    for row in rows:
+        median = "–" if row.median is None else f"{row.median:.4g}"
+        low, high = row.interval
+        cells = (row.name, str(row.nfe), f"{row.score:.4g}", median, f"{row.ratio:.3f}")
+        table.add_row(*cells, f"{low:.3f}–{high:.3f}")
+    _console().print(table)
+
+
+@app.command(
+    epilog="Example:  fewstep sample runs/demo/schedules/nfe05.json "
+    "--study experiments/digits.toml --n 16 --out digits.png"
+)
+def sample(
+    file: Annotated[
+        Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)
+    ],
+    study: Annotated[Path, typer.Option("--study", help="Study file that names the model.")],
+    count: Annotated[int, typer.Option("--n", "-n", min=1, max=4096, help="Samples.")] = 16,
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
+    settings: Settings = None,
+) -> None:
+    """Draw samples with a schedule and the model of a study."""
+    from fewstep.experiments import drawing
+    from fewstep.search.config import load_study
+    from fewstep.search.run import evaluator_spec
+
+    if out.is_dir():
+        raise StudyError(f"--out {out} is a folder: name a PNG file")
+    schedule = _load_ode(file)
+    problem = evaluator_spec(load_study(study, settings or [])).model.load()
+    drawing.check_noise(schedule, problem, str(file))
+    x = drawing.draw(schedule, problem, count, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawing.sheet(out, x, problem, file.stem)
+    print(f"{out}: {count} samples, {schedule.nfe} network calls each")
+
+
+@app.command(
+    epilog="Examples:  fewstep export FILE --to diffusers my_pipeline/scheduler   |   "
+    "fewstep export FILE --to csv tables"
+)
+def export(
+    file: Annotated[
+        Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to write into.", metavar="DIR")],
+    form: Annotated[str, typer.Option("--to", help="diffusers, sigmas or csv.")],
+) -> None:
+    """Write a schedule in the form of another tool."""
+    from fewstep.experiments.exporting import export as write
+
+    for path in write(_load_ode(file), form, folder, file.stem):
+        print(path)
+
+
+@app.command(
+    epilog="Examples:  fewstep baseline dpmpp2m/logsnr --nfe 8 --noise vp_linear "
+    "--out dpmpp2m.json   |   fewstep baseline list"
+)
+def baseline(
+    name: Annotated[
+        str, typer.Argument(help="solver/grid or solver/grid/low; 'list' names them all.")
+    ],
+    nfe: Annotated[int, typer.Option("--nfe", min=1, help="Network calls.")] = 8,
+    noise: Annotated[
+        str,
+        typer.Option(
+            "--noise",
+            help="Noise schedule: its type, or type:key=value,..., or its JSON.",
+        ),
+    ] = "vp_linear",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Schedule file to write.")
+    ] = None,
+) -> None:
+    """Write a named solver as a schedule file."""
+    from fewstep.space import baselines, save_schedule
+    from fewstep.space.noise import noise_from_dict
+
+    if name == "list":
+        print("solvers:", ", ".join(baselines.SOLVERS))
+        print("grids:  ", ", ".join(baselines.GRIDS))
+        return
+    schedule = baselines.baseline(name, noise_from_dict(_noise(noise)), nfe)
+    path = save_schedule(schedule, out or Path(f"{name.replace('/', '-')}-nfe{nfe:02d}.json"))
+    print(path)
+
+
+@app.command(epilog="Example:  fewstep report runs/demo")
+def report(
+    out: Annotated[Path, typer.Argument(help="Folder of a search.", metavar="DIR")],
+) -> None:
+    """Print the closing tables of a finished search again."""
+    import json
+
+    from fewstep.search import report as pages
+    from fewstep.search.final import Row
+
+    try:
+        data = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        rows = [Row.from_dict(row) for row in data["rows"]]
+    except OSError:
+        raise StudyError(f"{out} holds no results.json: finish the search with --resume") from None
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise StudyError(
+            f"{out / 'results.json'} is damaged: write it anew with --resume"
+        ) from None
+    console = _console()
+    console.print(pages.named_table(rows))
+    console.print(pages.results_table(rows, data["objective"]))
+
+
+def _load_ode(file: Path) -> Any:
+    from fewstep.space import load_schedule
+
+    schedule = load_schedule(file)
+    if schedule.kind != "ode":
+        raise StudyError(f"{file} is a schedule of kind {schedule.kind!r}: this needs kind 'ode'")
+    return schedule
+
+
+def _noise(text: str) -> dict[str, Any]:
+    """{"type": ..., ...} from JSON or from type:key=value,key=value."""
+    import json
+
+    if text.lstrip().startswith("{"):
+        try:
+            data: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise StudyError(f"--noise is not valid JSON: {error}") from None
+        return data
+    kind, _, rest = text.partition(":")
+    values: dict[str, Any] = {"type": kind}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        try:
+            values[key.strip()] = float(value) if equals else None
+        except ValueError:
+            values[key.strip()] = value.strip()
+        if not equals:
+            raise StudyError(f"--noise {text!r}: write type:key=value,key=value")
+    return values
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -228,7 +228,8 @@ class StudyConfig(_Table):
             if count < 1:
                 needed = self.search.samples * sum(self.search.nfe)
                 raise StudyError(
-                    f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: {needed} are needed"
+                    f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: "
+                    f"{needed} are needed"
                 )
             return count
         return None

@@ -1,5 +1,4 @@
-"""Programs to scores: what a worker does with one block of candidates and samples, and how blocks
-are laid out.
+"""Programs to scores: what a worker does with one block of candidates and samples.
 
 A block is M programs with equal call counts, stacked, run on B samples that all of them share.
 Blocks are cut from a list of schedules by the study's settings alone: candidates in the order
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser, Problem, run
+from fewstep.samplers.ode import start_scale
 from fewstep.search.objective import Array, EndpointMSE, Frechet, Objective
 from fewstep.search.problem import ModelSpec, conditions, import_path, noise_of, sample_seed
 from fewstep.space import Program, stack
@@ -76,8 +76,10 @@ class Task:
 
     def only(self, index: int) -> Task:
         """The same block for one of its candidates."""
-        parts = {f.name: getattr(self.program, f.name) for f in fields(Program)}
-        one = {name: None if v is None else v[index : index + 1] for name, v in parts.items()}
+        parts: dict[str, Any] = {f.name: getattr(self.program, f.name) for f in fields(Program)}
+        one: dict[str, Any] = {
+            name: None if v is None else v[index : index + 1] for name, v in parts.items()
+        }
         return replace(self, program=Program(**one))
 
 
@@ -210,17 +212,16 @@ def make_objective(spec: EvaluatorSpec, problem: Problem) -> Objective:
         features = import_path(spec.features, spec.model.folder, "objective.features")
     if features is None:
         raise StudyError(
-            "objective frechet needs features: name a function in objective.features, or give the Problem some"
+            "objective frechet needs features: name a function in objective.features, or give the "
+            "Problem some"
         )
     return Frechet(features)
 
 
-def scaled(schedule: Any, noise: NoiseSchedule) -> Program:
-    """The schedule's program as it acts on UNIT noise: the scale of its start state multiplies p_0
-    and e.
-    """
+def scaled(schedule: Any) -> Program:
+    """The schedule's program as it acts on UNIT noise: p_0 and e times the scale of its start."""
     program: Program = schedule.program
-    scale = noise.prior_scale(schedule.times[0])
+    scale = start_scale(schedule)
     if scale == 1.0:
         return program
     init = program.init * torch.tensor([scale, 1.0], dtype=torch.float64)
@@ -229,9 +230,7 @@ def scaled(schedule: Any, noise: NoiseSchedule) -> Program:
 
 @dataclass(frozen=True)
 class Chunk:
-    """M candidates that run as one batch: their positions in the list given, and what is the same
-    for all.
-    """
+    """M candidates that run as one batch: their positions in a list, and what they share."""
 
     members: tuple[int, ...]
     program: Program
@@ -252,8 +251,7 @@ class Chunk:
 
 
 def chunks(schedules: Sequence[Any], noise: NoiseSchedule, size: int) -> list[Chunk]:
-    """Cut a list of schedules into chunks of at most `size` that can run as one batch, in the
-    order given.
+    """Cut a list of schedules, in its order, into chunks of `size` that can run as one batch.
 
     Raises:
         ModelError: a schedule of another noise schedule than the model's.
@@ -262,7 +260,8 @@ def chunks(schedules: Sequence[Any], noise: NoiseSchedule, size: int) -> list[Ch
     for i, schedule in enumerate(schedules):
         if schedule.noise != noise:
             raise ModelError(
-                "a schedule was made for another noise schedule than the model's: search or import it anew"
+                "a schedule was made for another noise schedule than the model's: search or "
+                "import it anew"
             )
         program = schedule.program
         shared = [program.nfe, program.guidance is not None, program.stochastic, schedule.options]
@@ -273,7 +272,7 @@ def chunks(schedules: Sequence[Any], noise: NoiseSchedule, size: int) -> list[Ch
         for k in range(0, len(members), size):
             part = tuple(members[k : k + size])
             first = schedules[part[0]]
-            program = stack([scaled(schedules[i], noise) for i in part])
+            program = stack([scaled(schedules[i]) for i in part])
             found.append(Chunk(part, program, dict(first.options), first.constant))
     return found
 
@@ -310,20 +309,20 @@ def assemble(parts: Sequence[TaskResult], objective: Objective, reference: Array
     for m in range(count):
         status = next((p.status[m] for p in parts if p.status[m] != "ok"), "ok")
         message = next((p.message[m] for p in parts if p.status[m] != "ok"), "")
-        cost = {
+        cost: dict[str, Any] = {
             "calls": sum(p.evaluations for p in parts) // count,
             "seconds": sum(p.seconds for p in parts) / count,
         }
         if status != "ok":
-            results.append(Result(float("inf"), status, message, **cost))  # type: ignore[arg-type]
+            results.append(Result(float("inf"), status, message, **cost))
             continue
         measures = np.concatenate([p.values[m] for p in parts])
         score = objective.score(measures, reference)
         if not np.isfinite(score):
-            results.append(Result(float("inf"), "diverged", "the score is not finite", **cost))  # type: ignore[arg-type]
+            results.append(Result(float("inf"), "diverged", "the score is not finite", **cost))
             continue
         per_sample = measures[:, 0] if objective.per_sample else None
         results.append(
             Result(score, "ok", "", per_sample, measures, samples=len(measures), **cost)
-        )  # type: ignore[arg-type]
+        )
     return results

@@ -1,5 +1,4 @@
-"""The verdict: what a search found against every named solver, on noise that the search has not
-seen.
+"""The verdict: what a search found against every named solver, on noise it has not seen.
 
 Three streams of noise keep three questions apart. "search" ranks candidates. "select" picks the
 one to keep among the best few, so that luck on the search's samples is not kept. "fresh" scores
@@ -82,6 +81,13 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self) | {"interval": list(self.interval)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """Read the JSON form."""
+        named = tuple(Scored(**s) for s in data["named"])
+        low, high = data["interval"]
+        return cls(**{**data, "interval": (low, high), "named": named})
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,17 @@ Array = NDArray[np.float64]
 
 
 class Objective(Protocol):
-    """Workers `measure` samples, the driver turns the measures of all samples of a schedule into a
-    score.
-    """
+    """Workers `measure` samples; the driver turns all measures of a schedule into a score."""
 
     name: str
     per_sample: bool
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
-        """Samples (M, B, *shape) and the teacher's end points (B, *shape) -> measures (M, B,
-        K).
-        """
+        """Samples (M, B, *shape), the teacher's end points (B, *shape) -> (M, B, K)."""
         ...
 
     def score(self, measures: Array, reference: Array) -> float:
-        """Measures (N, K) of a schedule's samples, and of the teacher's end points, -> the number
-        minimised.
-        """
+        """Measures (N, K) of a schedule and of the teacher -> the number minimised."""
         ...
 
 
@@ -85,9 +79,10 @@ class Frechet:
             out = self.features(x.flatten(0, 1))
         if out.ndim != 2 or len(out) != x.shape[0] * x.shape[1]:
             raise StudyError(
-                f"objective.features returned {tuple(out.shape)} for {x.shape[0] * x.shape[1]} images: (B, F) is needed"
+                f"objective.features returned {tuple(out.shape)} for {x.shape[0] * x.shape[1]} "
+                "images: (B, F) is needed"
             )
-        return out.to(torch.float64).unflatten(0, x.shape[:2])
+        return out.to(torch.float64).reshape(*x.shape[:2], -1)
 
     def score(self, measures: Array, reference: Array) -> float:
         """The distance of two sets of features."""

@@ -1,5 +1,4 @@
-"""Where blocks run: in this process, or on Ray actors that each hold the model, one thread and the
-teacher's end points.
+"""Where blocks run: in this process, or on Ray actors that each hold the model.
 
 Tasks go to whichever worker is idle; results carry their ticket, and the driver puts them back in
 order, so the number of workers cannot change a result. A worker that dies is replaced and its
@@ -172,7 +171,8 @@ class RayPool:
         if self.workers > cpus:
             self.close()
             raise StudyError(
-                f"search.workers = {self.workers} but the cluster has {cpus} CPUs: ask for at most {cpus}"
+                f"search.workers = {self.workers} but the cluster has {cpus} CPUs: ask for at "
+                f"most {cpus}"
             )
         self._shared: dict[str, Any] = {}
         self._queue: deque[_Job] = deque()
@@ -333,7 +333,8 @@ def _connect(
         import ray
     except ImportError:
         raise StudyError(
-            "searching on workers needs Ray: pip install 'fewstep[search]', or set search.workers = 0"
+            "searching on workers needs Ray: pip install 'fewstep[search]', or set search.workers "
+            "= 0"
         ) from None
     if ray.is_initialized():
         return ray, False
@@ -360,9 +361,7 @@ def _connect(
 
 
 def _runtime_env(spec: EvaluatorSpec, pool: RayPool) -> dict[str, Any]:
-    """Ship the factory's module, and nothing else of the study's folder, to a cluster that does
-    not see it.
-    """
+    """What a remote cluster needs: the factory's module, nothing else of the study's folder."""
     top = spec.model.factory.split(":")[0].split(".")[0]
     folder = Path(spec.model.folder)
     module = folder / f"{top}.py"

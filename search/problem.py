@@ -1,5 +1,4 @@
-"""The user's model: importing the factory that a study names, and giving every sample its own
-noise.
+"""The user's model: the factory that a study names, and the noise of every sample.
 
 Only what the study file names by import path is executed. The folder of the study file is put on
 the import path only when it holds the factory's module, and never when it is this project's own
@@ -25,9 +24,7 @@ from fewstep.space.errors import FewstepError, StudyError
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How to build the problem anywhere: factory path, its keyword arguments, and the folder that
-    may hold its module.
-    """
+    """How to build the problem anywhere: factory, keyword arguments, its module's folder."""
 
     factory: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +50,8 @@ class ModelSpec:
             ) from error
         if not isinstance(problem, Problem):
             raise StudyError(
-                f"model.factory {self.factory} returned {type(problem).__name__}: it must return a fewstep.samplers.Problem"
+                f"model.factory {self.factory} returned {type(problem).__name__}: it must return "
+                "a fewstep.samplers.Problem"
             )
         return problem
 
@@ -72,11 +70,13 @@ def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise StudyError(
-            f"{what} {path}: cannot import {module_name} ({_line(error)}): put it beside the study file or on PYTHONPATH"
+            f"{what} {path}: cannot import {module_name} ({_line(error)}): put it beside the "
+            "study file or on PYTHONPATH"
         ) from error
     except Exception as error:
         raise StudyError(
-            f"{what} {path}: importing {module_name} failed: {type(error).__name__}: {_line(error)}"
+            f"{what} {path}: importing {module_name} failed: {type(error).__name__}: "
+            f"{_line(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -85,25 +85,22 @@ def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:
 
 
 def add_folder(folder: str, module_name: str) -> None:
-    """Put `folder` first on the import path if it holds the module and is not this project's
-    checkout.
-    """
+    """Put `folder` first on the import path if it holds the module; never a checkout of ours."""
     top = module_name.split(".")[0]
     place = Path(folder) if folder else None
     if place is None or not ((place / f"{top}.py").is_file() or (place / top).is_dir()):
         return
     if _is_checkout(place):
         raise StudyError(
-            f"model.factory {module_name}: move it out of {place}, whose folder names would become imports"
+            f"model.factory {module_name}: move it out of {place}, whose folder names would "
+            "become imports"
         )
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
 
 def leave_checkout() -> None:
-    """Drop this project's checkout from the import path (a worker inherits the folder its driver
-    was started in).
-    """
+    """Drop a checkout of ours from the import path (workers inherit their driver's folder)."""
     sys.path[:] = [entry for entry in sys.path if not _is_checkout(Path(entry or "."))]
 
 
@@ -118,9 +115,7 @@ def _line(error: BaseException) -> str:
 
 
 def sample_seed(seed: int, stream: str, index: int) -> int:
-    """The seed of one sample's noise: a function of these three alone, so no batch or worker can
-    change a score.
-    """
+    """The seed of one sample's noise: no batch size and no worker can change it."""
     digest = hashlib.sha256(f"fewstep/{seed}/{stream}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

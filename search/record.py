@@ -65,7 +65,8 @@ class Record:
                 event = json.loads(line)
             except json.JSONDecodeError:
                 raise StudyError(
-                    f"{self.path}: line {number} is damaged: the log was edited; start anew with --overwrite"
+                    f"{self.path}: line {number} is damaged: the log was edited; start anew with "
+                    "--overwrite"
                 ) from None
             self._take(event)
 
@@ -191,7 +192,8 @@ def prepare_out(out: Path, *, resume: bool, overwrite: bool) -> Path:
         _clear(out, log)
     elif held and not resume:
         raise StudyError(
-            f"--out {out} already holds a search: add --resume to go on, --overwrite to start anew, or name another folder"
+            f"--out {out} already holds a search: add --resume to go on, --overwrite to start "
+            "anew, or name another folder"
         )
     return log
 

@@ -1,6 +1,4 @@
-"""What a search leaves for people: the closing table, two pictures and a page that holds them
-all.
-"""
+"""What a search leaves for people: tables, two pictures and a page that holds them all."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ def number(value: float | None) -> str:
 
 
 def results_table(rows: Sequence[Row], objective: str) -> Table:
-    """The closing table: per NFE the best named solver, the schedule found, their ratio with its
-    interval, the teacher's own error.
-    """
+    """The closing table: best named solver, found, ratio with its interval, teacher's error."""
     from rich.table import Table
 
     table = Table(
@@ -135,9 +131,7 @@ def contact_sheet(
 def curves(
     path: Path, series: Mapping[int, Points], named: Mapping[int, float], objective: str
 ) -> Path:
-    """Best score so far over candidates, one panel per NFE, the best named solver as a line;
-    search noise.
-    """
+    """Best score so far over candidates (search noise), a panel per NFE, best named as a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(series), 2.9), layout="constrained")
@@ -174,7 +168,8 @@ def page(
     path: Path, title: str, rows: Sequence[Row], pictures: Sequence[Path], facts: Mapping[str, str]
 ) -> Path:
     """A page with the tables and the pictures inside it; it needs no other file."""
-    head = "<tr><th>NFE<th>best named<th>mean<th>median<th>found<th>median<th>found / named<th>95%<th>teacher<th>search score<th>trials</tr>"
+    heads = "NFE|best named|mean|median|found|median|found / named|95%|teacher|search score|trials"
+    head = "<tr>" + "".join(f"<th>{name}" for name in heads.split("|")) + "</tr>"
     body = []
     for row in rows:
         low, high = row.interval
@@ -199,18 +194,24 @@ def page(
             for s in row.named
         )
         named.append(
-            f"<details><summary>NFE {row.nfe}: every named solver on its best grid</summary><table>{lines}</table></details>"
+            f"<details><summary>NFE {row.nfe}: every named solver on its best "
+            f"grid</summary><table>{lines}</table></details>"
         )
     images = "".join(
-        f'<p><img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
+        f'<p><img alt="{p.stem}" '
+        f'src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
         for p in pictures
     )
     listed = "".join(
         f"<tr><td>{html.escape(k)}<td>{html.escape(v)}</tr>" for k, v in facts.items()
     )
-    style = "body{font:14px/1.45 sans-serif;margin:2em auto;max-width:70em}td,th{padding:.15em .7em;text-align:right}img{max-width:100%}"
+    style = (
+        "body{font:14px/1.45 sans-serif;margin:2em auto;max-width:70em}"
+        "td,th{padding:.15em .7em;text-align:right}img{max-width:100%}"
+    )
     text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+        '<!doctype html><html lang="en"><meta '
+        f'charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
         f"<h1>{html.escape(title)}</h1><table>{head}{''.join(body)}</table>{''.join(named)}{images}<h2>Study</h2><table>{listed}</table></html>\n"
     )
     return write_text(path, text)

@@ -43,8 +43,8 @@ from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
 from fewstep.space.baselines import SOLVERS, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ScheduleError, StudyError
+from fewstep.space.files import save_schedule
 from fewstep.space.noise import NoiseSchedule
-from fewstep.space.schedule import save_schedule
 from fewstep.space.step_choices import StepChoices
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,8 @@ class _Search:
             keys = sorted(k for k in {*kept, *identity} if kept.get(k) != identity.get(k))
             was, now = kept.get(keys[0]), identity.get(keys[0])
             raise StudyError(
-                f"--resume: {keys[0]} is {now!r} but the search in {self.out} began with {was!r}: set it back, or --overwrite"
+                f"--resume: {keys[0]} is {now!r} but the search in {self.out} began with {was!r}: "
+                "set it back, or --overwrite"
             )
         write_text(self.out / "study.json", json.dumps(self.config.resolved(), indent=1) + "\n")
 
@@ -246,7 +247,8 @@ class _Search:
             seconds = (config.budget.seconds or 0) + (reference + verdict) * per_call / at_once
             self.display.total(None)
             self.display.note(
-                f"{config.name}: {config.budget.seconds:g} s of search on {where}, about {duration(seconds)} in all; "
+                f"{config.name}: {config.budget.seconds:g} s of search on {where}, about "
+                f"{duration(seconds)} in all; "
                 "a budget in seconds makes the result depend on the machine"
             )
             return
@@ -254,8 +256,10 @@ class _Search:
         total = trials + reference + verdict
         self.display.total(total)
         self.display.note(
-            f"{config.name}: NFE {', '.join(map(str, config.search.nfe))}, {candidates} candidates each x {config.search.samples} samples; "
-            f"{count(total)} network evaluations on {where}, about {duration(total * per_call / at_once)} "
+            f"{config.name}: NFE {', '.join(map(str, config.search.nfe))}, {candidates} "
+            f"candidates each x {config.search.samples} samples; "
+            f"{count(total)} network evaluations on {where}, about "
+            f"{duration(total * per_call / at_once)} "
             f"({per_call * 1e6:.0f} µs each, measured)"
         )
 
@@ -367,7 +371,8 @@ class _Search:
             if progress.best is not None:
                 text = f"NFE {nfe}: {progress.trials} candidates, best {progress.best.score:.3g}"
                 if progress.named is not None:
-                    text += f" ({progress.best.score / progress.named.score:.2f} of {progress.named.source})"
+                    share = progress.best.score / progress.named.score
+                    text += f" ({share:.2f} of {progress.named.source})"
                 self.display.stage(text)
 
         return told
@@ -447,9 +452,7 @@ class _Search:
     def _sheet(
         self, pool: Pool, problem: Problem, verdicts: list[Verdict]
     ) -> list[tuple[str, Tensor]]:
-        """Labelled samples on the same fresh noise: per NFE the best named solver and the schedule
-        found, then the teacher.
-        """
+        """Samples on the same fresh noise: per NFE best named and found, then the teacher."""
         size = min(self.config.final.pictures, self.config.final.samples)
         schedules = [s for v in verdicts for s in (v.best_named, v.found)]
         labels = [
@@ -499,9 +502,7 @@ class _Search:
 
 
 def _speed(evaluator: Evaluator, config: StudyConfig) -> float:
-    """Seconds of one network evaluation in a block, one thread, from a short timing; raises what
-    the model raises.
-    """
+    """Seconds of one network evaluation in a block, one thread; raises what the model raises."""
     noise = evaluator.problem.denoiser.noise
     schedules = list(named(noise, 2).values())[: config.search.block[0]]
     samples = min(config.search.block[1], config.search.samples)

@@ -21,7 +21,7 @@ from fewstep.search.scoring import Batch, Scorer
 from fewstep.search.strategies import Evaluated, Proposal, Strategy
 from fewstep.search.study import TrialTable
 from fewstep.space.errors import StudyError
-from fewstep.space.schedule import load_schedule
+from fewstep.space.files import load_schedule
 
 SEARCH = "search"
 """The stream of noise that candidates are scored on."""
@@ -29,9 +29,7 @@ SEARCH = "search"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a rung tells after each generation: trials told, the best so far, and the best named
-    solver.
-    """
+    """What a rung tells after each generation: trials told, best so far, best named solver."""
 
     trials: int
     best: Evaluated | None
@@ -106,7 +104,8 @@ class Rung:
         if not any(e.status == "ok" for e in self.known):
             reason = self._results[self.known[0].schedule.digest].message
             raise StudyError(
-                f"NFE {self.nfe}: none of {len(self.known)} candidates could be scored ({reason}): check the model"
+                f"NFE {self.nfe}: none of {len(self.known)} candidates could be scored "
+                f"({reason}): check the model"
             )
         return self.known
 

@@ -1,6 +1,4 @@
-"""Lists of schedules to results, through a pool and the log: what is in the log is not run
-again.
-"""
+"""Lists of schedules to results, through a pool and the log: nothing runs twice."""
 
 from __future__ import annotations
 
@@ -105,9 +103,7 @@ class Scorer:
         return batch
 
     def wait(self, batch: Batch) -> list[Result]:
-        """The results of a batch in the order of its schedules; blocks of other batches that
-        finish meanwhile are kept too.
-        """
+        """A batch's results in the order of its schedules; blocks of other batches are kept."""
         while not batch.done:
             ticket, part = self._pool.collect()
             piece, position = self._open.pop(ticket)

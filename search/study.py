@@ -1,5 +1,4 @@
-"""The Optuna study beside a search: one per NFE, finished trials added whole, in the order
-proposed.
+"""The Optuna study beside a search: finished trials added whole, in the order proposed.
 
 The studies are for looking and for other tools (optuna-dashboard, importances): real parameters
 with distributions, the score as value, and as user attributes the digest, the source, the cost and
@@ -27,8 +26,7 @@ def study_name(name: str, nfe: int) -> str:
 
 
 def open_storage(url: str | None, out: Path) -> Any:
-    """The storage a study asks for: an Optuna URL, or the journal in the output folder (repaired
-    after a kill).
+    """The storage a study asks for: an Optuna URL, or the journal in the output folder.
 
     Raises:
         StudyError: Optuna is not installed, or the storage cannot be opened.
@@ -54,9 +52,7 @@ def open_storage(url: str | None, out: Path) -> Any:
 
 
 def _repair(path: Path) -> None:
-    """Cut a line torn by a kill, and drop the lock its writer left; the log's own lock says that
-    no other search is running.
-    """
+    """Cut a line torn by a kill, and drop its writer's lock: the log's lock is ours."""
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
     if not path.is_file():
         return
@@ -110,7 +106,8 @@ class TrialTable:
         if number < len(self._digests):
             if self._digests[number] != digest:
                 raise StudyError(
-                    f"trial {number} of {self.study.study_name} is another candidate: the storage belongs to another search"
+                    f"trial {number} of {self.study.study_name} is another candidate: the storage "
+                    "belongs to another search"
                 )
             return
         ok = evaluated.status == "ok"

@@ -1,5 +1,4 @@
-"""The teacher: end points of many network calls, from the same noise as the candidates, computed
-once.
+"""The teacher: end points of many calls, from the candidates' noise, computed once.
 
 It is an ordinary schedule (third-order multistep in the data prediction on a uniform log-SNR grid,
 float64 coefficients) run by the same loop. Its own error is measured by doubling: the mean square
@@ -95,9 +94,7 @@ class Teacher:
     def self_error(
         self, stream: str, reference: Tensor, advance: Advance | None = None
     ) -> float | None:
-        """Mean square distance per element to the teacher of twice the calls, on the first `check`
-        samples; None if check is 0.
-        """
+        """Mean square to the teacher of twice the calls, first `check` samples; None if 0."""
         count = min(self.table.check, len(reference))
         if count == 0:
             return None
@@ -146,7 +143,8 @@ class Teacher:
         samples_found = torch.from_numpy(np.concatenate([parts[k] for k in sorted(parts)]))
         if not bool(torch.isfinite(samples_found).all()):
             raise ModelError(
-                f"the teacher's end points of {self.problem.fingerprint or 'the model'} are not finite: check its output kind"
+                f"the teacher's end points of {self.problem.fingerprint or 'the model'} are not "
+                "finite: check its output kind"
             )
         return samples_found, calls
 

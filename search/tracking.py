@@ -1,5 +1,4 @@
-"""MLflow: one parent run per search, one child per NFE, so that searches can be found and looked
-at later.
+"""MLflow: one parent run per search, one child run per NFE.
 
 Nothing is sent anywhere but to the tracking URI. Metrics go in batches; a resumed search continues
 its runs. The module is the only one that imports MLflow, and only when tracking is on.
@@ -122,7 +121,8 @@ class MlflowTracker:
                 from mlflow.tracking import MlflowClient
         except ImportError:
             raise StudyError(
-                "tracking needs MLflow: pip install 'fewstep[search]', or set tracking.enabled = false"
+                "tracking needs MLflow: pip install 'fewstep[search]', or set tracking.enabled = "
+                "false"
             ) from None
         for logger in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(logger).setLevel(logging.ERROR)

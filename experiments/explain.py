@@ -1,0 +1,149 @@
+"""What a schedule says, for people: its steps in a table, its differences from another.
+
+A neutral value, at which the program equals the plain solver's, is greyed; a column that is
+neutral in every step is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fewstep.space.program import ProgramSchedule
+from fewstep.space.schedule import OdeSchedule, StepSpec
+
+Loaded = OdeSchedule | ProgramSchedule
+_ALWAYS = ("order", "formulation", "basis", "corrector")
+_NAMES = {
+    "relaxation_coefficient": "c",
+    "corrector_relaxation": "corr. relaxation",
+    "corrector_order": "corr. order",
+    "slope_points": "slope pts",
+}
+
+
+def headline(schedule: Loaded) -> list[str]:
+    """A few lines: what it is, for which noise schedule, where it comes from."""
+    lines = [
+        f"{schedule.nfe} network calls, noise schedule {schedule.noise.type}, "
+        f"digest {schedule.digest}"
+    ]
+    if isinstance(schedule, ProgramSchedule):
+        lines.append("program only: it can be replayed and compared, not explained")
+    elif schedule.first != "network":
+        lines.append(f"analytical first step: {schedule.first}")
+    origin = schedule.provenance
+    if "baseline" in origin:
+        lines.append(f"named solver {origin['baseline']}")
+    if "score" in origin:
+        low, high = origin.get("interval", (float("nan"), float("nan")))
+        best = min(origin.get("baselines", {"?": float("nan")}).items(), key=lambda kv: kv[1])
+        lines.append(
+            f"{origin.get('objective', 'score')} {origin['score']:.4g} on fresh samples of "
+            f"{origin.get('model') or 'its model'}; best named solver {best[0]} {best[1]:.4g}, "
+            f"ratio {origin.get('ratio', float('nan')):.3f} ({low:.3f} to {high:.3f})"
+        )
+    for key in ("study", "strategy", "source", "mlflow_run", "fewstep"):
+        if origin.get(key):
+            lines.append(f"{key}: {origin[key]}")
+    return lines
+
+
+def steps_table(schedule: Loaded) -> Table:
+    """One row per step; of a file with only a program, one row per network call."""
+    if isinstance(schedule, ProgramSchedule):
+        return _program_table(schedule)
+    defaults = StepSpec()
+    shown = [
+        name
+        for name in StepSpec.model_fields
+        if name in _ALWAYS
+        or any(getattr(s, name) != getattr(defaults, name) for s in schedule.steps)
+    ]
+    table = Table(box=None, pad_edge=False)
+    for head in ("step", "t", "to", "lam", "h", "calls"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name in shown:
+        table.add_column(_NAMES.get(name, name.replace("_", " ")), no_wrap=True)
+    lam = schedule.noise.lam(torch.tensor(schedule.times, dtype=torch.float64)).tolist()
+    calls = _calls(schedule)
+    for i, step in enumerate(schedule.steps):
+        cells = [str(i), f"{schedule.times[i]:.5g}", f"{schedule.times[i + 1]:.5g}"]
+        cells += [f"{lam[i]:.3f}", f"{lam[i + 1] - lam[i]:.3f}", str(calls[i])]
+        table.add_row(*cells, *(_cell(step, name, defaults) for name in shown))
+    return table
+
+
+def _calls(schedule: OdeSchedule) -> list[int]:
+    """Network calls of each step, from the schedules of its first steps."""
+    counts = []
+    for i, step in enumerate(schedule.steps):
+        alone = 0 if i == 0 and schedule.first != "network" else 1
+        stages = 0 if step.tableau is None else _stages(step.tableau) - 1
+        counts.append(alone + stages + (step.corrector == "reeval"))
+    return counts
+
+
+def _stages(tableau: str) -> int:
+    from fewstep.space.coefficients import TABLEAUS
+
+    return len(TABLEAUS[tableau].c)
+
+
+def _cell(step: StepSpec, name: str, defaults: StepSpec) -> str:
+    value, neutral = getattr(step, name), getattr(defaults, name)
+    text = _text(value)
+    return f"[dim]{text}[/dim]" if value == neutral else text
+
+
+def _text(value: Any) -> str:
+    if value is None or value == ():
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, tuple):
+        return " ".join(f"{v:.4g}" for v in value)
+    return str(value)
+
+
+def _program_table(schedule: ProgramSchedule) -> Table:
+    program = schedule.program
+    table = Table(box=None, pad_edge=False)
+    for head in ("call", "t", "label", "r", "e", "k"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("b (oldest first)")
+    for c in range(program.nfe):
+        numbers = [float(getattr(program, n)[c]) for n in ("t", "label", "r", "e", "k")]
+        row = " ".join(f"{v:.4g}" for v in program.b[c, : c + 1].tolist())
+        table.add_row(str(c), *(f"{v:.5g}" for v in numbers), row)
+    return table
+
+
+def differences(a: Loaded, b: Loaded) -> list[str]:
+    """What differs between two schedules, a line each; empty if they are the same sampler."""
+    if a.digest == b.digest:
+        return []
+    lines = []
+    if a.noise != b.noise:
+        lines.append("noise schedule: another")
+    if a.nfe != b.nfe:
+        lines.append(f"network calls: {a.nfe} and {b.nfe}")
+    if isinstance(a, ProgramSchedule) or isinstance(b, ProgramSchedule):
+        return lines or ["the programs differ"]
+    for name in ("first", "compensation_order", "compensation_variable", "shift_keeps", "options"):
+        if getattr(a, name) != getattr(b, name):
+            lines.append(f"{name}: {getattr(a, name)} and {getattr(b, name)}")
+    if a.times != b.times:
+        pair = [" ".join(f"{t:.4g}" for t in s.times) for s in (a, b)]
+        lines.append(f"times: {pair[0]}  and  {pair[1]}")
+    if a.n_steps != b.n_steps:
+        return [*lines, f"steps: {a.n_steps} and {b.n_steps}"]
+    for i, (x, y) in enumerate(zip(a.steps, b.steps, strict=True)):
+        for name in StepSpec.model_fields:
+            if getattr(x, name) != getattr(y, name):
+                lines.append(
+                    f"step {i}, {name}: {_text(getattr(x, name))} and {_text(getattr(y, name))}"
+                )
+    return lines

@@ -1,0 +1,92 @@
+"""A schedule file in the forms of other tools."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fewstep.experiments.explain import Loaded
+from fewstep.space.errors import FewstepError, StudyError
+
+
+def export(schedule: Loaded, form: str, folder: Path, stem: str) -> list[Path]:
+    """Write a schedule into a folder.
+
+    Args:
+        schedule: a loaded schedule.
+        form: one of `FORMS`.
+        folder: made if absent.
+        stem: name of the file without its ending.
+
+    Returns:
+        The files written.
+
+    Raises:
+        StudyError: an unknown form, or a folder that is a file.
+    """
+    if form not in FORMS:
+        raise StudyError(f"--to {form!r} is unknown: use one of {', '.join(FORMS)}")
+    if folder.exists() and not folder.is_dir():
+        raise StudyError(f"{folder} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return FORMS[form](schedule, folder, stem)
+
+
+def _sigmas(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
+    """The grid alone: what tools take that bring their own solver."""
+    from fewstep.search.record import write_text
+
+    noise = schedule.noise
+    t = torch.tensor(schedule.times, dtype=torch.float64)
+    data = {
+        "what": "the time grid only; without the steps this is another sampler",
+        "times": list(schedule.times),
+        "edm_sigmas": (noise.sigma(t) / noise.alpha(t)).tolist(),
+        "lam": noise.lam(t).tolist(),
+        "labels": noise.label(t).tolist(),
+    }
+    finite = {k: v if k == "what" else [_finite(x) for x in v] for k, v in data.items()}
+    return [write_text(folder / f"{stem}.sigmas.json", json.dumps(finite, indent=1) + "\n")]
+
+
+def _finite(x: float) -> float | None:
+    return x if abs(x) != float("inf") else None
+
+
+def _csv(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
+    """The program, a line per network call."""
+    from fewstep.search.record import write_text
+
+    program = schedule.program
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    names = ("t", "label", "alpha", "sigma", "r", "e", "k", "g")
+    writer.writerow(["call", *names, *(f"b{j}" for j in range(program.nfe))])
+    for c in range(program.nfe):
+        numbers = [repr(float(getattr(program, name)[c])) for name in names]
+        writer.writerow([c, *numbers, *(repr(v) for v in program.b[c].tolist())])
+    return [write_text(folder / f"{stem}.csv", buffer.getvalue())]
+
+
+def _diffusers(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
+    """A folder that a diffusers pipeline loads its scheduler from; it holds the whole schedule."""
+    try:
+        from fewstep.samplers.diffusers import FewstepScheduler
+    except ImportError:
+        raise FewstepError(
+            "exporting for diffusers needs it: pip install 'fewstep[diffusers]'"
+        ) from None
+    FewstepScheduler(schedule=schedule.to_dict()).save_pretrained(str(folder))
+    return [folder / "scheduler_config.json"]
+
+
+FORMS: dict[str, Callable[[Loaded, Path, str], list[Path]]] = {
+    "diffusers": _diffusers,
+    "sigmas": _sigmas,
+    "csv": _csv,
+}
