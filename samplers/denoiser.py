@@ -167,17 +167,22 @@ class ModelDenoiser:
         return out.to(device=x.device, dtype=x.dtype)
 
     def _data(self, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        if self.output == "x0":
-            return out
         t = t.to(torch.float64)
         alpha, sigma = bcast(self.noise.alpha(t), x), bcast(self.noise.sigma(t), x)
-        if self.output == "eps":
-            return (x - sigma * out) / alpha
-        if self.output == "v":
-            return alpha * x - sigma * out
-        if self.output == "score":
-            return (x + sigma**2 * out) / alpha
-        return (x - sigma * out) / (alpha + sigma)
+        return data_prediction(self.output, x, out, alpha, sigma)
+
+
+def data_prediction(output: str, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """D from a network's output of kind `output` at state x (module docstring)."""
+    if output == "x0":
+        return out
+    if output == "eps":
+        return (x - sigma * out) / alpha
+    if output == "v":
+        return alpha * x - sigma * out
+    if output == "score":
+        return (x + sigma**2 * out) / alpha
+    return (x - sigma * out) / (alpha + sigma)
 
 
 def _is_one(guidance: float | Tensor) -> bool:
@@ -209,13 +214,6 @@ def from_model(
         ModelError: unknown output kind; at call time, a result of the wrong shape.
     """
     return ModelDenoiser(model, noise, output, null_cond=null_cond, dtype=dtype, device=device)
-
-
-def require_finite(x: Tensor, what: str) -> Tensor:
-    """Return x, or raise a ModelError naming `what` if it holds NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
-        raise ModelError(f"{what} is not finite: check the model's output kind and noise schedule")
-    return x
 
 
 def fingerprint(module: torch.nn.Module, name: str) -> str:

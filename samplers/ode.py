@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.samplers.denoiser import Cond, Denoiser, bcast, require_finite
+from fewstep.samplers.denoiser import Cond, Denoiser, bcast
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
@@ -46,7 +46,12 @@ def start(schedule: OdeSchedule | ProgramSchedule, z: Tensor) -> Tensor:
             rectified flow).
         z: standard normal, shape (B, *shape).
     """
-    return schedule.noise.prior_scale(schedule.times[0]) * z
+    return start_scale(schedule) * z
+
+
+def start_scale(schedule: OdeSchedule | ProgramSchedule) -> float:
+    """Standard deviation of x_T."""
+    return schedule.noise.prior_scale(schedule.times[0])
 
 
 @torch.no_grad()
@@ -133,6 +138,7 @@ def run(
     if constant is not None:
         y = y + p.at("k0", 0) * constant
     history: list[Tensor] = []
+    finite: list[Tensor | None] = []  # read after the last call: no wait on the device in between
     for c in range(program.nfe):
         t = program.t[..., c].reshape(count, 1).expand(count, batch).reshape(-1).to(x_T.device)
         scale: float | Tensor | None = guidance
@@ -153,12 +159,17 @@ def run(
         D = D.to(state_dtype)
         if options and "threshold" in options:
             D = threshold(D, **options["threshold"])
-        if check:
-            require_finite(D, f"the data prediction of network call {c} (t = {float(t[0]):.6g})")
+        finite.append(torch.isfinite(D).all() if check else None)
         if callback is not None:
             callback(Progress(c, t, flat, D))
         history.append(D.reshape(count, batch, *shape))
         y = p.advance(c, y, noisy, constant, history, generator)
+    for c, good in enumerate(finite):
+        if good is not None and not bool(good):
+            raise ModelError(
+                f"the data prediction of network call {c} (t = {program.t[..., c].tolist()}) is "
+                "not finite: check the model's output kind and noise schedule"
+            )
     return y if stacked else y[0]
 
 

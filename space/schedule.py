@@ -8,7 +8,7 @@ plain solver's bit for bit. Nothing that is loaded here can execute code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -47,6 +47,11 @@ class Frozen(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise ScheduleError(_first_line(error, type(self).__name__)) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A validated copy with some fields changed; nothing computed before is kept."""
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**kept | dict(update or {}))
 
 
 def _first_line(error: ValidationError, name: str) -> str:
@@ -334,10 +339,16 @@ class OdeSchedule(Frozen):
         """
         return self._constant
 
-    def with_constant(self, m: Tensor) -> OdeSchedule:
+    def with_constant(self, m: Tensor) -> Self:
         """A copy that carries the constant image m."""
-        copy = self.model_copy()
+        copy = super().model_copy()
         copy._constant = m
+        return copy
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """See `Frozen.model_copy`; the constant image is carried along."""
+        copy = super().model_copy(update=update)
+        copy._constant = self._constant
         return copy
 
     def to_dict(self) -> dict[str, Any]:
