@@ -2,11 +2,11 @@
 
     pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, schedule="nfe05.json")
 
-The program is run exactly as by `samplers.ode`: `timesteps` holds what the network is told (the
-label of every call, shifted queries included), the rows stay private and are indexed by a
 The program is run as by `samplers.ode`: `timesteps` holds what the network is told (the label of
-every call, shifted queries included), the rows stay private and are indexed by a counter, so
-schedules live in the configuration, so saving and loading a pipeline keeps them.
+every call, shifted queries included); the rows stay private and are indexed by a counter, so
+equal or non-integer timesteps are safe. The noise schedule of the FILE holds; where the pipeline's
+configuration names another one, that is an error and not a silent mixture. Whole schedules live in
+the configuration, so saving and loading a pipeline keeps them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fewstep.space.noise import VPDiscrete
 _KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
 
-class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class FewstepScheduler(SchedulerMixin, ConfigMixin):
     """Replays one schedule (or one per number of steps) through diffusers' scheduler interface.
 
     Args:
@@ -49,6 +49,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     _compatibles = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"]  # noqa: RUF012
     order = 1
+    timesteps: Tensor
+    sigmas: Tensor
 
     @register_to_config
     def __init__(
@@ -204,7 +206,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return SchedulerOutput(prev_sample=self._told) if return_dict else (self._told,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha x0 + sigma eps at the calls whose labels are `timesteps` (image-to-image start)."""
+        """alpha x0 + sigma eps at the calls whose labels are nearest (image-to-image start)."""
         program = self._schedule.program
         at = [int((program.label - float(t)).abs().argmin()) for t in timesteps.reshape(-1)]
         shape = (-1, *(1,) * (original_samples.ndim - 1))

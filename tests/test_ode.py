@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fewstep.samplers import from_model, run, sample, start
-from fewstep.samplers.denoiser import bcast
 from fewstep.space import ModelError, OdeSchedule, ScheduleError, StepSpec, stack
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
@@ -183,7 +182,7 @@ def test_a_candidate_that_diverges_does_not_spoil_its_batch():
 
 
 def test_gradients_of_a_loss_agree_with_central_differences():
-    """Times, shifts, compensation, weights, relaxation, power: through compile and loop, float64."""
+    """Times, shifts, compensation, relaxation, power: through compile and loop, float64."""
     from fewstep.space import compile
 
     steps = (
