@@ -67,7 +67,12 @@ def show_time(args: argparse.Namespace) -> None:
     """Print the table of seconds and ratios."""
     if args.vocabulary:
         config = molecules.NetConfig(
-            vocabulary=args.vocabulary + 1, length=args.length, width=64, heads=2, depth=2
+            vocabulary=args.vocabulary + 1,
+            length=args.length,
+            width=64,
+            heads=2,
+            depth=2,
+            counted=False,
         )
         net, length = molecules.MoleculeNet(config).eval().to(args.device), args.length
     else:

@@ -15,18 +15,26 @@ ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
 
 
 def test_decode_undoes_encode() -> None:
-    smiles = [ASPIRIN, "Brc1c[nH]c2c1C(Cl)#N2", "C" * LENGTH]
+    smiles = [ASPIRIN, "Brc1c[nH]c2c1C(Cl)#N2", "CCCCC", "#" * LENGTH]
     ids = molecules.encode(smiles)
-    assert ids.shape == (3, LENGTH)
+    assert ids.shape == (4, LENGTH)
     assert molecules.decode(ids) == smiles
     assert ids[0, -1] == PAD
+
+
+def test_pieces_are_what_byte_pair_encoding_learns() -> None:
+    assert len(molecules.PIECES) == molecules.PAD
+    assert len(set(molecules.PIECES)) == molecules.PAD
+    pairs = molecules.learn_pieces(["CCCC", "CCCC", "CCO"], 2)
+    assert [tuple(molecules.TOKENS.index("C") for _ in range(2)), (24, 24)] == pairs
 
 
 def test_what_the_model_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="'I' of 'CCI' is not in the vocabulary"):
         molecules.encode(["CCI"])
-    with pytest.raises(ValueError, match="has 55 tokens; the model holds 54"):
-        molecules.encode(["C" * 55])
+    with pytest.raises(ValueError, match="molecule 1 has 21 pieces; the model holds 20"):
+        molecules.encode(["CC", "#" * 21])
+    assert molecules.encode(["CC", "#" * 21], drop=True).shape == (1, LENGTH)
     with pytest.raises(ValueError, match="still holds masks"):
         molecules.decode([[0, MASK]])
 

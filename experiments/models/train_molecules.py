@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,11 +57,15 @@ def masked_loss(net: torch.nn.Module, tokens: Tensor, generator: torch.Generator
 
 
 def load_tokens(split: str, csv: Path | None, workers: int) -> Tensor:
-    """A split's ids, uint8 `(n, 54)`; from a `.csv.gz` if named, else from the package file."""
+    """A split's ids, uint8 `(n, 20)`; from a `.csv.gz` if named, else from the package file."""
     smiles = molecules.parse_split(csv.read_bytes()) if csv else molecules.load_smiles(split)
     with Pool(workers) as pool:
-        parts = pool.map(molecules.encode, [smiles[i::workers] for i in range(workers)])
+        parts = pool.map(_encode, [smiles[i::workers] for i in range(workers)])
     return torch.from_numpy(np.concatenate(parts))
+
+
+def _encode(smiles: list[str]) -> NDArray[np.uint8]:
+    return molecules.encode(smiles, drop=True)
 
 
 def learning_rate(step: int, steps: int, decay: int, peak: float, warmup: int = 200) -> float:
@@ -180,8 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="train the molecule model")
     parser.add_argument("--steps", type=int, default=8000, help="optimiser steps in all")
     parser.add_argument("--decay", type=int, default=1500, help="last steps, decaying to zero")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--width", type=int, default=NetConfig().width)
     parser.add_argument("--depth", type=int, default=NetConfig().depth)
