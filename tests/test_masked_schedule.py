@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fewstep.space.masked import (
     counts_by_name,
     split,
 )
+from fewstep.space.masked_domain import MaskedDomain
 
 
 def blank(batch: int, length: int = 4, mask: int = 3) -> Tensor:
@@ -169,3 +171,61 @@ def test_broken_logits_are_refused() -> None:
     _refused(lambda: sample_masked(schedule, short, blank(1, 3, 4)), "returned logits", ModelError)
     low = from_subs(lambda x: torch.zeros(*x.shape, 4), 4)
     _refused(lambda: sample_masked(schedule, low, blank(1, 3, 4)), "outside a vocab", ModelError)
+
+
+# --- the search space ------------------------------------------------------------------------
+
+DOMAINS = [
+    MaskedDomain(20, 8),
+    MaskedDomain(
+        20,
+        6,
+        modes=("parallel", "extrapolate"),
+        positions=("uniform", "confidence"),
+        temperature=(0.7, 1.2),
+    ),
+    MaskedDomain(5, 5),
+    MaskedDomain(7, 1, temperature=(0.5, 1.0)),
+]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_move_stays_in_the_space_and_parameters_are_exact(domain: MaskedDomain) -> None:
+    rng = np.random.default_rng(0)
+    pool = [*domain.baselines().values(), *(domain.sample(rng) for _ in range(20))]
+    for schedule in pool:
+        other = pool[int(rng.integers(len(pool)))]
+        child = domain.crossover(domain.mutate(schedule, rng), other, rng)
+        for member in (schedule, child, *domain.neighbours(child)):
+            assert domain.contains(member) is None
+            assert sum(member.counts) == domain.length
+            params = domain.params(member)
+            assert domain.from_params(params) == domain.canonical(member)
+            assert domain.params(domain.from_params(params)) == domain.params(
+                domain.canonical(member)
+            )
+            assert domain.canonical(member).digest == member.digest
+            assert set(params) == set(domain.distributions())
+            assert domain.encode(member).shape == domain.encode(schedule).shape
+    if domain.nfe not in (1, domain.length):
+        assert all(domain.mutate(s, rng).digest != s.digest for s in pool)
+
+
+def test_any_values_become_a_member() -> None:
+    domain = DOMAINS[1]
+    assert domain.from_params({}).counts == counts_by_name("uniform", 20, 6)
+    wild = domain.from_params({"count_0": 1e9, "count_1": -3, "temperature_2": 99, "mode_1": "x"})
+    assert domain.contains(wild) is None
+    assert wild.calls[2].temperature == 1.2
+
+
+def test_what_is_no_member_is_said() -> None:
+    domain = DOMAINS[0]
+    assert "calls, not 8" in str(domain.contains(MaskedSchedule.token_by_token(20)))
+    assert "positions, not 20" in str(domain.contains(MaskedSchedule.token_by_token(8)))
+    assert "no masked schedule" in str(domain.contains(3))
+    hot = MaskedSchedule.from_counts(counts_by_name("uniform", 20, 8), temperature=2.0)
+    _refused(lambda: domain.params(hot), "temperature 2.0 is outside")
+    _refused(lambda: MaskedDomain(4, 5), "nfe 5 must lie in 1..4")
+    _refused(lambda: MaskedDomain(4, 2, temperature=(2.0, 3.0)), "must enclose 1")
+    _refused(lambda: MaskedDomain(4, 2, modes=("x",)), "modes must be out of")
