@@ -86,6 +86,18 @@ def sample(
     """
     if schedule.program.e.requires_grad:
         raise ScheduleError("the program carries gradients: call run() with a program instead")
+    if "time_shift" in schedule.options and isinstance(schedule, OdeSchedule):
+        from fewstep.samplers.shift import run_shifted
+
+        return run_shifted(
+            schedule,
+            denoiser,
+            x_T,
+            cond=cond,
+            guidance=guidance,
+            generator=generator,
+            callback=callback,
+        )
     return run(
         schedule.program,
         denoiser,
@@ -117,6 +129,11 @@ def run(
     `check` raises a ModelError at the first data prediction that is not finite; without it NaN
     travels to the result, so that a batch of candidates survives one that diverges.
     """
+    if options and "time_shift" in options:
+        raise ScheduleError(
+            "options.time_shift compiles rows while it samples, from the steps: call sample() "
+            "with a schedule that holds its steps"
+        )
     stacked = program.r.ndim == 2
     count = program.r.shape[0] if stacked else 1
     state_dtype = torch.promote_types(x_T.dtype, torch.float32)

@@ -8,13 +8,14 @@ Conventions: DPM-Solver++ 2M and 3M as in the standard release (midpoint weights
 times 1); UniPC as in its
 standalone code; DEIS degree d uses d + 1 points; iPNDM applies uniform-grid Adams weights on any
 grid; Heun is EDM's algorithm 2 (two calls a step, one in the last, so NFE is odd); DDPM is the
-ancestral step (fresh noise: compare it by distribution only).
+ancestral step (fresh noise: compare it by distribution only). S-PNDM and F-PNDM are PNDM's bases
+with their true cost, 1 and 9 calls more than steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,8 +113,8 @@ def dpm(
 ) -> Callable[[int, bool], dict[str, Any]]:
     """DPM-Solver (noise) or DPM-Solver++ (data) multistep fields.
 
-    Midpoint weights at order 2 (exact ones with `taylor`), halved second difference at order 3 (not
-    with `true_second`).
+    Midpoint weights at order 2 (exact ones with `taylor`), halved second difference at order 3
+    (not with `true_second`).
     """
 
     def spec(p: int, last: bool) -> dict[str, Any]:
@@ -150,6 +151,36 @@ def in_basis(basis: str) -> Callable[[int, bool], dict[str, Any]]:
     return lambda p, last: {"formulation": "noise", "basis": basis}
 
 
+def s_pndm(n_steps: int) -> tuple[StepSpec, ...]:
+    """S-PNDM: a pseudo-Heun start, then two-step Adams; n_steps + 1 calls, n_steps >= 2.
+
+    References: PNDM, Liu et al. (arXiv 2202.09778), section 3.3.
+    """
+    _more_than(n_steps, 1)
+    start = StepSpec(formulation="noise", basis="adams", corrector="reeval")
+    return (start, *(StepSpec(order=2, formulation="noise", basis="adams"),) * (n_steps - 1))
+
+
+def f_pndm(n_steps: int, basis: Literal["t", "label"] = "t") -> tuple[StepSpec, ...]:
+    """F-PNDM: three pseudo Runge-Kutta starts, then four-step Adams; n_steps + 9 calls.
+
+    Args:
+        n_steps: steps, >= 4.
+        basis: where a stage lies: "t", or "label" as the released code truncates its level.
+
+    References: PNDM, Liu et al. (arXiv 2202.09778), section 3.3.
+    """
+    _more_than(n_steps, 3)
+    start = StepSpec(formulation="noise", basis=basis, tableau="rk4")
+    rest = StepSpec(order=4, formulation="noise", basis="adams")
+    return (start,) * 3 + (rest,) * (n_steps - 3)
+
+
+def _more_than(n_steps: int, starts: int) -> None:
+    if n_steps <= starts:
+        raise ScheduleError(f"{n_steps} steps: more than {starts} are needed, the rest are starts")
+
+
 def _recipes() -> dict[str, tuple[int, Callable[[int, bool], dict[str, Any]]]]:
     table: dict[str, tuple[int, Callable[[int, bool], dict[str, Any]]]] = {
         "ddim": (1, dpm("data", 1))
@@ -163,7 +194,11 @@ def _recipes() -> dict[str, tuple[int, Callable[[int, bool], dict[str, Any]]]]:
 
 
 _MULTISTEP = _recipes()
-SOLVERS = (*_MULTISTEP, "ipndm1", "heun", "ddpm")
+_PNDM: dict[str, tuple[Callable[[int], tuple[StepSpec, ...]], int, int]] = {
+    "s-pndm": (s_pndm, 1, 3),
+    "f-pndm": (f_pndm, 9, 13),
+}  # steps, extra calls, least NFE
+SOLVERS = (*_MULTISTEP, "ipndm1", "heun", "s-pndm", "f-pndm", "ddpm")
 
 
 def baseline(
@@ -211,6 +246,12 @@ def baseline(
     elif solver == "ddpm":
         times = grid(noise, nfe, kind, t_start=t_start, t_end=t_end)
         schedule = OdeSchedule(noise=noise, times=times, steps=(StepSpec(eta=1.0),) * nfe)
+    elif solver in _PNDM:
+        steps, extra, least = _PNDM[solver]
+        if nfe < least:
+            raise ScheduleError(f"{solver} makes at least {least} calls, not {nfe}")
+        times = grid(noise, nfe - extra, kind, t_start=t_start, t_end=t_end)
+        schedule = OdeSchedule(noise=noise, times=times, steps=steps(nfe - extra))
     elif solver in _MULTISTEP or solver == "ipndm1":
         order, spec = _MULTISTEP.get(solver) or (1, in_basis("adams"))
         times = grid(noise, nfe, kind, t_start=t_start, t_end=t_end)
@@ -229,10 +270,10 @@ def named(
     """
     found: dict[str, OdeSchedule] = {}
     seen: set[str] = set()
-    for solver in (*_MULTISTEP, "heun"):
+    for solver in (*_MULTISTEP, "heun", *_PNDM):
         for kind in GRIDS:
             for ending in ("", "/low"):
-                if solver == "heun" and (nfe % 2 == 0 or ending):
+                if solver not in _MULTISTEP and ending:
                     continue
                 try:
                     schedule = baseline(

@@ -218,7 +218,7 @@ def _taylor_weights(
     h = land.lam - start.lam
     z, scale = (-h, land.alpha) if rule.formulation == "data" else (h, -land.sigma)
     phis = phi(z, m + 1)
-    ratio = torch.stack([(p.lam - start.lam) / h for p in live], dim=-1)
+    ratio = torch.stack(torch.broadcast_tensors(*((p.lam - start.lam) / h for p in live)), dim=-1)
     slopes = _derivative_rows(ratio, m)  # slopes[k-1][j]: weight of F_j - F_start in h^k F^(k)
     if rule.slope_points is not None and rule.slope_points < m:
         near = _derivative_rows(ratio[..., : rule.slope_points], rule.slope_points)[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -26,12 +26,12 @@ from torch import Tensor
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
 from fewstep.space.schedule import FORMAT, VERSION, OdeSchedule
-from fewstep.space.solve import Choices, Tape, solve
+from fewstep.space.solve import Choices, Number, Tape, solve
 
 _TINY = 1e-13  # a coefficient below this is rounding, and is stored as 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """C rows; every tensor float64. M stacked programs have a leading axis of size M everywhere.
 
@@ -149,14 +149,17 @@ class Program:
                 )
 
 
-def compile(schedule: OdeSchedule, values: Mapping[str, Tensor] | None = None) -> Program:
+def compile(
+    schedule: OdeSchedule, values: Mapping[str, Tensor | Sequence[Number]] | None = None
+) -> Program:
     """Compile a schedule.
 
     Args:
         schedule: the choices.
         values: numbers to use instead of the schedule's, by field: "times" (N+1,) or any number of
             `StepSpec` with leading axis N ("compensation", "dt_query", "weights" (N, K),
-            "guidance", ...). They may require gradients.
+            "guidance", ...). They may require gradients. Where an entry has shape (B,), the
+            program is B stacked ones, one per image.
 
     Returns:
         The program; its tensors carry gradients where `values` do.
@@ -178,38 +181,55 @@ def compile(schedule: OdeSchedule, values: Mapping[str, Tensor] | None = None) -
         raise ScheduleError("the schedule makes no network call: add a step")
     states = [call.state for call in record] + [final]
     arrivals = [call.arrived for call in record[1:]] + [arrived]
-    r = torch.stack([after / call.sigma for after, call in zip(arrivals, record, strict=True)])
-    rows = torch.stack(
-        [after - rc * before for rc, (before, after) in zip(r, pairwise(states), strict=True)]
+    r = _stack([after / call.sigma for after, call in zip(arrivals, record, strict=True)])
+    rows = _stack(
+        [
+            after - rc.unsqueeze(-1) * before
+            for rc, (before, after) in zip(r, pairwise(states), strict=True)
+        ]
     )
     if not bool(torch.isfinite(rows).all()):
-        bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0])
+        bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
         raise ScheduleError(
             f"the row of network call {bad} is not finite: two of its points coincide or a step "
             "lands on sigma = 0 with too high an order"
         )
     rows = _clean(rows)
-    fresh = rows[:, 2 + calls :]
-    if noises and bool((fresh - torch.diag(fresh.diagonal())).abs().max() > 1e-10):
+    batch = rows.shape[1:-1]
+    rows = rows.movedim(0, -2)
+    fresh = rows[..., 2 + calls :]
+    g = fresh.diagonal(dim1=-2, dim2=-1) if noises else torch.zeros_like(rows[..., 0])
+    if noises and bool((fresh - torch.diag_embed(g)).abs().max() > 1e-10):
         raise ScheduleError(
             "a step uses outputs in the noise formulation across fresh noise: use formulation "
             "data, or order 1, where eta > 0"
         )
+
+    def numbers(values: Iterable[Tensor]) -> Tensor:
+        each = _stack(values)  # (C,) or (C, B)
+        return each.reshape(calls, -1).expand(calls, *batch).movedim(0, -1) if batch else each
+
     queries = [call.query for call in record]
-    t = torch.stack([q.t for q in queries])
+    t = numbers(q.t for q in queries)
+    guidance = _guidance([call.guidance for call in record])
     return Program(
         t=t,
         label=schedule.noise.label(t),
-        alpha=torch.stack([q.alpha for q in queries]),
-        sigma=torch.stack([q.sigma for q in queries]),
-        init=_clean(states[0][:2]),
-        r=r,
-        e=rows[:, 0],
-        k=rows[:, 1],
-        b=rows[:, 2 : 2 + calls],
-        g=fresh.diagonal() if noises else torch.zeros(calls, dtype=torch.float64),
-        guidance=_guidance([call.guidance for call in record]),
+        alpha=numbers(q.alpha for q in queries),
+        sigma=numbers(q.sigma for q in queries),
+        init=_clean(states[0][..., :2]).expand(*batch, 2),
+        r=numbers(r),
+        e=rows[..., 0],
+        k=rows[..., 1],
+        b=rows[..., 2 : 2 + calls],
+        g=g,
+        guidance=guidance if guidance is None else numbers(guidance),
     )
+
+
+def _stack(values: Iterable[Tensor]) -> Tensor:
+    """Stacked along a new first axis, entries with and without a batch axis broadcast."""
+    return torch.stack(torch.broadcast_tensors(*values))
 
 
 def _clean(x: Tensor) -> Tensor:
@@ -222,7 +242,7 @@ def _guidance(scales: Sequence[float | Tensor | None]) -> Tensor | None:
         return None
     if any(s is None for s in scales):
         raise ScheduleError("guidance is given for some steps only: give it for all, or for none")
-    return torch.stack([torch.as_tensor(s, dtype=torch.float64) for s in scales])
+    return _stack(torch.as_tensor(s, dtype=torch.float64) for s in scales)
 
 
 def stack(programs: Sequence[Program]) -> Program:

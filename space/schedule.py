@@ -73,8 +73,9 @@ class StepSpec(Frozen):
             2).
         formulation: variable of the ODE the step integrates: "data", "noise" or "velocity".
         basis: variable of the interpolation: "lam" (exponential integrators), "t" (DEIS tAB),
-            "rho" (DEIS rhoAB), "power" (rho ** power) or "adams" (uniform-grid Adams weights,
-            iPNDM).
+            "rho" (DEIS rhoAB), "power" (rho ** power), "adams" (uniform-grid Adams weights,
+            iPNDM), or, for a tableau only, "label" ("t", the level of a stage between two
+            training steps being that of the lower one, as PNDM's code has it).
         power: exponent of the "power" basis; 1 is "rho", towards 0 it tends to "lam".
         relaxation: factor on the first derivative in the lam basis ["none"]: "bh1", "bh2" (UniPC's
             B(h)), "exp", "minus_exp", "linear" (1 + coefficient * h); "half_second" halves the
@@ -106,7 +107,7 @@ class StepSpec(Frozen):
 
     order: int = 1
     formulation: Literal["data", "noise", "velocity"] = "data"
-    basis: Literal["lam", "t", "rho", "power", "adams"] = "lam"
+    basis: Literal["lam", "t", "rho", "power", "adams", "label"] = "lam"
     power: float = 1.0
     relaxation: str = "none"
     relaxation_coefficient: float = 0.0
@@ -145,9 +146,13 @@ class StepSpec(Frozen):
                 "a tableau step takes order 1 and no corrector",
             )
             _need(
-                self.basis in ("lam", "rho", "t"),
-                "a tableau step places its stages in basis lam, rho or t",
+                self.basis in ("lam", "rho", "t", "label"),
+                "a tableau step places its stages in basis lam, rho, t or label",
             )
+        _need(
+            self.basis != "label" or self.tableau is not None,
+            "basis label places the stages of a tableau: use basis t",
+        )
         if self.slope_points is not None:
             _need(self.order > 1, "slope_points needs order 2 or more")
             _need(

@@ -9,7 +9,7 @@ asked at. `space.program` reads the rows of the triangular program off the tape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,9 @@ class Call:
 class Tape:
     """The symbolic run: unit vectors out, network calls recorded.
 
+    `landed[i]` is the state step i leaves, corrected if it has a corrector, and how many calls
+    were made by then.
+
     Args:
         calls: number of network calls to come, C.
         noises: whether fresh noise occurs (then C more basis vectors).
@@ -57,6 +60,7 @@ class Tape:
 
     def __init__(self, calls: int, *, noises: bool) -> None:
         self.calls: list[Call] = []
+        self.landed: list[tuple[Tensor, int]] = []
         self._c = calls
         self._unit = torch.eye(2 + calls * (2 if noises else 1), dtype=torch.float64)
         self.x_T = self._unit[0]
@@ -93,9 +97,16 @@ class Point:
 
 
 class Choices:
-    """The numbers of the steps, some replaced by tensors that carry gradients or a batch."""
+    """The numbers of the steps, some replaced by tensors that carry gradients or a batch.
 
-    def __init__(self, schedule: OdeSchedule, values: Mapping[str, Tensor]) -> None:
+    A value is a tensor with leading axis N, or N numbers and tensors of shape (B,): then the
+    vectors, and the rows of the program, are per image, and a step whose entry is a plain number
+    keeps its bits.
+    """
+
+    def __init__(
+        self, schedule: OdeSchedule, values: Mapping[str, Tensor | Sequence[Number]]
+    ) -> None:
         known = {"times", *StepSpec.model_fields}
         for name in values:
             if name not in known:
@@ -106,7 +117,7 @@ class Choices:
         self.schedule = schedule
         self.noise: NoiseSchedule = schedule.noise
         self.times = (
-            values["times"]
+            torch.as_tensor(values["times"], dtype=torch.float64)
             if "times" in values
             else torch.tensor(schedule.times, dtype=torch.float64)
         )
@@ -172,12 +183,14 @@ def solve(choices: Choices, tape: Tape) -> tuple[Tensor, Tensor]:
             land, g = _downstep(eta, history[0].level, land)
             arrived = land.sigma
             x = times_vector(g, tape.noise()) + _predict(choices, tape, history, i, land)
+            tape.landed.append((x, len(tape.calls)))
             continue
         x = _predict(choices, tape, history, i, land)
         if step.corrector != "none":
             new = evaluate(choices, tape, x, i + 1, arrived)
             x = _correct(choices, history, new, i, land)
             pending = new if step.corrector == "reuse" else None
+        tape.landed.append((x, len(tape.calls)))
     return x, arrived
 
 
@@ -312,21 +325,23 @@ def _runge_kutta(choices: Choices, tape: Tape, point: Point, i: int, land: Level
     tableau = TABLEAUS[step.tableau or ""]
     outputs = [point.output(step.formulation, choices.noise)]
     for c, row in zip(tableau.c[1:], tableau.rows[1:], strict=True):
-        stage = (
+        query = (
             land
             if c == 1.0
             else Level.at(choices.noise, _between(choices.noise, step.basis, start, land, c))
         )
+        stage = _truncated(choices.noise, query) if step.basis == "label" and c < 1 else query
         mix = sum(
             (a / c * f for a, f in zip(row, outputs, strict=True)), torch.zeros_like(outputs[0])
         )
         x = times_vector(base(step.formulation, start, stage), point.x) + times_vector(
             first(step.formulation, start, stage), mix
         )
-        D = tape.call(Call(x, stage.sigma, stage.sigma, stage, choices.get("guidance", i)))
-        outputs.append(
-            Point(stage, x, D, _eps(x, D, stage)).output(step.formulation, choices.noise)
-        )
+        D = tape.call(Call(x, stage.sigma, stage.sigma, query, choices.get("guidance", i)))
+        eps = _eps(x, D, query)
+        if stage is not query:  # the network's eps is what PNDM carries to the truncated level
+            D = times_vector(1 / stage.alpha, x - times_vector(stage.sigma, eps))
+        outputs.append(Point(stage, x, D, eps).output(step.formulation, choices.noise))
     mix = sum(
         (b * f for b, f in zip(tableau.result, outputs, strict=True)), torch.zeros_like(outputs[0])
     )
@@ -336,8 +351,16 @@ def _runge_kutta(choices: Choices, tape: Tape, point: Point, i: int, land: Level
 
 
 def _between(noise: NoiseSchedule, basis: str, start: Level, land: Level, c: float) -> Tensor:
-    if basis == "t":
+    if basis in ("t", "label"):
         return start.t + c * (land.t - start.t)
     if basis == "lam":
         return noise.t_of_lam(start.lam + c * (land.lam - start.lam))
     return noise.t_of_lam(-torch.log(start.rho + c * (land.rho - start.rho)))
+
+
+def _truncated(noise: NoiseSchedule, level: Level) -> Level:
+    """The level of the training step at or below; continuous schedules have none between."""
+    if noise.type != "vp_discrete":
+        return level
+    whole = torch.floor(level.t)
+    return level if bool((whole == level.t).all()) else Level.at(noise, whole)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.experiments.usf import from_usf
 from fewstep.space import OdeSchedule, StepSpec
-from fewstep.space.baselines import dpm, in_basis, multistep, unipc
+from fewstep.space.baselines import dpm, f_pndm, in_basis, multistep, s_pndm, unipc
 from tests.oracles import reference_noise
 
 TABLEAUS = {
@@ -89,6 +89,8 @@ def _usf(folder: Path, data: dict, variant: str) -> Replay:
 
 def _schedule(method: str, frame: str, case: dict) -> OdeSchedule:
     noise = reference_noise("vp_linear" if frame == "vp_edm_ablation" else frame)
+    if method.startswith("ts-"):
+        return _time_shift(method, noise, case)
     times = _times(frame, case)
     if method in ("dc", "dc-ratio1"):
         return _dc(noise, times, case)
@@ -116,15 +118,13 @@ def _schedule(method: str, frame: str, case: dict) -> OdeSchedule:
         )
     if method in ("heun", "dpm_2", "euler"):
         return _edm(method, frame, noise, times)
-    raise Unsupported(f"method {method} waits for the variance-driven time shift")
+    raise Unsupported(f"method {method} is of a kind this version does not know")
 
 
 def _times(frame: str, case: dict) -> tuple[float, ...]:
     if frame == "vp_edm_ablation":
         n = case["steps"]
         return (*(1 + i / (n - 1) * (1e-3 - 1) for i in range(n)), 0.0)
-    if "timesteps" not in case:
-        raise Unsupported(f"method {case['method']} waits for the variance-driven time shift")
     times = tuple(float(t) for t in case["timesteps"])
     if frame != "sd_discrete":
         return times
@@ -196,3 +196,33 @@ def _dc(noise, times, case) -> OdeSchedule:
     return OdeSchedule(
         noise=noise, times=times, steps=tuple(steps), compensation_order=case["dc_order"]
     )
+
+
+def _time_shift(method: str, noise, case) -> OdeSchedule:
+    """TS-DPM's PNDM code and the algorithm of the paper; windows there are full widths."""
+    if not method.startswith(("ts-pnm-", "ts-paper-")):
+        raise Unsupported(f"method {method} is a record of an upstream defect")
+    released = method.startswith("ts-pnm-")
+    options = {}
+    if case.get("shift", True) and case["window"] is not None:
+        rule = {
+            "rule": "variance",
+            "window": case["window"] // 2,
+            "cutoff": case["cutoff"],
+            "semantics": "pnm" if released else "paper",
+        }
+        options = {"time_shift": rule}
+    if not released:
+        times = tuple(map(float, case["grid"]))
+        steps = (StepSpec(),) * (len(times) - 1)
+        return OdeSchedule(noise=noise, times=times, steps=steps, options=options)
+    labels = range(1, 1001, 1000 // case["S_argument"])
+    times = (*map(float, reversed(labels[:-1])), 0.0)
+    n = len(times) - 1
+    if method == "ts-pnm-euler":
+        steps = (StepSpec(formulation="noise"),) * n
+    elif method == "ts-pnm-s_pndm":
+        steps = s_pndm(n)
+    else:  # the released code truncates the level of a stage to a label
+        steps = f_pndm(n, "label")
+    return OdeSchedule(noise=noise, times=times, steps=steps, options=options)

@@ -1,0 +1,271 @@
+"""The variance-driven time shift of TS-DPM: rows compiled per image while sampling.
+
+A sample x whose pixel variance is V looks like a clean marginal at the time tau where
+
+    sigma_tau^2 + v alpha_tau^2 = V          (v = 0 as published: the data's variance is dropped)
+
+so at every main call i >= 1 the rule picks, among the training steps within +-`window` of a
+nominal time, the first tau that minimises |sigma_tau^2 + v alpha_tau^2 - V|:
+
+    semantics   around        while            what moves to tau
+    "paper"     times[i]      times[i-1] > c   dt_query and dt_start of step i (algorithm box)
+    "pnm"       times[i+1]    times[i+1] > c   dt_land of step i only (released PNDM code)
+
+V is the unbiased variance of the state the network is asked at, over all elements of an image. A
+step's choice only enters rows after its call, so the program is compiled again with the shifts
+known so far and its next row is used; no network call is added. With one shift per image the rows
+are per image too. A call at the nominal time keeps its bits; a window of 0 is the base schedule.
+
+A training step is one label of a discrete schedule and t_start/1000 of a continuous one.
+
+References: Time-Shift Sampler, Li et al. (arXiv 2305.15583), algorithm 1; the two semantics are
+two of the five that exist, the others are upstream defects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fewstep.samplers.denoiser import Cond, Denoiser, bcast
+from fewstep.space.coefficients import TABLEAUS
+from fewstep.space.errors import ModelError, ScheduleError
+from fewstep.space.program import Program, compile
+from fewstep.space.schedule import OdeSchedule
+
+if TYPE_CHECKING:
+    from fewstep.samplers.ode import Progress
+
+SEMANTICS = ("paper", "pnm")
+
+
+@dataclass(frozen=True)
+class VarianceRule:
+    """The option `options["time_shift"]` of a schedule.
+
+    Args:
+        rule: "variance", the only one.
+        window: half-width in training steps, an integer >= 0; 0 is off.
+        cutoff: no shift at or below this time, in model time.
+        semantics: "paper" or "pnm" (module docstring).
+        per: one shift per "image", or per "batch" from the mean variance.
+        data_variance: v, the variance of the data per pixel, >= 0; 0 is the published rule.
+    """
+
+    window: int
+    cutoff: float
+    semantics: str = "paper"
+    per: str = "image"
+    data_variance: float = 0.0
+    rule: str = "variance"
+
+    def __post_init__(self) -> None:
+        for ok, message in (
+            (self.rule == "variance", f"rule {self.rule!r} is unknown: use 'variance'"),
+            (_number(self.cutoff), f"cutoff {self.cutoff!r} must be a time"),
+            (
+                isinstance(self.window, int) and 0 <= self.window,
+                f"window {self.window!r} must be a whole number of training steps, 0 or more",
+            ),
+            (
+                self.semantics in SEMANTICS,
+                f"semantics {self.semantics!r} is unknown: use one of {', '.join(SEMANTICS)}",
+            ),
+            (self.per in ("image", "batch"), f"per {self.per!r} must be 'image' or 'batch'"),
+            (
+                _number(self.data_variance) and self.data_variance >= 0,
+                f"data_variance {self.data_variance!r} must be 0 or more",
+            ),
+        ):
+            if not ok:
+                raise ScheduleError(f"options.time_shift.{message}")
+
+    @classmethod
+    def of(cls, schedule: OdeSchedule) -> VarianceRule:
+        """The rule of a schedule that has one.
+
+        Raises:
+            ScheduleError: a missing, unknown or impossible setting; it is named.
+        """
+        option = schedule.options["time_shift"]
+        if not isinstance(option, Mapping):
+            raise ScheduleError(f"options.time_shift {option!r}: an object is needed")
+        known = [f.name for f in fields(cls)]
+        for name in option:
+            if name not in known:
+                raise ScheduleError(
+                    f"options.time_shift.{name} is unknown: use {', '.join(known)}"
+                )
+        for name in ("rule", "window", "cutoff"):
+            if name not in option:
+                raise ScheduleError(f"options.time_shift.{name} is missing")
+        return cls(**option)
+
+    def select(self, schedule: OdeSchedule, x: Tensor, centre: float) -> Tensor | float:
+        """The shift in model time chosen for states x (B, *shape) around time `centre`.
+
+        Returns:
+            (B,) float64 on the CPU; a number with per = "batch", and where all choose the centre.
+        """
+        noise = schedule.noise
+        high, low = noise.t_range
+        steps = torch.arange(-self.window, self.window + 1, dtype=torch.float64)
+        t = centre + steps * training_step(schedule)
+        inside = (t >= min(low, centre)) & (t <= high)
+        t, steps = t[inside], steps[inside]
+        table = noise.sigma(t) ** 2 + self.data_variance * noise.alpha(t) ** 2
+        variance = x.to(torch.float64).flatten(1).var(dim=1).cpu()
+        if self.per == "batch":
+            variance = variance.mean()
+        gap = (variance[..., None] - table) ** 2
+        # numpy's argmin is the first minimum by definition
+        best = torch.from_numpy(gap.numpy().argmin(-1, keepdims=True)).squeeze(-1)
+        if bool((steps[best] == 0).all()):
+            return 0.0
+        shift = t[best] - centre
+        return float(shift) if self.per == "batch" else shift
+
+
+def training_step(schedule: OdeSchedule) -> float:
+    """One training step in model time.
+
+    Raises:
+        ScheduleError: EDM, whose time is no multiple of a training step.
+    """
+    noise = schedule.noise
+    if noise.type == "edm":
+        raise ScheduleError(
+            "options.time_shift needs a noise schedule whose time counts training steps, not edm: "
+            "search constant shifts instead"
+        )
+    return 1.0 if noise.type == "vp_discrete" else float(noise.t_range[0]) / 1000
+
+
+def main_calls(schedule: OdeSchedule) -> dict[int, int]:
+    """Network call -> step whose start it asks at (the calls inside a step are left out)."""
+    found: dict[int, int] = {}
+    call = 0
+    for i, step in enumerate(schedule.steps):
+        if i > 0 or schedule.first == "network":
+            found[call] = i
+            call += 1
+        if step.tableau is not None:
+            call += len(TABLEAUS[step.tableau].c) - 1
+        call += step.corrector == "reeval"
+    return found
+
+
+class Shifter:
+    """The shifts chosen so far, and the program they compile to."""
+
+    def __init__(self, schedule: OdeSchedule) -> None:
+        self.schedule, self.rule = schedule, VarianceRule.of(schedule)
+        self.program: Program = schedule.program
+        training_step(schedule)  # refused before the first call
+        self._step_of = main_calls(schedule)
+        names = ("dt_query", "dt_start") if self.rule.semantics == "paper" else ("dt_land",)
+        self._shifts: dict[str, list[Tensor | float]] = {
+            name: [getattr(step, name) for step in schedule.steps] for name in names
+        }
+
+    def before(self, call: int, x: Tensor) -> None:
+        """Choose the shift that depends on the state x (B, *shape) asked at `call`."""
+        i = self._step_of.get(call, 0)
+        if i == 0 or self.rule.window == 0:
+            return
+        times, paper = self.schedule.times, self.rule.semantics == "paper"
+        deciding, centre = (times[i - 1], times[i]) if paper else (times[i + 1], times[i + 1])
+        if deciding <= self.rule.cutoff:
+            return
+        shift = self.rule.select(self.schedule, x, centre)
+        if isinstance(shift, float) and shift == 0.0:
+            return
+        for values in self._shifts.values():
+            values[i] = shift + values[i]
+        try:
+            self.program = compile(self.schedule, self._shifts)
+        except ScheduleError as error:
+            raise ScheduleError(
+                f"the time shift of step {i} has no program ({error}): use a smaller window"
+            ) from None
+
+
+def run_shifted(
+    schedule: OdeSchedule,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    *,
+    cond: Cond | None = None,
+    guidance: float | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[Progress], None] | None = None,
+) -> Tensor:
+    """Run a schedule whose options hold "time_shift"; arguments as `samplers.sample`.
+
+    Raises:
+        ScheduleError: an impossible setting, or shifts under which two points coincide.
+        ModelError: as `samplers.sample`.
+    """
+    from fewstep.samplers.ode import Progress, _Coefficients, threshold
+
+    shifter = Shifter(schedule)
+    x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+    batch, m = len(x_T), schedule.constant
+
+    def coefficients(program: Program) -> _Coefficients:
+        """Without the fresh noise, which differs from image to image and is added here."""
+        return _Coefficients(replace(program, g=torch.zeros_like(program.g)), x_T)
+
+    def fold(x: Tensor) -> Tensor:
+        """(B, *shape) as B programs of one image, or one program of B images."""
+        per_image = shifter.program.r.ndim == 2
+        return x.reshape(batch, 1, *x.shape[1:]) if per_image else x[None]
+
+    p = coefficients(shifter.program)
+    if m is None and p.uses_m:
+        raise ScheduleError("the schedule starts from a constant image: call with_constant(m)")
+    constant = None if m is None else m.to(x_T)
+    y = p.at("p", 0)[0] * x_T
+    if constant is not None:
+        y = y + p.at("k0", 0)[0] * constant
+    history: list[Tensor] = []
+    for c in range(shifter.program.nfe):
+        before = shifter.program
+        shifter.before(c, y)
+        program = shifter.program
+        if program is not before:
+            p = coefficients(program)
+        t = program.t[..., c].expand(batch).to(x_T.device)
+        scale = guidance if program.guidance is None else program.guidance[..., c].expand(batch)
+        D = denoiser(y, t, cond=cond, guidance=scale)
+        if D.shape != y.shape:
+            raise ModelError(
+                f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(y.shape)}"
+            )
+        D = D.to(x_T.dtype)
+        if "threshold" in schedule.options:
+            D = threshold(D, **schedule.options["threshold"])
+        if not bool(torch.isfinite(D).all()):
+            raise ModelError(
+                f"the data prediction of network call {c} (t = {float(t[0]):.6g}) is not finite: "
+                "check the model's output kind and noise schedule"
+            )
+        if callback is not None:
+            callback(Progress(c, t, y, D))
+        history.append(D)
+        y = p.advance(c, fold(y), fold(x_T), constant, [fold(D) for D in history], None)
+        y = y.reshape(x_T.shape)
+        if program.stochastic:
+            g = program.g[..., c].expand(batch)
+            noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+            y = y + bcast(g, y) * noise
+    return y
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
