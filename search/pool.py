@@ -204,7 +204,8 @@ class RayPool:
         """See `Pool`."""
         while not self._done:
             self._feed()
-            ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=1.0)
+            patience = 1.0 if self._timeout is None else min(1.0, self._timeout)
+            ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=patience)
             for ref in ready:
                 self._land(ref)
             self._expire()

@@ -1,0 +1,140 @@
+"""A tiny exact model as a user would write it, and studies of it: seconds, not minutes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+MODEL = '''
+"""Two Gaussians in the plane; exact. `broken` breaks the contract on purpose."""
+
+import os
+import time
+
+import torch
+
+from fewstep.samplers import Problem
+from fewstep.space.noise import EDM, VPLinear
+
+
+class Mixture:
+    def __init__(self, noise, broken=""):
+        self.noise, self.broken = noise, broken
+
+    def __call__(self, x, t, *, cond=None, guidance=None):
+        t = t.to(torch.float64)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        alpha, sigma = (f(t).to(x).reshape(shape) for f in (self.noise.alpha, self.noise.sigma))
+        means = torch.tensor([[-1.0] * x.shape[1], [1.2] * x.shape[1]])
+        v = torch.tensor([0.09, 0.16])
+        spread = alpha**2 * v + sigma**2
+        square = ((x[:, None] - alpha[:, None] * means) ** 2).sum(-1)
+        r = torch.softmax(-x.shape[1] / 2 * torch.log(spread) - square / (2 * spread), dim=1)
+        gain = (v * alpha / spread)[..., None]
+        each = means + gain * (x[:, None] - alpha[:, None] * means)
+        out = (r[..., None] * each).sum(1)
+        if cond is not None:
+            out = out + 0.01 * cond["shift"][:, None].to(out)
+        if self.broken == "shape":
+            return out[:, :1]
+        if self.broken == "nan":
+            return out * float("nan")
+        if self.broken == "die" and os.path.exists(os.environ.get("TINY_TRAP", "/nonexistent")):
+            os.unlink(os.environ["TINY_TRAP"])
+            os._exit(1)
+        if self.broken == "hang":
+            time.sleep(60)
+        return out
+
+
+def problem(dim=2, broken="", edm=False):
+    noise = EDM(sigma_max=20.0, sigma_min=0.01) if edm else VPLinear()
+    return Problem(
+        Mixture(noise, broken),
+        (dim,),
+        cond=lambda i: {"shift": (i % 3).to(torch.float32)},
+        fingerprint=f"tiny{dim}{edm}",
+        features=lambda x: torch.cat([x, x**2], dim=1),
+    )
+
+
+def not_a_problem():
+    return 5
+
+
+def fails():
+    raise RuntimeError("no weights\\nhere")
+'''
+
+STUDY = """
+name = "tiny"
+[model]
+factory = "tiny_model:problem"
+[budget]
+candidates = 40
+[search]
+nfe = [3]
+strategy = "evolution"
+generation = 8
+samples = 8
+block = [4, 8]
+workers = 0
+[teacher]
+nfe = 16
+check = 4
+[final]
+samples = 16
+resamples = 200
+top = 3
+pictures = 2
+[tracking]
+enabled = false
+"""
+
+
+def write_study(folder: Path, text: str = STUDY) -> Path:
+    """The study file, its model beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny_model.py").write_text(MODEL)
+    path = folder / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line in a process of its own."""
+    return [sys.executable, "-P", "-m", "fewstep.experiments", *arguments]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread, no stray path."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **extra}
+
+
+def fewstep(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line and wait."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def trial_table(out: Path, name: str = "tiny-nfe03") -> list[tuple[Any, ...]]:
+    """What a search did: every trial without its clock times."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
+    study = optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        attributes = {k: v for k, v in trial.user_attrs.items() if k != "seconds"}
+        rows.append((trial.number, trial.state.name, trial.values, trial.params, attributes))
+    return rows

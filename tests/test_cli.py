@@ -1,0 +1,168 @@
+"""The command line: one clear line for every mistake, and the commands for schedule files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fewstep.experiments.__main__ import main
+from fewstep.space import load_schedule, save_schedule
+from fewstep.space.baselines import baseline
+from fewstep.space.noise import VPLinear
+from tests.studies import STUDY, write_study
+
+
+def _run(capsys, *arguments):
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return leaving.value.code, out, err
+
+
+def _fails(capsys, *arguments):
+    code, _, err = _run(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("fewstep: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def file(tmp_path):
+    return save_schedule(baseline("dpmpp2m/logsnr", VPLinear(), 4), tmp_path / "s.json")
+
+
+def _edited(file, change):
+    data = json.loads(file.read_text())
+    change(data)
+    path = file.with_name("edited.json")
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (STUDY.replace("samples = 8", "sampels = 8"), "search.sampels is an unknown key"),
+        (STUDY.replace("nfe = [3]", "nfe = [0]"), "search.nfe.0 = 0"),
+        (STUDY.replace('factory = "tiny_model:problem"', ""), "model.factory is missing"),
+        (STUDY.replace("tiny_model", "no_such_model"), "cannot import no_such_model"),
+        (STUDY.replace('"evolution"', '"magic"'), "strategy 'magic' is unknown"),
+        (STUDY + "\n[space]\ncolour = 1", "space.colour is an unknown key"),
+        (STUDY.replace('"tiny_model:problem"', '"tiny_model:problem"\nbroken = "shape"'), "shape"),
+        (STUDY.replace('"tiny_model:problem"', '"tiny_model:problem"\nbroken = "nan"'), "finite"),
+    ],
+)
+def test_a_wrong_study_is_one_line_and_exit_code_2(capsys, tmp_path, text, message):
+    study = write_study(tmp_path, text)
+    assert message in _fails(capsys, "search", study, "--out", tmp_path / "out", "-q")
+
+
+def test_an_output_folder_that_is_a_file(capsys, tmp_path):
+    study = write_study(tmp_path)
+    assert "is a file" in _fails(capsys, "search", study, "--out", study)
+
+
+def test_wrong_use_is_one_line(capsys, tmp_path):
+    _fails(capsys, "serach")
+    _fails(capsys, "search")
+    _fails(capsys, "search", tmp_path / "absent.toml")
+    _fails(capsys, "search", write_study(tmp_path), "--set", "nonsense")
+    _fails(capsys, "search", write_study(tmp_path), "--resume", "--overwrite")
+    _fails(capsys, "baseline", "magic/logsnr", "--nfe", 4)
+    _fails(capsys, "baseline", "heun/edm", "--nfe", 4)
+    _fails(capsys, "baseline", "ddim/time", "--noise", "vp_lienar")
+    _fails(capsys, "baseline", "ddim/time", "--noise", "vp_linear:beta_min=abc")
+    _fails(capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=99), "version 99 is unknown"),
+        (lambda d: d["times"].__setitem__(2, d["times"][1]), "times"),
+        (lambda d: d["times"].__setitem__(2, float("nan")), "NaN"),
+        (lambda d: d["steps"][0].update(order=3), "step 0"),
+        (lambda d: d["program"]["r"].__setitem__(1, 0.5), "program.r"),
+        (lambda d: d.pop("steps") and d.pop("program"), "steps"),
+    ],
+)
+def test_a_broken_schedule_file_is_one_line(capsys, file, change, message):
+    path = _edited(file, change)
+    for command in (("show", path), ("lint", path), ("export", path, file.parent, "--to", "csv")):
+        assert message in _fails(capsys, *command)
+
+
+def test_a_truncated_schedule_file_is_one_line(capsys, file):
+    file.write_text(file.read_text()[:-40])
+    assert "truncated" in _fails(capsys, "show", file)
+
+
+def test_baseline_writes_a_schedule_that_show_explains(capsys, tmp_path):
+    out = tmp_path / "b.json"
+    noise = "vp_linear:beta_min=0.1,beta_max=10"
+    code, _, _ = _run(
+        capsys, "baseline", "unipc2-bh2/logsnr", "--nfe", 5, "--noise", noise, "-o", out
+    )
+    assert code == 0
+    assert load_schedule(out).noise.beta_max == 10
+    code, text, _ = _run(capsys, "show", out)
+    assert code == 0
+    assert "unipc2-bh2/logsnr" in text
+    assert text.count("reuse") == 4
+
+
+def test_compare_names_every_difference(capsys, file, tmp_path):
+    other = save_schedule(baseline("dpmpp2m/logsnr/low", VPLinear(), 4), tmp_path / "low.json")
+    assert "the same sampler" in _run(capsys, "compare", file, file)[1]
+    assert "step 3, order: 2 and 1" in _run(capsys, "compare", file, other)[1]
+
+
+def test_compare_and_sample_with_a_model(capsys, file, tmp_path):
+    study = write_study(tmp_path)
+    code, text, _ = _run(capsys, "compare", file, file, "--study", study, "-n", 8)
+    assert code == 0
+    assert "1.000" in text
+    assert "no images" in _fails(capsys, "sample", file, "--study", study)
+
+
+def test_a_schedule_for_another_model_is_refused(capsys, file, tmp_path):
+    study = write_study(tmp_path)
+    error = _fails(capsys, "sample", file, "--study", study, "--set", "model.edm=true")
+    assert "another" in error
+
+
+def test_export_to_csv_and_sigmas(capsys, file, tmp_path):
+    schedule = load_schedule(file)
+    assert _run(capsys, "export", file, "--to", "csv", tmp_path)[0] == 0
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert len(lines) == 1 + schedule.nfe
+    column = lines[0].split(",").index("r")
+    assert [float(line.split(",")[column]) for line in lines[1:]] == schedule.program.r.tolist()
+    assert _run(capsys, "export", file, "--to", "sigmas", tmp_path)[0] == 0
+    data = json.loads((tmp_path / "s.sigmas.json").read_text())
+    assert data["times"] == list(schedule.times)
+    assert "unknown" in _fails(capsys, "export", file, "--to", "excel", tmp_path)
+
+
+def test_a_small_search_prints_its_cost_and_its_table(capsys, tmp_path):
+    study = write_study(tmp_path)
+    code, out, err = _run(capsys, "search", study, "--out", tmp_path / "out")
+    assert code == 0
+    assert "network evaluations" in err
+    assert "found / named" in out
+    assert _run(capsys, "report", tmp_path / "out")[0] == 0
+
+
+def test_help_answers_without_the_search_libraries(capsys):
+    heavy = ("ray", "optuna", "mlflow", "matplotlib")
+    code = f"""
+import sys
+from fewstep.experiments.__main__ import app
+print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+    assert _run(capsys, "--help")[0] == 0
+    assert _run(capsys, "search", "--help")[0] == 0

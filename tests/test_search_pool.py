@@ -1,0 +1,75 @@
+"""Ray actors: the same results as one process, whatever dies."""
+
+import os
+
+import pytest
+
+from fewstep.search.config import load_study
+from fewstep.search.evaluate import chunks
+from fewstep.search.pool import RayPool, SerialPool
+from fewstep.search.run import evaluator_spec, search
+from fewstep.space.baselines import named
+from tests.studies import trial_table, write_study
+
+pytestmark = pytest.mark.slow
+
+
+def _run(pool, evaluator_noise, samples=8, size=4, count=10):
+    schedules = list(named(evaluator_noise, 3).values())[:count]
+    tickets = {}
+    for chunk in chunks(schedules, evaluator_noise, size):
+        for task in chunk.tasks("search", samples, 4, "samples"):
+            tickets[pool.submit(task)] = (chunk.members, task.start)
+    return {tickets[t]: r for t, r in (pool.collect() for _ in range(len(tickets)))}
+
+
+def _setup(tmp_path, **arguments):
+    path = write_study(tmp_path)
+    config = load_study(path, [f"model.{k}={v}" for k, v in arguments.items()])
+    spec = evaluator_spec(config)
+    return spec, SerialPool(spec), spec.model.load().denoiser.noise
+
+
+def test_workers_give_the_same_numbers_as_one_process(tmp_path):
+    spec, serial, noise = _setup(tmp_path)
+    expected = _run(serial, noise)
+    pool = RayPool(spec, workers=2)
+    try:
+        found = _run(pool, noise)
+    finally:
+        pool.close()
+    assert set(found) == set(expected)
+    for key, result in found.items():
+        assert (result.values == expected[key].values).all()
+
+
+def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path, monkeypatch):
+    trap = tmp_path / "trap"
+    trap.touch()
+    monkeypatch.setenv("TINY_TRAP", str(trap))
+    spec, _, noise = _setup(tmp_path, broken="die")
+    pool = RayPool(spec, workers=2, retries=1)
+    try:
+        found = _run(pool, noise)
+    finally:
+        pool.close()
+    assert not os.path.exists(trap)
+    assert all(s == "ok" for r in found.values() for s in r.status)
+
+
+def test_a_block_that_hangs_is_a_status_not_a_hang(tmp_path):
+    spec, _, noise = _setup(tmp_path, broken="hang")
+    pool = RayPool(spec, workers=2, timeout=1.0)
+    try:
+        found = _run(pool, noise, samples=4, size=2, count=2)
+    finally:
+        pool.close()
+    assert {s for r in found.values() for s in r.status} == {"timeout"}
+
+
+def test_a_search_on_workers_has_the_trial_table_of_one_process(tmp_path):
+    study = write_study(tmp_path)
+    one = search(load_study(study), tmp_path / "one")
+    two = search(load_study(study, ["search.workers=2"]), tmp_path / "two")
+    assert trial_table(one.out) == trial_table(two.out)
+    assert one.rows == two.rows

@@ -1,0 +1,208 @@
+"""The whole search on a tiny exact model: what it leaves, and that killing it changes nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from fewstep.search import run
+from fewstep.search.config import load_study
+from fewstep.search.record import Record
+from fewstep.space import StudyError, load_schedule
+from tests.studies import STUDY, command, environment, fewstep, trial_table, write_study
+
+STRATEGIES = ("random", "evolution", "tpe", "cmaes", "s3")
+
+
+def _search(folder, out, *overrides, **options):
+    return run.search(load_study(write_study(folder), overrides), out, **options)
+
+
+def _results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return _search(folder, folder / "out")
+
+
+def test_a_search_leaves_schedules_results_and_pages(finished):
+    out = finished.out
+    for name in ("results.json", "study.json", "study.journal", "curves.png", "report.html"):
+        assert (out / name).stat().st_size > 0
+    schedule = load_schedule(out / "schedules" / "nfe03.json")
+    assert schedule.nfe == 3
+    origin = schedule.provenance
+    assert origin["model"] == "tiny2False"
+    assert set(origin) >= {"objective", "score", "interval", "baselines", "seeds", "fewstep"}
+    assert "data:image/png" in (out / "report.html").read_text()
+    assert not list(out.glob(".*"))
+
+
+def test_results_hold_what_the_design_promises(finished):
+    (row,) = _results(finished.out)["rows"]
+    promised = {"nfe", "best_named", "best_named_score", "found_score", "ratio", "interval"}
+    assert set(row) >= promised | {"teacher_self_error", "calls_spent"}
+    assert row["ratio"] == pytest.approx(row["found_score"] / row["best_named_score"])
+    assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
+    assert row["best_named_score"] == min(s["score"] for s in row["named"])
+
+
+def test_the_named_solvers_are_told_first_and_every_score_is_paid_once(finished):
+    table = trial_table(finished.out)
+    assert len(table) == 40
+    attributes = [row[-1] for row in table]
+    assert all("/" in a["source"] for a in attributes[:8])
+    paid = {}
+    for a in attributes:
+        paid[a["digest"]] = paid.get(a["digest"], 0) + a["calls"]
+    assert set(paid.values()) == {8 * 3}
+    assert _results(finished.out)["rows"][0]["calls_spent"] == sum(paid.values())
+
+
+def test_trials_carry_real_parameters(finished):
+    found = [row[3] for row in trial_table(finished.out) if row[-1]["generation"] > 0]
+    assert not found or all("lam_1" in params for params in found)
+
+
+def test_scores_on_record_are_the_means_of_the_samples_on_record(finished):
+    with Record(finished.out / "log.jsonl") as record:
+        for (_, samples, _), result in record.results.items():
+            if result.status == "ok":
+                assert len(result.per_sample) == samples
+                assert result.score == pytest.approx(float(np.mean(result.per_sample)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, strategy):
+    """Every prefix of the log, and of the journal, is a place where a kill may have struck."""
+    settings = (f"search.strategy={strategy}", "budget.candidates=130")
+    whole = _search(tmp_path, tmp_path / "whole", *settings)
+    log = (whole.out / "log.jsonl").read_bytes()
+    journal = (whole.out / "study.journal").read_bytes()
+    rng = np.random.default_rng(5)
+    for share in (0.02, *rng.uniform(0.3, 1.0, size=2)):
+        out = tmp_path / f"cut{share:.3f}"
+        out.mkdir()
+        (out / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        (out / "study.journal").write_bytes(journal[: int(0.7 * share * len(journal))])
+        resumed = _search(tmp_path, out, *settings, resume=True)
+        assert trial_table(out) == trial_table(whole.out)
+        assert resumed.rows == whole.rows
+        digests = [load_schedule(o / "schedules" / "nfe03.json").digest for o in (out, whole.out)]
+        assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_killed_at_any_instant_ends_as_if_it_had_not_been(tmp_path, strategy):
+    study = write_study(tmp_path, STUDY.replace("candidates = 40", "candidates = 120"))
+    settings = ("-q", "--strategy", strategy)
+    done = fewstep("search", str(study), "--out", "whole", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "whole" / "log.jsonl").stat().st_size
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("search", str(study), "--out", "killed", *settings),
+        cwd=tmp_path,
+        env=environment(),
+    )
+    log, limit = out / "log.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        if log.exists() and log.stat().st_size >= 0.8 * size:
+            break
+    assert process.poll() is None, "it ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = fewstep("search", str(study), "--out", "killed", *settings, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert trial_table(out) == trial_table(tmp_path / "whole")
+    assert _results(out) == _results(tmp_path / "whole")
+
+
+def test_generations_in_flight_change_the_search_by_their_lag_only(tmp_path):
+    """Lag 2 is another search than lag 1, and is itself repeatable."""
+    settings = ("budget.candidates=130", "search.lag=2")
+    one = _search(tmp_path, tmp_path / "one", *settings)
+    two = _search(tmp_path, tmp_path / "two", *settings)
+    assert trial_table(one.out) == trial_table(two.out)
+    assert len(trial_table(one.out)) == 130
+
+
+def test_a_finished_search_resumed_does_nothing_again(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished.out, out)
+    before = (out / "log.jsonl").read_bytes()
+    again = _search(tmp_path, out, resume=True)
+    assert again.rows == finished.rows
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_resuming_another_study_names_the_setting(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished.out, out)
+    with pytest.raises(StudyError, match=r"search\.samples is 9"):
+        _search(tmp_path, out, "search.samples=9", resume=True)
+
+
+def test_an_output_folder_is_never_overwritten_unasked(finished, tmp_path):
+    with pytest.raises(StudyError, match="--overwrite"):
+        _search(tmp_path, finished.out)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StudyError, match="is a file"):
+        _search(tmp_path, file)
+
+
+def test_two_searches_cannot_write_to_one_folder(tmp_path):
+    out = tmp_path / "out"
+    with Record(out / "log.jsonl"), pytest.raises(StudyError, match="another search"):
+        _search(tmp_path, out)
+
+
+@pytest.mark.parametrize(("broken", "word"), [("shape", "(8, 1)"), ("nan", "not finite")])
+def test_a_broken_model_is_named_before_anything_is_searched(tmp_path, broken, word):
+    from fewstep.space import ModelError
+
+    with pytest.raises(ModelError) as error:
+        _search(tmp_path, tmp_path / "out", f"model.broken='{broken}'")
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_frechet_searches_too(tmp_path):
+    outcome = _search(tmp_path, tmp_path / "out", "objective.name=frechet", "budget.candidates=20")
+    (row,) = outcome.rows
+    assert row.found_median is None
+    assert row.interval[0] <= row.interval[1]
+
+
+def test_mlflow_holds_the_runs_and_a_resumed_search_continues_them(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/ml/mlflow.db"
+    settings = ("tracking.enabled=true", f"tracking.uri={uri}")
+    out = tmp_path / "out"
+    _search(tmp_path, out, *settings)
+    _search(tmp_path, out, *settings, resume=True)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("fewstep")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    (child,) = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert len(parents) == 1
+    assert all(r.info.status == "FINISHED" for r in runs)
+    assert child.data.tags["fewstep.nfe"] == "3"
+    curve = client.get_metric_history(child.info.run_id, "best_endpoint_mse")
+    assert [m.step for m in curve] == sorted({m.step for m in curve})
+    names = {f.path for f in client.list_artifacts(parents[0].info.run_id)}
+    assert names >= {"results.json", "curves.png", "report.html", "schedules"}
+    schedule = load_schedule(out / "schedules" / "nfe03.json")
+    assert schedule.provenance["mlflow_run"] == child.info.run_id
