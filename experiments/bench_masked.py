@@ -76,7 +76,7 @@ def show_time(args: argparse.Namespace) -> None:
         )
         net, length = molecules.MoleculeNet(config).eval().to(args.device), args.length
     else:
-        net, length = molecules.load_net(device=args.device), molecules.LENGTH
+        net, length = molecules.load_net(args.weights, device=args.device), molecules.LENGTH
     mask = net.config.vocabulary - 1
     start = torch.full((args.batch, length), mask, device=args.device)
     print(f"V {mask}, L {length}, batch {args.batch}, {sum(p.numel() for p in net.parameters())} "
@@ -96,7 +96,7 @@ def show_time(args: argparse.Namespace) -> None:
             ("cached", True, "categorical"),
             ("cached, decided first", True, "two_stage"),
         ]
-        for name, cached, sampling in kinds:
+        for name, cached, sampling in kinds[0 if args.uncached else 1 :]:
             for steps in args.steps:
                 run = functools.partial(
                     ancestral, cached=cached, sampling=sampling, generator=source
@@ -129,6 +129,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=0, help="stand-in network of so many")
     parser.add_argument("--length", type=int, default=32, help="of the stand-in's sequences")
+    parser.add_argument("--weights", default=molecules.WEIGHTS, help="of the molecule model")
+    parser.add_argument(
+        "--uncached", action=argparse.BooleanOptionalAction, default=True, help="the first of them"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.what == "time":
