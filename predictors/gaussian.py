@@ -17,8 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-MOST_ROWS = 400  # rows beyond the best this many are left out: the fit is cubic in them
+MOST_ROWS, BEST_ROWS = 300, 200  # the fit is cubic in rows: the best, and some of every quality
 _JITTER = 1e-6
+_LOG_NOISE = math.log(1e-5)  # scores on shared noise are deterministic: what is left is misfit
 
 
 class GaussianProcess:
@@ -28,13 +29,16 @@ class GaussianProcess:
         steps: L-BFGS iterations of the likelihood fit.
     """
 
-    def __init__(self, steps: int = 25) -> None:
+    def __init__(self, steps: int = 20) -> None:
         self.steps = steps
 
     def fit(self, x: Tensor, y: Tensor) -> GaussianProcess:
         """Fit to features x (n, d) and targets y (n,), n >= 2; returns self."""
         self._given = x
-        self._best = torch.argsort(y, stable=True)[:MOST_ROWS].sort().values
+        order = torch.argsort(y, stable=True)
+        spread_out = torch.linspace(BEST_ROWS, len(y) - 1, MOST_ROWS - BEST_ROWS).round().long()
+        keep = order if len(y) <= MOST_ROWS else order[torch.cat([torch.arange(BEST_ROWS), spread_out])]
+        self._best = keep.sort().values
         x, y = x[self._best].double(), y[self._best].double()
         self._mean, spread = x.mean(0), x.std(0)
         self._live = spread > 1e-9
@@ -47,41 +51,40 @@ class GaussianProcess:
         return self
 
     def _features(self, x: Tensor) -> Tensor:
-        return ((x.double() - self._mean) / self._scale)[:, self._live].clamp(-6, 6)
+        return ((x.double() - self._mean) / self._scale)[:, self._live]
 
     def _optimise(self, d: int) -> None:
         centre = math.sqrt(2) + 0.5 * math.log(d)
-        theta = torch.cat(
-            [torch.full((self._x.shape[1],), centre), torch.tensor([math.log(1e-3), 0.0, 0.0])]
-        ).double()
-        theta.requires_grad_(True)
+        start = [centre] * self._x.shape[1] + [_LOG_NOISE, 0.0, 0.0]
+        theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS(
             [theta], max_iter=self.steps, history_size=8, line_search_fn="strong_wolfe"
         )
         eye = torch.eye(len(self._y), dtype=torch.float64)
+        best = (math.inf, theta.detach().clone())  # a line search may end somewhere worse
 
         def closure() -> Tensor:
+            nonlocal best
             optimiser.zero_grad()
-            k = self._kernel(self._x, self._x, theta) + (torch.exp(theta[-3]) + _JITTER) * eye
-            factor, bad = torch.linalg.cholesky_ex(k)
+            noise = torch.exp(theta[-3]) + _JITTER
+            factor, bad = torch.linalg.cholesky_ex(
+                self._kernel(self._x, self._x, theta) + noise * eye
+            )
+            residual = (self._y - theta[-1]).unsqueeze(-1)
+            prior = ((theta[:-3] - centre) ** 2).sum() / (2 * 3.0)
+            prior = prior + ((theta[-3] - _LOG_NOISE) ** 2) / 8 + (theta[-2:] ** 2).sum() / 2
             if int(bad):
-                loss = (theta**2).sum() * 1e6
+                loss = 1e6 * (1 + prior)
             else:
-                residual = (self._y - theta[-1]).unsqueeze(-1)
                 fit = 0.5 * (residual * torch.cholesky_solve(residual, factor)).sum()
-                loss = fit + torch.log(factor.diagonal()).sum()
-                loss = loss + ((theta[:-3] - centre) ** 2).sum() / (2 * 3.0)
-                loss = (
-                    loss
-                    + ((theta[-3] - math.log(1e-3)) ** 2) / 8
-                    + theta[-2] ** 2 / 2
-                    + theta[-1] ** 2 / 2
-                )
+                loss = fit + torch.log(factor.diagonal()).sum() + prior
             loss.backward()
+            if float(loss.detach()) < best[0]:
+                best = (float(loss.detach()), theta.detach().clone())
             return loss
 
         optimiser.step(closure)
-        self._theta = theta.detach()
+        self._theta = best[1]
 
     def _kernel(self, a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
         length = torch.exp(theta[:-3])

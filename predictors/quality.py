@@ -64,6 +64,9 @@ class QualityPredictor:
         seed: of the folds and the ranker.
         tau: cross-validated Kendall tau of each fitted model at the NFE it was fitted for.
         chosen: the model that predicts.
+        nfe: the number of calls it predicts for.
+        best: target of the best row it was fitted to.
+        spread: standard deviation of the targets.
     """
 
     kind: str = "auto"
@@ -71,6 +74,8 @@ class QualityPredictor:
     tau: dict[str, float] = field(default_factory=dict)
     chosen: str = ""
     nfe: int = 0
+    best: float = math.nan
+    spread: float = math.nan
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "sequence", "gaussian"):
@@ -117,6 +122,7 @@ class QualityPredictor:
             self.ranker.fit(rows, y, folds, self.seed)
             self.tau["sequence"] = kendall_tau(self.ranker.left_out(rows, folds)[here], y[here])
         self.chosen = max(self.tau, key=lambda name: self.tau[name])
+        self.best, self.spread = float(y[here].min()), float(y[here].std())
         return self
 
     def predict(self, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +160,8 @@ class QualityPredictor:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path.with_suffix(".safetensors"))
         about = {"format": "fewstep.quality", "version": 1, "kind": self.kind, "seed": self.seed}
-        about |= {"tau": self.tau, "chosen": self.chosen, "nfe": self.nfe}
+        about |= {"tau": self.tau, "chosen": self.chosen, "nfe": self.nfe, "best": self.best}
+        about["spread"] = self.spread
         path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return path
 
@@ -176,6 +183,7 @@ class QualityPredictor:
         if about.get("format") != "fewstep.quality" or about.get("version") != 1:
             raise FewstepError(f"{path}: this is not a quality predictor of version 1")
         made = cls(about["kind"], about["seed"], about["tau"], about["chosen"], about["nfe"])
+        made.best, made.spread = about["best"], about["spread"]
         parts: dict[str, dict[str, Tensor]] = {"sequence": {}, "gaussian": {}}
         for name, value in tensors.items():
             model, _, key = name.partition(".")

@@ -35,10 +35,28 @@ def members(
     usable = [(r.score, i) for i, r in enumerate(known) if r.status == "ok" and isfinite(r.score)]
     found: list[Member] = []
     for score, told in sorted(usable):
-        schedule = known[told].schedule
-        if domain.contains(schedule) is None:
-            params = domain.params(schedule)
-            found.append(Member(domain.from_params(params), params, float(score), told))
+        member = _as_member(domain, known[told].schedule)
+        if member is not None:
+            found.append(Member(*member, float(score), told))
             if len(found) == limit:
                 break
     return found
+
+
+_MEMO: dict[int, tuple[OdeDomain, object, tuple[OdeSchedule, dict[str, Value]] | None]] = {}
+_MEMO_SIZE = 8192
+
+
+def _as_member(domain: OdeDomain, schedule: object) -> tuple[OdeSchedule, dict[str, Value]] | None:
+    """Canonical form and parameters, or None outside the space; remembered per object."""
+    held = _MEMO.get(id(schedule))
+    if held is not None and held[1] is schedule and held[0] == domain:
+        return held[2]
+    made = None
+    if isinstance(schedule, OdeSchedule) and domain.contains(schedule) is None:
+        params = domain.params(schedule)
+        made = (domain.from_params(params), params)
+    if len(_MEMO) >= _MEMO_SIZE:
+        _MEMO.clear()
+    _MEMO[id(schedule)] = (domain, schedule, made)
+    return made

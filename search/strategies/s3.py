@@ -6,22 +6,24 @@ generation here is one stage:
 
 1. Fit the quality predictor on every result so far, of every NFE (`predictors.quality`).
 2. Evolve: parents are the best schedules known, and members made from a neighbouring NFE by
-inserting or deleting a step. Each round takes
-   a few step patterns (parents' own, mutated or crossed) and for each moves all inner times at
-   once in lam, by Gaussian steps of log-uniform size or along differences of good schedules
-   (differential evolution). A pattern's moves share one symbolic compilation. Survivors are the
-   best by mean, and by the lower confidence bound mean - beta * std.
-3. Choose distinct candidates one after the other by the bound with beta drawn anew; each choice
-removes the uncertainty it will remove
-   when scored (Desautels et al. 2014, batch UCB), so the batch spreads. The first is the best by
-   mean alone.
+   inserting or deleting a step. Each round takes a few step patterns (parents' own, mutated or
+   crossed) and for each moves all inner times at once in lam, by Gaussian steps of log-uniform
+   size or along differences of good schedules (differential evolution). A pattern's moves share
+   one symbolic compilation. Survivors are the best by mean and by the lower confidence bound mean
+   - beta * std, few of each pattern, and none where the predictor knows next to nothing.
+3. Choose distinct candidates one after the other by expected improvement; each choice removes the
+   uncertainty it will remove when scored (the batch rule of Desautels et al. 2014, "Parallelizing
+   exploration-exploitation tradeoffs"), and a pattern has its share, so the batch spreads.
 
-Continuous times matter most: they are what the moves spend their number on. The first proposals
-with too few results come from the warm start and random members.
+Continuous times matter most: they are what the moves spend their number on. While too little is
+known to predict, candidates come from the warm start and at random.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +45,7 @@ __all__ = ["S3", "S3Sampler"]
 
 _MEMO: dict[int, tuple[OdeSchedule, Tensor]] = {}
 _MEMO_SIZE = 8192
+_KEEP = 5  # survivors of one step pattern
 _STEPS = (
     "order",
     "formulation",
@@ -75,6 +78,20 @@ class Individual:
     mean: float
     std: float
     source: str
+    key: int
+
+
+def niches(ranked: Sequence[Individual], most: int, count: int) -> list[Individual]:
+    """The first `count` of a ranking with at most `most` of one step pattern."""
+    seen: Counter[int] = Counter()
+    kept: list[Individual] = []
+    for i in ranked:
+        if seen[i.key] < most:
+            seen[i.key] += 1
+            kept.append(i)
+            if len(kept) == count:
+                break
+    return kept
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,8 @@ class S3:
         moves: choices of times per pattern.
         beta: weight of the uncertainty.
         elite: parents taken from what is known.
+        trust: largest uncertainty of a candidate, as a share of the spread of the targets.
+        niche: largest share of a generation with the same steps.
         adopted: results of each neighbouring NFE whose insertions and deletions join the parents.
     """
 
@@ -100,6 +119,8 @@ class S3:
     beta: float = 1.5
     elite: int = 20
     adopted: int = 3
+    trust: float = 0.25
+    niche: float = 0.25
     name: str = field(default="s3")
 
     def propose(
@@ -153,11 +174,12 @@ class S3:
     ) -> list[Individual]:
         """Everyone met during the rounds."""
         domain = self.domain
-        alive = [
-            self._individual(predictor, m.schedule, m.params, "parent") for m in pool[: self.elite]
-        ]
-        alive += [self._individual(predictor, g, domain.params(g), "adopted") for g in guests]
-        everyone = [i for i in alive if i.source == "adopted"]
+        told = [(m.schedule, m.params, "parent") for m in pool[: 5 * self.elite]]
+        told += [(g, domain.params(g), "adopted") for g in guests]
+        parents = self._individuals(predictor, told)
+        adopted = [i for i in parents if i.source == "adopted"]
+        everyone = list(adopted)
+        alive = niches([i for i in parents if i.source != "adopted"], _KEEP, self.elite) + adopted
         for _ in range(self.rounds):
             for _ in range(self.patterns):
                 parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
@@ -166,23 +188,53 @@ class S3:
                 everyone += self._score(
                     predictor, pattern, params, self._moved(lam, alive, rng), source
                 )
-            bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)[: 2 * self.elite]
-            mean = sorted(everyone, key=lambda i: i.mean)[: 2 * self.elite]
-            alive = [i for pair in zip(bound, mean, strict=True) for i in pair]
+            near = self._trusted(predictor, everyone)
+            bound = sorted(near, key=lambda i: i.mean - self.beta * i.std)
+            mean = sorted(near, key=lambda i: i.mean)
+            alive = list(
+                itertools.chain.from_iterable(
+                    zip(
+                        niches(bound, _KEEP, 2 * self.elite),
+                        niches(mean, _KEEP, 2 * self.elite),
+                        strict=False,
+                    )
+                )
+            )
         return everyone
 
-    def _individual(
+    def _trusted(
+        self, predictor: QualityPredictor, everyone: Sequence[Individual]
+    ) -> list[Individual]:
+        """Those whose uncertainty is small beside the spread of the scores; all if they are few.
+
+        Far from all data a predictor returns the average of what it has seen, and late in a search
+        that average is good: without a limit the search would leave for where it knows nothing.
+        """
+        near = [i for i in everyone if i.std <= self.trust * predictor.spread]
+        enough = len(near) >= 2 * self.elite
+        return near if enough else sorted(everyone, key=lambda i: i.std)[: 4 * self.elite]
+
+    def _individuals(
         self,
         predictor: QualityPredictor,
-        schedule: OdeSchedule,
-        params: dict[str, Value],
-        source: str,
-    ) -> Individual:
-        lam = np.array(self.domain.lam(schedule.times))
-        mean, std = predictor.predict(tokens_of(schedule)[None])
-        return Individual(
-            schedule, params, lam, tokens_of(schedule), float(mean[0]), float(std[0]), source
-        )
+        told: Sequence[tuple[OdeSchedule, dict[str, Value], str]],
+    ) -> list[Individual]:
+        """Members as individuals."""
+        x = torch.stack([tokens_of(schedule) for schedule, _, _ in told])
+        mean, std = predictor.predict(x)
+        return [
+            Individual(
+                schedule,
+                params,
+                np.array(self.domain.lam(schedule.times)),
+                x[i],
+                float(mean[i]),
+                float(std[i]),
+                source,
+                hash(schedule.steps),
+            )
+            for i, (schedule, params, source) in enumerate(told)
+        ]
 
     def _pattern(
         self, parent: Individual, alive: Sequence[Individual], rng: np.random.Generator
@@ -251,8 +303,9 @@ class S3:
             times[:, -1] = pattern.times[-1]
         x = tokens(pattern, times)
         mean, std = predictor.predict(x)
+        key = hash(pattern.steps)
         return [
-            Individual(pattern, params, lam[i], x[i], float(mean[i]), float(std[i]), source)
+            Individual(pattern, params, lam[i], x[i], float(mean[i]), float(std[i]), source, key)
             for i in range(len(lam))
         ]
 
@@ -275,32 +328,41 @@ class S3:
         rng: np.random.Generator,
     ) -> list[Proposal]:
         """Batch upper confidence bound over the best met; what is known already is not proposed again."""
-        bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)[: 10 * size]
-        exploit = sorted(everyone, key=lambda i: i.mean)[: 3 * size]
-        short = list({id(i): i for i in bound + exploit}.values())
+        best, everyone = predictor.best, self._trusted(predictor, everyone)
+        most = max(1, int(self.niche * size))  # of one pattern in the generation
+        bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)
+        exploit = sorted(everyone, key=lambda i: i.mean)
+        listed = niches(bound, 4 * most, 12 * size) + niches(exploit, 2 * most, 4 * size)
+        short = list({id(i): i for i in listed}.values())
         mean, cov = predictor.posterior(torch.stack([i.tokens for i in short]))
-        noise = 1e-4 * max(float(np.var(mean)), 1e-6) + 1e-9
         params = [m.params for m in pool]
         free = np.ones(len(short), dtype=bool)
+        patterns: Counter[int] = Counter()
         chosen: list[Proposal] = []
         while len(chosen) < size and free.any():
-            beta = self.beta * float(rng.choice([0.3, 1.0, 1.5])) if chosen else 0.0
-            std = np.sqrt(cov.diagonal().clip(0))
-            i = int(np.argmin(np.where(free, mean - beta * std, np.inf)))
+            std = np.sqrt(cov.diagonal().clip(1e-12))
+            gain = np.where(free, expected_improvement(best - mean, std), -1.0)
+            i = int(np.argmax(gain))
             free[i] = False
             schedule = self._built(short[i])
             values = self.domain.params(schedule)
-            if values in params:
+            if values in params or patterns[short[i].key] >= most:
                 continue
+            patterns[short[i].key] += 1
             params.append(values)
-            note = {
-                "predicted": float(mean[i]),
-                "std": float(short[i].std),
-                "predictor": predictor.chosen,
-            }
+            note = {"predicted": float(mean[i]), "std": float(short[i].std)}
+            note |= {"predictor": predictor.chosen}
             note |= {f"tau_{name}": value for name, value in predictor.tau.items()}
             chosen.append(Proposal(schedule, short[i].source, note))
-            cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + noise)
+            cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)
         return chosen + [
             Proposal(self.domain.sample(rng), "random") for _ in range(size - len(chosen))
         ]
+
+
+def expected_improvement(gain: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """E max(0, gain + std * z) of a standard normal z; Jones et al. 1998, eq. 15."""
+    z = torch.from_numpy(gain / std)
+    density = torch.exp(-0.5 * z**2) / (2 * math.pi) ** 0.5
+    value: np.ndarray = std * (z * torch.special.ndtr(z) + density).numpy()
+    return value

@@ -48,7 +48,6 @@ class TPE:
             multivariate=self.multivariate,
             constant_liar=True,
             seed=int(rng.integers(2**31)),
-            warn_independent_sampling=False,
         )
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,13 +68,19 @@ class TPE:
     def _ask(self, trial: Trial) -> dict[str, Any]:
         """Suggest each parameter that matters given those before it."""
         values: dict[str, Any] = {}
+        matter = self._matter(values)
         for p in self.domain.parameters:
-            if p.name not in self.domain.params(self.domain.from_params(values)):
+            if p.name not in matter:
+                continue
+            if p.kind == "float":
+                values[p.name] = trial.suggest_float(p.name, p.low, p.high)
                 continue
             if p.kind == "choice":
                 values[p.name] = trial.suggest_categorical(p.name, p.choices)
-            elif p.kind == "int":
-                values[p.name] = trial.suggest_int(p.name, int(p.low), int(p.high))
             else:
-                values[p.name] = trial.suggest_float(p.name, p.low, p.high)
+                values[p.name] = trial.suggest_int(p.name, int(p.low), int(p.high))
+            matter = self._matter(values)
         return values
+
+    def _matter(self, values: dict[str, Any]) -> set[str]:
+        return set(self.domain.params(self.domain.from_params(values)))

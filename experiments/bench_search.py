@@ -1,0 +1,338 @@
+"""Which strategy finds better schedules: S3, random, TPE, the released USF evolution, CMA-ES.
+
+Every run has the same space, the same starting population (all named solvers on all grids), the
+same samples and the same number of candidates; only the strategy and its seed differ. The winner
+of each run is scored again on fresh samples. Scores are endpoint MSE, the mean over samples and
+pixels of the squared distance to a fine-grid solution from the same noise.
+
+    python -m fewstep.experiments.bench_search run --models digits --nfe 5 8 --seeds 5
+    python -m fewstep.experiments.bench_search report
+
+Each run is a JSON file in OUT, written when it ends; runs that are there are not repeated, so the
+benchmark can be stopped and continued, or run in pieces. `report` writes curves (medians and
+quartiles), a JSON summary and prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.samplers import Problem, run, start
+from fewstep.search.strategies import Evaluated, make
+from fewstep.space.baselines import baseline, named
+from fewstep.space.domain import OdeDomain
+from fewstep.space.errors import FewstepError
+from fewstep.space.noise import NoiseSchedule
+from fewstep.space.program import Program, stack
+from fewstep.space.schedule import OdeSchedule
+
+TEACHER = "dpmpp3m/logsnr"
+TEACHER_CALLS = 200
+BLOCK = 2048  # samples a network call may hold
+FRESH = 1_000_000  # first index of the fresh samples
+STRATEGIES = ("s3", "evolution", "tpe", "cmaes", "random")
+
+
+@dataclass
+class Landscape:
+    """Endpoint MSE to a fine-grid solution on shared noise.
+
+    Args:
+        problem: the model.
+        samples: number of samples, indices offset .. offset + samples - 1.
+        offset: first sample; fresh samples start at `FRESH`.
+        seed: seed of the starting noise.
+    """
+
+    problem: Problem
+    samples: int
+    offset: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        index = torch.arange(self.offset, self.offset + self.samples)
+        self.noise: NoiseSchedule = self.problem.denoiser.noise
+        self._cond = self.problem.cond(index) if self.problem.cond is not None else None
+        rows = [
+            np.random.default_rng([self.seed, i]).standard_normal(self.problem.shape)
+            for i in index.tolist()
+        ]
+        self._z = torch.from_numpy(np.stack(rows)).float()
+        teacher = baseline(TEACHER, self.noise, TEACHER_CALLS)
+        self.teacher = self._run(teacher.program, start(teacher, self._z))
+
+    @torch.no_grad()
+    def _run(self, program: Program, x_T: Tensor) -> Tensor:
+        made = []
+        for rows in torch.arange(len(x_T)).split(BLOCK):
+            cond = None if self._cond is None else {k: v[rows] for k, v in self._cond.items()}
+            guidance = self.problem.guidance
+            x = run(
+                program,
+                self.problem.denoiser,
+                x_T[rows],
+                cond=cond,
+                guidance=guidance,
+                check=False,
+            )
+            made.append(x)
+        return torch.cat(made, dim=-len(self.problem.shape) - 1)
+
+    def per_sample(self, schedules: Sequence[OdeSchedule]) -> np.ndarray:
+        """Scores of each schedule on each sample, shape (M, samples); inf where it diverged."""
+        size = max(1, BLOCK // self.samples)
+        found = []
+        for at in range(0, len(schedules), size):
+            block = schedules[at : at + size]
+            y = self._run(stack([s.program for s in block]), start(block[0], self._z))
+            found.append(((y - self.teacher) ** 2).flatten(2).mean(-1).double())
+        scores: np.ndarray = torch.cat(found).nan_to_num(nan=float("inf")).numpy()
+        return scores
+
+    def score(self, schedules: Sequence[OdeSchedule]) -> np.ndarray:
+        """Mean over samples, shape (M,)."""
+        means: np.ndarray = self.per_sample(schedules).mean(-1)
+        return means
+
+
+def problem(model: str) -> Problem:
+    """A shipped model by name."""
+    made: Problem = importlib.import_module(f"fewstep.experiments.models.{model}").problem()
+    return made
+
+
+@dataclass
+class Bench:
+    """One model at one NFE: landscapes and the starting population, shared by all runs."""
+
+    model: str
+    nfe: int
+    samples: int
+    fresh: int
+
+    def __post_init__(self) -> None:
+        self.search = Landscape(problem(self.model), self.samples)
+        self.again = Landscape(problem(self.model), self.fresh, FRESH)
+        self.domain = OdeDomain(self.search.noise, self.nfe)
+        found = named(self.search.noise, self.nfe)
+        scores = self.search.score(list(found.values()))
+        self.seeds = [
+            _evaluated(s, v, name) for (name, s), v in zip(found.items(), scores, strict=True)
+        ]
+        best = min(self.seeds, key=lambda k: k.score)
+        self.named = {
+            "name": best.source,
+            "search": best.score,
+            "fresh": float(self.again.score([best.schedule])[0]),
+        }
+
+    def run(self, strategy: str, seed: int, candidates: int, generation: int) -> dict[str, Any]:
+        """One search; returns everything the report needs."""
+        known, proposing, begun = list(self.seeds), 0.0, time.perf_counter()
+        maker = make(strategy, self.domain)
+        for g in range(candidates // generation):
+            asked = time.perf_counter()
+            rng = np.random.default_rng([seed, g])
+            proposals = maker.propose(known, g, generation, rng)
+            proposing += time.perf_counter() - asked
+            scores = self.search.score([p.schedule for p in proposals])
+            known += [
+                _evaluated(p.schedule, v, p.source) for p, v in zip(proposals, scores, strict=True)
+            ]
+        best = min(known, key=lambda k: k.score)
+        own = [k.score if np.isfinite(k.score) else None for k in known[len(self.seeds) :]]
+        return {
+            "model": self.model,
+            "nfe": self.nfe,
+            "strategy": strategy,
+            "seed": seed,
+            "samples": self.samples,
+            "fresh_samples": self.fresh,
+            "generation": generation,
+            "named": self.named,
+            "scores": own,
+            "search": best.score,
+            "fresh": float(self.again.score([best.schedule])[0]),
+            "schedule": best.schedule.to_dict(),
+            "seconds": time.perf_counter() - begun,
+            "seconds_proposing": proposing,
+        }
+
+
+def _evaluated(schedule: OdeSchedule, score: float, source: str) -> Evaluated:
+    ok = bool(np.isfinite(score))
+    return Evaluated(schedule, float(score), "ok" if ok else "diverged", source=source)
+
+
+def _run_all(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for model in args.models:
+        for nfe in args.nfe:
+            tasks = [(s, seed) for seed in range(args.seeds) for s in args.strategies]
+            todo = [(s, k, out / f"{model}_{nfe}_{args.samples}_{s}_{k}.json") for s, k in tasks]
+            todo = [task for task in todo if not task[2].exists()]
+            if not todo:
+                continue
+            bench = Bench(model, nfe, args.samples, args.fresh)
+            for strategy, seed, path in todo:
+                result = bench.run(strategy, seed, args.candidates, args.generation)
+                temporary = path.with_suffix(".part")
+                temporary.write_text(json.dumps(result), encoding="utf-8")
+                temporary.replace(path)
+                ratio = result["fresh"] / result["named"]["fresh"]
+                print(
+                    f"{path.stem}: fresh {result['fresh']:.6f}, {ratio:.3f} of {result['named']}"
+                    f" in {result['seconds']:.0f} s ({result['seconds_proposing']:.0f} s proposing)",
+                    flush=True,
+                )
+
+
+def best_so_far(result: dict[str, Any]) -> np.ndarray:
+    """Best score after each candidate over the best named solver's, shape (candidates + 1,)."""
+    scores = [np.inf if s is None else s for s in result["scores"]]
+    start_score = result["named"]["search"]
+    curve: np.ndarray = np.minimum.accumulate([start_score, *scores]) / start_score
+    return curve
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table: per model, NFE and strategy, medians and quartiles over seeds."""
+    rows = []
+    cases = sorted({(r["model"], r["nfe"], r["samples"]) for r in results})
+    for model, nfe, samples in cases:
+        case = [
+            r for r in results if (r["model"], r["nfe"], r["samples"]) == (model, nfe, samples)
+        ]
+        by = {s: [r for r in case if r["strategy"] == s] for s in STRATEGIES}
+        final = {
+            s: float(np.median([best_so_far(r)[-1] for r in runs]))
+            for s, runs in by.items()
+            if runs
+        }
+        others = [np.median([r["fresh"] for r in by[s]]) for s in final if s != "s3"]
+        for s in final:
+            fresh = np.array([r["fresh"] for r in by[s]])
+            goal = final.get("evolution", 0.0)
+            curve = np.median([best_so_far(r) for r in by[s]], axis=0)
+            reached = np.flatnonzero(curve <= goal)
+            row = {
+                "model": model,
+                "nfe": nfe,
+                "samples": samples,
+                "strategy": s,
+                "seeds": len(fresh),
+                "candidates": len(curve) - 1,
+                "named": case[0]["named"],
+                "search_over_named": final[s],
+                "fresh": dict(
+                    zip(
+                        ("q1", "median", "q3"),
+                        np.quantile(fresh, [0.25, 0.5, 0.75]).tolist(),
+                        strict=True,
+                    )
+                ),
+                "fresh_over_named": float(np.median(fresh)) / case[0]["named"]["fresh"],
+                "candidates_to_evolutions_final": int(reached[0]) if len(reached) else None,
+                "seconds_proposing": float(np.median([r["seconds_proposing"] for r in by[s]])),
+            }
+            if s == "s3" and others:
+                row["fresh_over_best_other"] = float(np.median(fresh) / min(others))
+            rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table."""
+    head = "model | NFE | samples | strategy | seeds | fresh MSE, median (quartiles) | over best named | candidates to evolution's final | S3 over best other"
+    lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
+    for r in rows:
+        q = r["fresh"]
+        reach = r["candidates_to_evolutions_final"]
+        other = r.get("fresh_over_best_other")
+        lines.append(
+            f"| {r['model']} | {r['nfe']} | {r['samples']} | {r['strategy']} | {r['seeds']} | {q['median']:.3g} ({q['q1']:.3g} to {q['q3']:.3g}) "
+            f"| {r['fresh_over_named']:.3f} | {'–' if reach is None else reach} | {'' if other is None else format(other, '.3f')} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Best-so-far curves: medians, with quartiles shaded, one panel per model and NFE."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = sorted({(r["model"], r["nfe"], r["samples"]) for r in results})
+    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
+    for axis, (model, nfe, samples) in zip(axes[0], cases, strict=True):
+        for s in STRATEGIES:
+            runs = [
+                r
+                for r in results
+                if (r["model"], r["nfe"], r["samples"], r["strategy"]) == (model, nfe, samples, s)
+            ]
+            if not runs:
+                continue
+            low, middle, high = np.quantile(
+                [best_so_far(r) for r in runs], [0.25, 0.5, 0.75], axis=0
+            )
+            (line,) = axis.plot(middle, label=f"{s} ({len(runs)})")
+            axis.fill_between(range(len(middle)), low, high, alpha=0.2, color=line.get_color())
+        axis.set(title=f"{model}, NFE {nfe}, {samples} samples", xlabel="candidates", yscale="log")
+        axis.set_ylabel("best endpoint MSE / best named solver's")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(title="strategy (seeds)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _report(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    results = [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("*_*_*_*_*.json"))
+    ]
+    if not results:
+        raise FewstepError(f"{out}: no runs found; start some with `run`")
+    rows = summarise(results)
+    draw(results, out / "curves.png")
+    (out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = markdown(rows)
+    (out / "summary.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--models", nargs="+", default=["digits", "galaxy"])
+    parser.add_argument("--nfe", nargs="+", type=int, default=[5, 8])
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
+    parser.add_argument("--seeds", type=int, default=5, help="search seeds 0 .. SEEDS-1")
+    parser.add_argument("--candidates", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=256, help="samples a candidate")
+    parser.add_argument("--fresh", type=int, default=1024, help="fresh samples for the winners")
+    parser.add_argument("--generation", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="runs/bench_search")
+    args = parser.parse_args()
+    (_run_all if args.what == "run" else _report)(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The search space: every move stays inside, every view inverts every other."""
+
+import numpy as np
+import pytest
+
+from fewstep.space import OdeSchedule, StepSpec
+from fewstep.space.baselines import baseline, named
+from fewstep.space.domain import OdeDomain
+from fewstep.space.errors import ScheduleError
+from fewstep.space.noise import EDM, RectifiedFlow, VPCosine, VPDiscrete, VPLinear
+from fewstep.space.step_choices import StepChoices
+
+NOISES = [
+    VPLinear(),
+    VPCosine(),
+    VPDiscrete(),
+    EDM(),
+    RectifiedFlow(),
+    RectifiedFlow(shift=3.0, t_end=0.0),
+]
+EVERYTHING = StepChoices(
+    formulations=("data", "noise", "velocity"),
+    bases=("lam", "t", "rho", "power", "adams"),
+    extras=(
+        ("compensation", 0.8, 1.2),
+        ("dt_query", -1e-4, 1e-4),
+        ("dt_start", -1e-4, 1e-4),
+        ("dt_land", -1e-4, 1e-4),
+        ("power", 0.2, 2.0),
+    ),
+    weights=2,
+)
+
+
+def name(noise: object) -> str:
+    return f"{type(noise).__name__}-{noise.t_range[1]}"
+
+
+def population(domain: OdeDomain, seed: int = 0, count: int = 25) -> list[OdeSchedule]:
+    """Sampled, mutated and crossed members, and all neighbours of one."""
+    rng = np.random.default_rng(seed)
+    sampled = [domain.sample(rng) for _ in range(count)]
+    mutated = [domain.mutate(s, rng) for s in sampled]
+    crossed = [domain.crossover(a, b, rng) for a, b in zip(sampled, mutated[::-1], strict=True)]
+    return sampled + mutated + crossed + domain.neighbours(sampled[0])[:30]
+
+
+@pytest.fixture(params=NOISES, ids=name)
+def noise(request):
+    return request.param
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5, 8])
+def test_every_move_gives_a_member_that_compiles_to_exactly_nfe_rows(noise, nfe):
+    domain = OdeDomain(noise, nfe)
+    for schedule in population(domain, count=12):
+        assert domain.contains(schedule) is None
+        assert schedule.program.nfe == nfe
+
+
+def test_members_with_every_decision_open_compile_too():
+    domain = OdeDomain(
+        VPLinear(),
+        5,
+        EVERYTHING,
+        first=("network", "zero"),
+        start_band=(0.9, 1.0),
+        end_band=(1e-3, 2e-3),
+    )
+    for schedule in population(domain):
+        assert domain.contains(schedule) is None
+        assert schedule.program.nfe == 5
+        assert domain.from_params(domain.params(schedule)) == schedule
+        assert domain.decode(domain.encode(schedule)) == schedule
+
+
+@pytest.mark.parametrize("nfe", [1, 5, 8])
+def test_parameters_and_encoding_invert_bit_for_bit(noise, nfe):
+    domain = OdeDomain(noise, nfe, first=("network", "zero"))
+    for schedule in population(domain, seed=1):
+        assert domain.from_params(domain.params(schedule)) == schedule
+        assert domain.decode(domain.encode(schedule)) == schedule
+        assert len(domain.encode(schedule)) == domain.width
+
+
+def test_parameters_lie_in_their_distributions_and_come_in_order():
+    pytest.importorskip("optuna")
+    domain = OdeDomain(VPLinear(), 6, end_band=(1e-3, 3e-3))
+    distributions = domain.distributions()
+    order = [p.name for p in domain.parameters]
+    assert list(distributions) == order
+    for schedule in population(domain, seed=2):
+        params = domain.params(schedule)
+        assert list(params) == [n for n in order if n in params]
+        for key, value in params.items():
+            assert distributions[key]._contains(distributions[key].to_internal_repr(value))
+
+
+def test_any_values_at_all_mean_a_member():
+    domain = OdeDomain(VPLinear(), 5)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        values = {}
+        for p in domain.parameters:
+            if rng.random() < 0.7:
+                number = rng.uniform(2 * p.low - p.high, 2 * p.high - p.low)
+                values[p.name] = (
+                    p.choices[rng.integers(len(p.choices))] if p.kind == "choice" else number
+                )
+        assert domain.contains(domain.from_params(values)) is None
+    assert domain.contains(domain.from_params({})) is None
+    assert domain.contains(domain.decode(rng.normal(size=domain.width))) is None
+
+
+def test_times_are_proposed_uniformly_in_lam():
+    """Far from the gaps' edges an inner time of a two-step schedule is uniform in lam, not in t or sigma."""
+    domain = OdeDomain(EDM(), 2, StepChoices(correctors=("none",)), min_gap=0.01)
+    rng = np.random.default_rng(0)
+    low, high = domain.lam_range
+    u = np.sort(
+        [(domain.lam(domain.sample(rng).times)[1] - low) / (high - low) for _ in range(1000)]
+    )
+    distance = np.abs(u - np.arange(1000) / 1000).max()  # Kolmogorov-Smirnov
+    assert distance < 1.63 / np.sqrt(1000)  # the 1 % point
+
+
+@pytest.mark.parametrize("nfe", [3, 5, 8])
+def test_named_solvers_are_members_and_stay_the_same_sampler(noise, nfe):
+    domain = OdeDomain(noise, nfe)
+    for schedule in named(noise, nfe).values():
+        assert domain.contains(schedule) is None
+        canonical = domain.canonical(schedule)
+        canonical.program.require_equal(schedule.program, 1e-8)
+        assert domain.canonical(canonical) == canonical
+
+
+def test_edm_heun_is_the_re_evaluated_corrector_of_the_rho_basis():
+    noise = EDM()
+    canonical = OdeDomain(noise, 5).canonical(baseline("heun/edm", noise, 5))
+    assert [s.corrector for s in canonical.steps] == ["reeval", "reeval", "none"]
+    assert canonical.steps[0].basis == "rho"
+
+
+def test_irrelevant_fields_are_neutral():
+    domain = OdeDomain(VPLinear(), 3)
+    plain = domain.canonical(baseline("ddim/logsnr", domain.noise, 3))
+    fussy = plain.model_copy(
+        update={
+            "steps": tuple(
+                StepSpec(formulation="noise", basis="adams", relaxation="bh1") for _ in range(3)
+            )
+        }
+    )
+    assert domain.contains(fussy) is None
+    assert domain.canonical(fussy) == plain
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"steps": (StepSpec(), StepSpec(order=2, start=1), StepSpec())}, "start"),
+        ({"steps": (StepSpec(), StepSpec(eta=0.5), StepSpec())}, "eta"),
+        ({"steps": (StepSpec(), StepSpec(compensation=1.0, dt_land=1e-3), StepSpec())}, "dt_land"),
+        (
+            {
+                "steps": (
+                    StepSpec(),
+                    StepSpec(order=2, formulation="velocity", basis="t"),
+                    StepSpec(),
+                )
+            },
+            "velocity",
+        ),
+        ({"times": (1.0, 0.5, 0.499, 1e-3)}, "minimum gap"),
+        ({"times": (0.9, 0.5, 0.2, 1e-3)}, r"times\[0\]"),
+        ({"noise": VPLinear(beta_max=19.0)}, "noise schedule"),
+        ({"options": {"threshold": {}}}, "threshold"),
+    ],
+)
+def test_what_is_outside_is_refused_with_the_reason(change, reason):
+    domain = OdeDomain(VPLinear(), 3)
+    base = baseline("ddim/time", domain.noise, 3)
+    fields = {k: getattr(base, k) for k in ("noise", "times", "steps")} | change
+    with pytest.raises(ScheduleError, match=reason):
+        domain.params(OdeSchedule(**fields))
+
+
+def test_a_schedule_moves_to_the_neighbouring_nfe_and_back():
+    domain = OdeDomain(VPLinear(), 5)
+    schedule = domain.canonical(baseline("unipc2-bh2/logsnr", domain.noise, 5))
+    longer = domain.with_nfe(6).adopt(schedule)
+    assert len(longer) == 5
+    assert all(domain.with_nfe(6).contains(s) is None for s in longer)
+    assert schedule.times in [s.times for s in domain.adopt(longer[2])]
+    assert len(domain.with_nfe(4).adopt(schedule)) == 4
+    assert domain.adopt(schedule) == [schedule]
+    assert OdeDomain(EDM(), 5).adopt(schedule) == []
+    far = domain.with_nfe(9).adopt(schedule)
+    assert far
+    assert all(domain.with_nfe(9).contains(s) is None for s in far)
+
+
+def test_tokens_have_one_width_for_every_nfe_and_equal_samplers_have_equal_tokens():
+    noise = VPLinear()
+    five = OdeDomain(noise, 5).tokens(baseline("heun/edm", noise, 5))
+    eight = OdeDomain(noise, 8).tokens(baseline("ipndm3/edm", noise, 8))
+    assert five.shape[0] == 5
+    assert eight.shape[0] == 8
+    assert five.shape[1] == eight.shape[1]
+    domain = OdeDomain(noise, 5)
+    heun = baseline("heun/edm", noise, 5)
+    np.testing.assert_allclose(domain.tokens(domain.canonical(heun)), five, atol=1e-7)
+
+
+def test_tokens_hold_the_programs_weights():
+    noise = VPLinear()
+    schedule = baseline("unipc3-bh1/edm", noise, 5)
+    p = schedule.program
+    got = OdeDomain(noise, 5).tokens(schedule)
+    for c in range(4):
+        expected = p.b[c, : c + 1].flip(0) / p.alpha[c + 1]
+        np.testing.assert_allclose(got[c, 4 : 5 + c], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"nfe": 0},
+        {"nfe": 5, "first": ("mean",)},
+        {"nfe": 5, "first": ("sometimes",)},
+        {"nfe": 5, "min_gap": 5.0},
+        {"nfe": 5, "end_band": (0.1, 0.1)},
+    ],
+)
+def test_an_impossible_space_is_refused(arguments):
+    with pytest.raises(ScheduleError, match="domain"):
+        OdeDomain(VPLinear(), **arguments)
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(ScheduleError, match="bases holds 'cosine'"):
+        StepChoices(bases=("cosine",))
+    with pytest.raises(ScheduleError, match="must hold 1"):
+        StepChoices(orders=(2, 3))
