@@ -4,6 +4,7 @@ from fewstep.space import noise
 from fewstep.space.errors import FewstepError, ModelError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule, save_schedule
 from fewstep.space.masked import CallSpec, MaskedSchedule
+from fewstep.space.particles import ParticleSchedule, ParticleStep
 from fewstep.space.program import Program, ProgramSchedule, compile, stack
 from fewstep.space.schedule import OdeSchedule, StepSpec
 
@@ -13,6 +14,8 @@ __all__ = [
     "MaskedSchedule",
     "ModelError",
     "OdeSchedule",
+    "ParticleSchedule",
+    "ParticleStep",
     "Program",
     "ProgramSchedule",
     "ScheduleError",
