@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fewstep.experiments import metrics_molecules as metrics
 from fewstep.experiments.models import molecules
+from fewstep.experiments.models.assets import AssetError
 from fewstep.samplers.masked import TokenDenoiser, from_subs, sample_masked, uniforms
 from fewstep.search.objective import Array, ratio_interval
 from fewstep.search.strategies import Evaluated, Strategy, make
@@ -222,5 +223,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (FewstepError, metrics.AssetError) as error:
+    except (FewstepError, AssetError) as error:
         sys.exit(f"error: {error}")
