@@ -19,10 +19,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewstep.space.errors import ModelError
+
 __all__ = ["ASSETS", "Asset", "AssetError", "assets_folder", "fetch", "read_member", "require"]
 
 
-class AssetError(RuntimeError):
+class AssetError(ModelError):
     """A data file is absent, or is not the pinned one."""
 
 
