@@ -76,7 +76,8 @@ class Knobs:
     @cached_property
     def _lam(self) -> Tensor:
         t = torch.tensor(self.schedule.times, dtype=torch.float64)
-        return self.schedule.noise.lam(t)
+        lam: Tensor = self.schedule.noise.lam(t)
+        return lam
 
     @cached_property
     def _layout(self) -> list[tuple[str, int]]:

@@ -63,7 +63,7 @@ class Settings:
 
     Args:
         knobs: which numbers move (`knobs.KNOBS`).
-        method: "gauss-newton" or "adam".
+        method: "adam" or "gauss-newton".
         rounds: Gauss-Newton rounds.
         steps: Adam steps.
         batch: training samples in one piece (Gauss-Newton) or one step (Adam).
@@ -78,9 +78,9 @@ class Settings:
     """
 
     knobs: tuple[str, ...] = DEFAULT
-    method: str = "gauss-newton"
+    method: str = "adam"
     rounds: int = 8
-    steps: int = 200
+    steps: int = 150
     batch: int = 64
     rate: float = 0.1
     decay: float = 1e-4
@@ -294,10 +294,9 @@ def _by_adam(
     nfe = knobs[0].schedule.nfe
     calls = nfe * (3 * taken * min(settings.batch, len(train)) + looks * len(held))
     found = []
-    for k, start, end, theta, curve in zip(knobs, before, best, best_theta, curves, strict=True):
-        better = end < start
-        schedule_k = k.apply(theta) if better else k.schedule
-        found.append(Refined(schedule_k, start, end, tuple(curve), calls, "adam"))
+    for one, start, end, th, curve in zip(knobs, before, best, best_theta, curves, strict=True):
+        result = one.apply(th) if end < start else one.schedule
+        found.append(Refined(result, start, end, tuple(curve), calls, "adam"))
     return found
 
 
@@ -358,7 +357,8 @@ def _move(theta: Tensor, normal: Tensor, slope: Tensor, damping: float, s: Setti
     diagonal = normal.diagonal()
     pull = s.decay * diagonal.mean()
     matrix = normal + torch.diag(damping * diagonal + pull + 1e-12)
-    return theta - torch.linalg.solve(matrix, slope + pull * theta)
+    step: Tensor = torch.linalg.solve(matrix, slope + pull * theta)
+    return theta - step
 
 
 @torch.no_grad()

@@ -1,0 +1,154 @@
+"""Refinement: neutral start, real gain, an ordinary file as result, no-gradient fallback."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewstep.samplers import from_model, run, sample
+from fewstep.search.strategies.closed_form import fit_weights, teacher_states
+from fewstep.search.strategies.knobs import KNOBS, Knobs
+from fewstep.search.strategies.refine import Batch, Settings, errors, refine
+from fewstep.space import OdeSchedule, StepSpec, StudyError, compile, load_schedule, save_schedule
+from fewstep.space import noise as noises
+from fewstep.space.baselines import baseline, named
+from tests.oracles import Mixture, recorded_mixture
+
+VP = noises.VPLinear()
+_SHARP = recorded_mixture(VP)
+# wider modes: few samples start near a watershed, so that errors have no heavy tail
+MODEL = Mixture(VP, _SHARP.weights, _SHARP.means, _SHARP.variances + 0.3)
+
+
+def batch(seed: int, n: int = 64) -> Batch:
+    x = torch.randn(n, 2, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return Batch(x, sample(baseline("dpmpp3m/logsnr", VP, 120), MODEL, x))
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return batch(1, 128), batch(2), batch(3, 256)
+
+
+@pytest.mark.parametrize(
+    "name", ["unipc3-bh2/edm", "ipndm3/quadratic", "deis-tab2/time", "heun/edm"]
+)
+def test_theta_zero_is_the_schedule_itself(name):
+    s = baseline(name, VP, 5)
+    knobs = Knobs(s, names=tuple(k for k in KNOBS if k != "guidance"))
+    program = compile(knobs.base, knobs.values(knobs.zeros()))
+    for field in ("t", "r", "e", "k", "b"):
+        a, b = getattr(program, field), getattr(s.program, field)
+        assert torch.allclose(a, b, rtol=0, atol=1e-12), field
+
+
+def test_theta_and_the_schedule_it_writes_are_the_same_program():
+    s = baseline("unipc3-bh2/edm", VP, 6)
+    knobs = Knobs(s, names=tuple(k for k in KNOBS if k != "guidance"))
+    theta = 0.1 * torch.randn(
+        knobs.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    a, b = compile(knobs.base, knobs.values(theta)), knobs.apply(theta).program
+    for field in ("t", "r", "e", "k", "b"):
+        assert torch.allclose(getattr(a, field), getattr(b, field), rtol=0, atol=1e-10), field
+    times = knobs.apply(theta).times
+    lam = VP.lam(torch.tensor(times, dtype=torch.float64))
+    assert bool((lam.diff() >= knobs.min_gap - 1e-9).all())
+
+
+@pytest.mark.parametrize("method", ["adam", "gauss-newton"])
+def test_refinement_halves_the_error_of_the_best_named_solver_on_fresh_noise(
+    method, noise, tmp_path
+):
+    train, held, fresh = noise
+    start = baseline("unipc2-bh2/quadratic", VP, 5)
+    [out] = refine([start], MODEL, train, held, Settings(method=method, steps=60, rounds=4))
+    everything = [s.program for s in named(VP, 5).values()][::6]
+    best = float(errors(everything, MODEL, fresh, Settings()).min())
+    after = float(errors([out.schedule.program], MODEL, fresh, Settings()))
+    assert out.method == method
+    assert out.after < out.before
+    assert after < 0.5 * best
+    again = load_schedule(save_schedule(out.schedule, tmp_path / "refined.json"))
+    assert again.digest == out.schedule.digest
+
+
+def test_several_starts_are_refined_in_one_batch_and_none_gets_worse(noise):
+    train, held, _ = noise
+    starts = [baseline(n, VP, 4) for n in ("ddim/time", "dpmpp2m/logsnr", "ipndm3/edm")]
+    found = refine(starts, MODEL, train, held, Settings(steps=40))
+    assert len(found) == 3
+    for start, one in zip(starts, found, strict=True):
+        direct = float(errors([start.program], MODEL, held, Settings()))
+        assert one.before == pytest.approx(direct, rel=1e-4)
+        assert one.after <= one.before
+        assert one.schedule.nfe == 4
+
+
+def test_a_model_without_gradients_is_refined_by_finite_differences(noise):
+    train, held, _ = noise
+
+    class Remote:
+        noise = VP
+
+        @torch.no_grad()
+        def __call__(self, x, t, *, cond=None, guidance=None):
+            return MODEL(x, t)
+
+    [out] = refine([baseline("ddim/edm", VP, 4)], Remote(), train, held, Settings(rounds=3))
+    assert out.method == "gauss-newton"
+    assert out.after < 0.5 * out.before
+
+
+def test_checkpointing_changes_nothing_but_memory(noise):
+    train, held, _ = noise
+    start = [baseline("dpmpp2m/logsnr", VP, 4)]
+    plain = refine(start, MODEL, train, held, Settings(steps=5, every=5))
+    saved = refine(start, MODEL, train, held, Settings(steps=5, every=5, checkpointed=True))
+    assert saved[0].after == pytest.approx(plain[0].after, rel=1e-4)
+
+
+def test_a_feature_distance_is_minimised_in_feature_space(noise):
+    train, held, _ = noise
+    features = lambda x: x.flatten(1)[:, :2]  # noqa: E731
+    settings = Settings(method="gauss-newton", rounds=3, features=features)
+    [out] = refine([baseline("ddim/edm", VP, 4)], MODEL, train, held, settings)
+    assert out.after < 0.5 * out.before
+
+
+def test_closed_form_weights_reduce_every_kept_steps_held_out_error(noise):
+    train, _, fresh = noise
+    start = baseline("ddim/logsnr", VP, 5)
+    targets = teacher_states(MODEL, VP, start.times, train)
+    assert float((targets[-1] - train.target).square().mean().sqrt()) < 1e-3
+    better, fits = fit_weights(start, MODEL, train, targets)
+    assert [f.step for f in fits] == [1, 2, 3, 4]
+    assert all(f.after <= f.before for f in fits)
+    before, after = errors([start.program, better.program], MODEL, fresh, Settings()).tolist()
+    assert after < 0.3 * before
+
+
+def test_the_closed_form_finds_the_exact_weights_of_a_known_solver(noise):
+    """Targets made by a second-order step are met exactly by DDIM plus one extra weight."""
+    train, _, _ = noise
+    times = (1.0, 0.6, 0.3)
+    first = OdeSchedule(noise=VP, times=times, steps=(StepSpec(), StepSpec()))
+    second = OdeSchedule(noise=VP, times=times, steps=(StepSpec(), StepSpec(order=2)))
+    targets = [train.x_T, train.x_T, run(second.program, MODEL, train.x_T)]
+    found, fits = fit_weights(first, MODEL, train, targets, ridge=1e-12)
+    assert fits[0].after < 1e-10
+    assert torch.allclose(found.program.b, second.program.b, atol=1e-4)
+
+
+def test_bad_settings_are_one_clear_line(noise):
+    train, held, _ = noise
+    with pytest.raises(StudyError, match="'time' is not one of"):
+        Knobs(baseline("ddim/time", VP, 3), names=("time",))
+    mixed = [baseline("ddim/time", VP, 3), baseline("ddim/time", VP, 4)]
+    with pytest.raises(StudyError, match="different NFE"):
+        refine(mixed, MODEL, train, held)
+    with pytest.raises(StudyError, match="method 'sgd'"):
+        refine(mixed[:1], MODEL, train, held, Settings(method="sgd"))
+    model = from_model(lambda x, t: x, VP, "x0")
+    [same] = refine([baseline("ddim/time", VP, 2)], model, train, held, Settings(steps=1, every=1))
+    assert same.after <= same.before
