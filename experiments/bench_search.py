@@ -195,7 +195,7 @@ def _run_all(args: argparse.Namespace) -> None:
                 ratio = result["fresh"] / result["named"]["fresh"]
                 print(
                     f"{path.stem}: fresh {result['fresh']:.6f}, {ratio:.3f} of {result['named']}"
-                    f" in {result['seconds']:.0f} s ({result['seconds_proposing']:.0f} s proposing)",
+                    f" in {result['seconds']:.0f} s ({result['seconds_proposing']:.0f} s of it)",
                     flush=True,
                 )
 
@@ -256,16 +256,28 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
-    head = "model | NFE | samples | strategy | seeds | fresh MSE, median (quartiles) | over best named | candidates to evolution's final | S3 over best other"
-    lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
+    head = (
+        "model",
+        "NFE",
+        "samples",
+        "strategy",
+        "seeds",
+        "fresh MSE, median (quartiles)",
+        "over best named",
+        "candidates to evolution's final",
+        "S3 over best other",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for r in rows:
         q = r["fresh"]
         reach = r["candidates_to_evolutions_final"]
         other = r.get("fresh_over_best_other")
-        lines.append(
-            f"| {r['model']} | {r['nfe']} | {r['samples']} | {r['strategy']} | {r['seeds']} | {q['median']:.3g} ({q['q1']:.3g} to {q['q3']:.3g}) "
-            f"| {r['fresh_over_named']:.3f} | {'–' if reach is None else reach} | {'' if other is None else format(other, '.3f')} |"
-        )
+        cells = [str(r[k]) for k in ("model", "nfe", "samples", "strategy", "seeds")]
+        cells.append(f"{q['median']:.3g} ({q['q1']:.3g} to {q['q3']:.3g})")
+        cells.append(f"{r['fresh_over_named']:.3f}")
+        cells.append("–" if reach is None else str(reach))
+        cells.append("" if other is None else f"{other:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

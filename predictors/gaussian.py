@@ -1,5 +1,4 @@
-"""A Gaussian process on flat features: the reference predictor, strong where data are few and
-smooth.
+"""A Gaussian process on flat features: the reference predictor, strong on few smooth data.
 
 Matern-5/2 kernel with one length per feature, on standardised features and targets. Lengths, noise
 and mean are fitted to the marginal likelihood with the dimension-scaled log-normal prior on
@@ -37,7 +36,8 @@ class GaussianProcess:
         self._given = x
         order = torch.argsort(y, stable=True)
         spread_out = torch.linspace(BEST_ROWS, len(y) - 1, MOST_ROWS - BEST_ROWS).round().long()
-        keep = order if len(y) <= MOST_ROWS else order[torch.cat([torch.arange(BEST_ROWS), spread_out])]
+        some = torch.cat([torch.arange(BEST_ROWS), spread_out])
+        keep = order if len(y) <= MOST_ROWS else order[some]
         self._best = keep.sort().values
         x, y = x[self._best].double(), y[self._best].double()
         self._mean, spread = x.mean(0), x.std(0)
@@ -127,8 +127,7 @@ class GaussianProcess:
         return more
 
     def left_out(self, folds: Tensor) -> Tensor:
-        """Predictions of each kept training row from the rows of other folds, with the fitted
-        kernel.
+        """Predictions of each training row from the rows of other folds, kernel as fitted.
 
         Args:
             folds: fold of every row given to `fit`, shape (n,).

@@ -1,5 +1,4 @@
-"""The quality predictor: how good a schedule will be, with an uncertainty, learned from the
-schedules already scored.
+"""The quality predictor: how good a schedule will be, learned from those already scored.
 
 Two models stand side by side. The sequence ranker (`predictors.sequence`) learns from the results
 at every number of calls; the Gaussian process (`predictors.gaussian`) reads the flattened tokens
@@ -51,7 +50,7 @@ def targets(scores: Tensor) -> Tensor:
 
 
 def flatten(tokens: Tensor) -> Tensor:
-    """Tokens (n, calls, F) as the Gaussian process's features (n, calls * 11 + 1): redundant columns left out."""
+    """Tokens (n, calls, F) as the process's features (n, calls * 11 + 1), none twice."""
     return torch.cat([tokens[..., _OWN].flatten(1), tokens[:, -1, 1:2]], dim=1)
 
 
@@ -105,7 +104,7 @@ class QualityPredictor:
         here = calls == nfe
         if int(here.sum()) < LEAST_ROWS:
             raise FewstepError(
-                f"{int(here.sum())} results at NFE {nfe} are too few to predict from: {LEAST_ROWS} are needed"
+                f"{int(here.sum())} results at NFE {nfe} are too few: {LEAST_ROWS} are needed"
             )
         y = torch.zeros_like(all_scores)
         for n in calls.unique().tolist():

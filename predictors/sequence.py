@@ -1,5 +1,4 @@
-"""A small recurrent ranker over the tokens of a schedule, trained on pairs; an ensemble in one set
-of batched matrices.
+"""A small recurrent ranker over the tokens of a schedule: a batched ensemble, trained on pairs.
 
 One token per network call (`space.tokens`) -> linear -> GRU -> head -> score; the state after the
 last call is read out, so one model serves every number of calls. Loss: the logistic pairwise
@@ -71,7 +70,7 @@ class SequenceRanker:
         self.state: dict[str, Tensor] = {}
 
     def fit(self, rows: Rows, y: Tensor, folds: Tensor, seed: int) -> SequenceRanker:
-        """Train on targets y (n,), smaller is better; member k leaves out the rows with folds == k. Returns self."""
+        """Train on targets y (n,), smaller is better; member k leaves out rows with folds == k."""
         generator = torch.Generator().manual_seed(seed)
         valid = torch.arange(rows.x.shape[1]) < rows.length[:, None]
         flat = rows.x[valid]
@@ -142,7 +141,7 @@ class SequenceRanker:
         return torch.bmm(hidden, p["w_out"]).squeeze(-1)
 
     def _calibrate(self, rows: Rows, y: Tensor, folds: Tensor) -> None:
-        """Each member's least-squares line from score to target per number of calls: ranks become values with a spread."""
+        """Each member's least-squares line from score to target, per number of calls."""
         score = self._forward(rows.x[None], rows.length[None])
         most = int(rows.length.max()) + 1
         slope, shift = torch.ones(self.members, most), torch.zeros(self.members, most)

@@ -85,7 +85,8 @@ class OdeDomain:
         low, high = self.start_lam[1], self.end_lam[0]
         if not self.min_gap > 0 or high - low < self.max_steps * self.min_gap:
             raise ScheduleError(
-                f"domain: {self.max_steps} steps with gaps of {self.min_gap} do not fit in lam {low:.3g} to {high:.3g}: lower min_gap"
+                f"domain: {self.max_steps} gaps of {self.min_gap} do not fit in lam {low:.3g} to"
+                f" {high:.3g}: lower min_gap"
             )
 
     def lam(self, times: Sequence[float]) -> list[float]:
@@ -127,7 +128,7 @@ class OdeDomain:
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Every parameter a member may have, in a fixed order; a member has those that matter for it."""
+        """Every parameter a member may have, in a fixed order; it has those that matter."""
         found: list[Parameter] = []
         if len(self.first) > 1:
             found.append(Parameter("first", "choice", choices=self.first, neutral=self.first[0]))
@@ -165,7 +166,7 @@ class OdeDomain:
 
     @cached_property
     def _infinite_ends(self) -> tuple[bool, bool]:
-        """Whether every member ends on clean data (lam = inf), and starts at alpha = 0 (lam = -inf)."""
+        """Whether all members end on clean data (lam = inf), and start at alpha = 0."""
         clean = self.noise.t_range[1] <= self.noise.t_data and self.end_band is None
         pure = math.isinf(self.lam([self.noise.t_range[0]])[0]) and self.start_band is None
         return clean, pure
@@ -232,8 +233,7 @@ class OdeDomain:
         return lam, self.time([lam])[0]
 
     def params(self, schedule: OdeSchedule) -> dict[str, Value]:
-        """The parameters that matter for a member, in the order of `parameters`; `from_params`
-        inverts them exactly.
+        """The parameters that matter for a member; `from_params` inverts them exactly.
 
         Raises:
             ScheduleError: the schedule is not a member; says why.
@@ -257,16 +257,18 @@ class OdeDomain:
         return found
 
     def canonical(self, schedule: OdeSchedule) -> OdeSchedule:
-        """The member equal to `schedule` as a sampler (to rounding) whose irrelevant fields are
-        neutral.
+        """The same sampler (to rounding) as a member whose irrelevant fields are neutral.
 
         Raises:
             ScheduleError: the schedule is not a member; says why.
         """
         return self.from_params(self.params(schedule))
 
-    def contains(self, schedule: OdeSchedule) -> str | None:
-        """Why a schedule is not a member, or None if it is; checks every rule anew, independently of how members are made."""
+    def contains(self, schedule: object) -> str | None:
+        """Why a schedule is not a member, or None if it is.
+
+        Checks every rule anew, independently of how members are made.
+        """
         if not isinstance(schedule, OdeSchedule):
             return f"a {type(schedule).__name__} has no choices to search"
         if schedule.noise != self.noise:
@@ -292,7 +294,7 @@ class OdeDomain:
         lam = [min(max(v, LAM_FLOOR), LAM_CEILING) for v in self.lam(schedule.times)]
         for i, (a, b) in enumerate(pairwise(lam)):
             if b - a < self.min_gap * (1 - 1e-6):
-                return f"step {i} advances lam by {b - a:.4g}, less than the minimum gap {self.min_gap}"
+                return f"step {i} advances lam by {b - a:.4g}: the minimum gap is {self.min_gap}"
         steps = [heun_as_corrector(step) for step in schedule.steps]
         for i, step in enumerate(steps):
             reason = self.choices.refuses(step, self.place(schedule.first, steps[:i]))

@@ -1,5 +1,4 @@
-"""Moves in a search space: random members, mutation, crossover, neighbours, and the way from one
-NFE to the next.
+"""Moves in a search space: sampling, mutation, crossover, neighbours, and steps in NFE.
 
 All moves work on the named parameters and let `OdeDomain.from_params` settle the result, so every
 child is a member. Probabilities and steps follow the table of the released USF search
@@ -62,8 +61,7 @@ def split(name: str) -> tuple[str, int]:
 def fit_times(
     given: Sequence[float], count: int, low: float, high: float, gap: float
 ) -> list[float]:
-    """`count` increasing values between low and high with gaps of at least `gap`, as near to
-    `given` as that allows.
+    """`count` increasing values with gaps of at least `gap`, near to `given`.
 
     Too many: the value with the least room goes; too few: midpoints of the widest gaps come.
     Feasible input of the right length is returned as it is, bit for bit.
@@ -177,9 +175,9 @@ def mutate(
 def crossover(
     domain: OdeDomain, a: OdeSchedule, b: OdeSchedule, rng: np.random.Generator
 ) -> OdeSchedule:
-    """A child of two members, as released: each key from one parent; then with probability 1/2
-    steps swap formulation and derivative.
+    """A child of two members, as released: each key from one parent, then swaps.
 
+    With probability 1/2, steps swap formulation and derivative, each with probability 1/2.
     Order, slope, relaxation and its coefficient are one key. Times come from one parent whole;
     where the child's correctors make it longer or shorter than that parent, times are added or
     thinned in the widest or narrowest gaps.
@@ -207,7 +205,10 @@ def _key(name: str) -> str:
 def neighbours(
     domain: OdeDomain, schedule: OdeSchedule, *, step: float = 0.02
 ) -> list[OdeSchedule]:
-    """Members one decision away from a member, each once: every other choice, every number moved by +-`step` of its range."""
+    """Members one decision away from a member, each once.
+
+    Every other choice, and every number moved by +-`step` of its range.
+    """
     here = domain.params(schedule)
     seen = [here]
     found: list[OdeSchedule] = []
@@ -279,7 +280,7 @@ def adopt(domain: OdeDomain, schedule: OdeSchedule) -> list[OdeSchedule]:
 
 
 def _calls(steps: Sequence[Any], first: str) -> int:
-    return len(steps) + sum(s.corrector == "reeval" for s in steps) - (first != "network")
+    return len(steps) + sum(1 for s in steps if s.corrector == "reeval") - (first != "network")
 
 
 def _insert(lam: list[float], steps: list[Any], at: int) -> tuple[list[float], list[Any]]:

@@ -1,5 +1,4 @@
-"""The discrete and continuous choices of one solver step, as named parameters with a canonical
-form.
+"""The choices of one solver step, as named parameters with a canonical form.
 
 A step's fields are not independent: relaxations act in the lam basis only, a slope of fewer points
 needs order 3, order 1 without a corrector is DDIM in every formulation. `settle` maps any
@@ -150,12 +149,11 @@ class StepChoices:
                 or not low < high
             ):
                 raise ScheduleError(
-                    f"domain: extras holds {(name, low, high)!r}: give (field, low, high) with low < high"
+                    f"domain: extras holds {(name, low, high)!r}: give (field, low, high)"
                 )
 
     def settle(self, values: Mapping[str, Any], place: Place) -> StepSpec:
-        """The canonical step nearest to `values` (by field name, without index; missing ones are
-        neutral).
+        """The canonical step nearest to `values`, by field name; missing ones are neutral.
 
         Args:
             values: any values of the fields; numbers outside their bounds are clipped.
@@ -348,7 +346,9 @@ class StepChoices:
             and step.relaxation == "linear"
             and abs(step.relaxation_coefficient) > self.coefficient_bound
         ):
-            return f"relaxation_coefficient {step.relaxation_coefficient} is beyond {self.coefficient_bound}"
+            return f"{step.relaxation_coefficient=} is beyond {self.coefficient_bound}".replace(
+                "step.", ""
+            )
         if (
             in_lam
             and step.slope_points is not None
@@ -361,7 +361,7 @@ class StepChoices:
             and step.corrector != "none"
             and step.corrector_relaxation not in self._corrector_relaxations
         ):
-            return f"corrector_relaxation {step.corrector_relaxation!r} is not among {self._corrector_relaxations}"
+            return f"corrector_relaxation {step.corrector_relaxation!r} is not open"
         return self._refuses_fixed(step, place)
 
     def _refuses_fixed(self, step: StepSpec, place: Place) -> str | None:

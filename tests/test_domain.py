@@ -113,7 +113,7 @@ def test_any_values_at_all_mean_a_member():
 
 
 def test_times_are_proposed_uniformly_in_lam():
-    """Far from the gaps' edges an inner time of a two-step schedule is uniform in lam, not in t or sigma."""
+    """The inner time of a two-step schedule, but for the gaps at the ends."""
     domain = OdeDomain(EDM(), 2, StepChoices(correctors=("none",)), min_gap=0.01)
     rng = np.random.default_rng(0)
     low, high = domain.lam_range

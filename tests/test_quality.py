@@ -16,7 +16,7 @@ from fewstep.space.tokens import tokens
 
 
 def landscape(nfe: int, count: int, seed: int = 0) -> tuple[list[torch.Tensor], list[float]]:
-    """Tokens of random schedules and a smooth score: distance in program space to a hidden schedule, in decades."""
+    """Tokens of random schedules; scores grow with their distance to a hidden one."""
     domain = OdeDomain(VPLinear(), nfe)
     rng = np.random.default_rng([seed, nfe])
     hidden = tokens(domain.sample(np.random.default_rng(99)))[0]

@@ -1,5 +1,4 @@
-"""CMA-ES on the continuous part: the times of the best schedule known at the start, in lam; its
-steps stay as they are.
+"""CMA-ES on the continuous part: times, in lam, of the best schedule known; its steps stay.
 
 Stateless: the covariance is rebuilt by replaying the generations this strategy has proposed
 before, in told order. Reference: Hansen, "The CMA evolution strategy: a tutorial" (arXiv
@@ -34,7 +33,7 @@ class CMAES:
     def propose(
         self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
     ) -> list[Proposal]:
-        """See `Strategy`; random members where there is nothing to start from or no number to move."""
+        """See `Strategy`; random members where there is nothing to start from or to move."""
         from cmaes import CMA
 
         starts = members(self.domain, [r for r in known if r.source != "cmaes"], 1)

@@ -1,5 +1,4 @@
-"""Evolution as in the released USF search (thu-nics/USF, repository state 5b89ef5), the strategy
-S3 is measured against.
+"""Evolution as in the released USF search (thu-nics/USF at 5b89ef5): what S3 must beat.
 
 The released loop is steady-state: sort everything scored, take the top 15 as parents, with
 probability .3 cross two of them, always mutate, score, repeat. It has no predictor, no ageing, no

@@ -1,5 +1,4 @@
-"""S3, the predictor-based multi-stage search: train on everything scored, evolve on the
-prediction, score the chosen few.
+"""S3: train on everything scored, evolve on the prediction, score the chosen few.
 
 The paper (USF, arXiv 2312.07243, section 4) gives the stages; its code is not released. Each
 generation here is one stage:
@@ -69,7 +68,7 @@ def tokens_of(schedule: OdeSchedule) -> Tensor:
 
 @dataclass(frozen=True)
 class Individual:
-    """A step pattern with times: the pattern's schedule and parameters, lam of all N+1 times, and what is predicted."""
+    """A step pattern (a schedule and its parameters), lam of all N+1 times, and predictions."""
 
     pattern: OdeSchedule
     params: dict[str, Value]
@@ -115,18 +114,18 @@ class S3:
     predictor: str = "auto"
     rounds: int = 6
     patterns: int = 10
-    moves: int = 24
+    moves: int = 64
     beta: float = 1.5
     elite: int = 20
     adopted: int = 3
-    trust: float = 0.25
-    niche: float = 0.25
+    trust: float = 0.15
+    niche: float = 0.5
     name: str = field(default="s3")
 
     def propose(
         self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
     ) -> list[Proposal]:
-        """See `Strategy`. Each proposal's note holds the predicted score, its uncertainty, the model used and its Kendall tau."""
+        """See `Strategy`; notes hold the prediction, its uncertainty, the model and its tau."""
         pool = members(self.domain, known)
         guests = self._guests(known)
         if len(pool) < LEAST_ROWS:
@@ -259,7 +258,7 @@ class S3:
     def _moved(
         self, lam: np.ndarray, alive: Sequence[Individual], rng: np.random.Generator
     ) -> np.ndarray:
-        """`moves` vectors of N+1 lam around one, itself the first; those that break the minimum gap are left out."""
+        """Up to `moves` vectors of N+1 lam around one, itself the first; all keep the gaps."""
         domain = self.domain
         low, high = domain.lam_range
         free = slice(0 if domain.start_band else 1, len(lam) - (0 if domain.end_band else 1))
@@ -327,7 +326,7 @@ class S3:
         size: int,
         rng: np.random.Generator,
     ) -> list[Proposal]:
-        """Batch upper confidence bound over the best met; what is known already is not proposed again."""
+        """Expected improvement, one after the other; what is known is not proposed again."""
         best, everyone = predictor.best, self._trusted(predictor, everyone)
         most = max(1, int(self.niche * size))  # of one pattern in the generation
         bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)
@@ -350,8 +349,8 @@ class S3:
                 continue
             patterns[short[i].key] += 1
             params.append(values)
-            note = {"predicted": float(mean[i]), "std": float(short[i].std)}
-            note |= {"predictor": predictor.chosen}
+            note: dict[str, Any] = {"predicted": float(mean[i]), "std": float(short[i].std)}
+            note["predictor"] = predictor.chosen
             note |= {f"tau_{name}": value for name, value in predictor.tau.items()}
             chosen.append(Proposal(schedule, short[i].source, note))
             cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)

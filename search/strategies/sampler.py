@@ -113,7 +113,7 @@ class S3Sampler(BaseSampler):
     def _require_single(study: Study) -> None:
         if len(study.directions) > 1:
             raise ValueError(
-                "S3Sampler minimises or maximises one objective: a study of several needs another sampler"
+                "S3Sampler takes one objective: a study of several needs another sampler"
             )
 
     def _history(
@@ -135,7 +135,7 @@ class S3Sampler(BaseSampler):
         space: Sequence[BaseDistribution],
         rng: np.random.Generator,
     ) -> Genes:
-        """The best of an evolved population by the lower confidence bound, new, and apart from what is running."""
+        """The best new point of an evolved population by the lower confidence bound."""
         y = targets(torch.tensor(scores))
         x = _features(genes, space)
         process = GaussianProcess(steps=10).fit(x, y)
@@ -156,7 +156,10 @@ class S3Sampler(BaseSampler):
                 tuple(c): b for c, b in zip(children, bound, strict=True) if tuple(c) not in taken
             }
             alive = [list(c) for c in sorted(met, key=lambda c: met[c])[:30]] or alive
-        return list(min(met, key=lambda c: met[c])) if met else [_draw(d, rng) for d in space]
+        if not met:
+            return [_draw(d, rng) for d in space]
+        chosen, _ = min(met.items(), key=lambda item: item[1])
+        return list(chosen)
 
 
 def _draw(d: BaseDistribution, rng: np.random.Generator) -> float:
@@ -170,7 +173,7 @@ def _draw(d: BaseDistribution, rng: np.random.Generator) -> float:
 def _child(
     alive: list[Genes], space: Sequence[BaseDistribution], rng: np.random.Generator
 ) -> Genes:
-    """A parent moved: a Gaussian step of log-uniform size, or along the difference of two others; choices now and then anew."""
+    """A parent moved by a Gaussian step of log-uniform size, or along a difference of others."""
     parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
     a, b = alive[int(rng.integers(len(alive)))], alive[int(rng.integers(len(alive)))]
     difference = rng.random() < 0.4
@@ -212,6 +215,7 @@ def _genes(trial: FrozenTrial, space: dict[str, BaseDistribution]) -> Genes:
 def _gene(d: BaseDistribution, value: Any) -> float:
     if isinstance(d, CategoricalDistribution):
         return float(d.to_internal_repr(value))
+    d = _number(d)
     low, high = _bounds(d)
     position = math.log(value) if d.log else float(value)
     return min(max((position - low) / (high - low), 0.0), 1.0) if high > low else 0.5
@@ -220,6 +224,7 @@ def _gene(d: BaseDistribution, value: Any) -> float:
 def _value(d: BaseDistribution, gene: float) -> Any:
     if isinstance(d, CategoricalDistribution):
         return d.choices[int(gene)]
+    d = _number(d)
     low, high = _bounds(d)
     value = low + gene * (high - low)
     value = math.exp(value) if d.log else value
@@ -237,12 +242,14 @@ def _snapped(d: BaseDistribution, gene: float) -> float:
     return gene if continuous else _gene(d, _value(d, gene))
 
 
-def _bounds(d: BaseDistribution) -> tuple[float, float]:
+def _number(d: BaseDistribution) -> FloatDistribution | IntDistribution:
     if not isinstance(d, FloatDistribution | IntDistribution):
-        raise TypeError(f"{type(d).__name__} has no bounds")
+        raise TypeError(f"S3Sampler knows no {type(d).__name__}")
+    return d
+
+
+def _bounds(d: FloatDistribution | IntDistribution) -> tuple[float, float]:
     if not d.log:
         return float(d.low), float(d.high)
-    half = (
-        0.5 if isinstance(d, IntDistribution) else 0.0
-    )  # whole numbers get equal room at both ends
+    half = 0.5 if isinstance(d, IntDistribution) else 0.0  # integers get equal room at both ends
     return math.log(d.low - half), math.log(d.high + half)

@@ -1,5 +1,4 @@
-"""TPE (Optuna's tree-structured Parzen estimator) as a stateless strategy: the study is rebuilt
-from what is known each generation.
+"""TPE (Optuna's tree-structured Parzen estimator), its study rebuilt from what is known.
 
 Every result becomes a finished trial with the parameters that mattered for it; a candidate asks
 for the parameters one after the other, those that matter given the ones before. Reference:
