@@ -85,7 +85,8 @@ class SearchTable(_Table):
 
     Args:
         nfe: the numbers of network calls to find schedules for.
-        strategy: name of a strategy (`fewstep.search.strategies`).
+        strategy: name of a strategy (`fewstep.search.strategies`); with "+refine" at the end its
+            best candidates are refined; "refine" alone refines the best named solvers.
         options: keyword arguments of the strategy.
         generation: candidates proposed at a time.
         lag: generation g sees the results of generations up to g - lag; 1 waits for each, 2 keeps
@@ -101,7 +102,7 @@ class SearchTable(_Table):
     """
 
     nfe: tuple[Annotated[int, Field(ge=1, le=1000)], ...]
-    strategy: str = "evolution"
+    strategy: str = "s3+refine"
     options: dict[str, Any] = {}
     generation: Annotated[int, Field(ge=1)] = 32
     lag: Annotated[int, Field(ge=1)] = 1
@@ -121,6 +122,36 @@ class SearchTable(_Table):
         if len(set(self.nfe)) != len(self.nfe):
             raise ValueError(f"nfe {list(self.nfe)} names a number twice")
         return self
+
+
+class RefineTable(_Table):
+    """[refine]: the continuous stage of strategies that end in "refine".
+
+    Args:
+        top: best candidates that are refined, per NFE.
+        samples: noise it is fitted on.
+        held: noise the iterate is chosen by.
+        method: "adam" (gradients through the sampler) or "gauss-newton" (none needed).
+        steps: Adam steps.
+        rounds: Gauss-Newton rounds.
+        batch: samples in one step.
+        rate: Adam's step size.
+        history: older outputs of a step that get an extra weight.
+        knobs: what may move (`search.strategies.knobs`); None is times, shifts and weights.
+        checkpointed: recompute the network in the backward pass instead of storing it.
+    """
+
+    top: Annotated[int, Field(ge=1)] = 2
+    samples: Annotated[int, Field(ge=2)] = 512
+    held: Annotated[int, Field(ge=2)] = 256
+    method: Literal["adam", "gauss-newton"] = "adam"
+    steps: Annotated[int, Field(ge=1)] = 150
+    rounds: Annotated[int, Field(ge=1)] = 8
+    batch: Annotated[int, Field(ge=1)] = 64
+    rate: Annotated[float, Field(gt=0)] = 0.1
+    history: Annotated[int, Field(ge=0)] = 3
+    knobs: tuple[str, ...] | None = None
+    checkpointed: bool = False
 
 
 class TeacherTable(_Table):
@@ -202,8 +233,20 @@ class StudyConfig(_Table):
     space: dict[str, Any] = {}
     teacher: TeacherTable = TeacherTable()
     objective: ObjectiveTable = ObjectiveTable()
+    refine: RefineTable = RefineTable()
     final: FinalTable = FinalTable()
     tracking: TrackingTable = TrackingTable()
+
+    @property
+    def base_strategy(self) -> str | None:
+        """The strategy that proposes candidates; None where only named solvers are refined."""
+        name = self.search.strategy.removesuffix("refine").removesuffix("+")
+        return name or None
+
+    @property
+    def refines(self) -> bool:
+        """Whether the best candidates are refined."""
+        return self.search.strategy == "refine" or self.search.strategy.endswith("+refine")
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as JSON."""

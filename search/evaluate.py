@@ -74,6 +74,10 @@ class Task:
         """M."""
         return int(self.program.r.shape[0])
 
+    def execute(self, evaluator: Evaluator) -> TaskResult:
+        """Run on an evaluator."""
+        return evaluator.run(self)
+
     def only(self, index: int) -> Task:
         """The same block for one of its candidates."""
         parts: dict[str, Any] = {f.name: getattr(self.program, f.name) for f in fields(Program)}
@@ -137,6 +141,10 @@ class Evaluator:
     def share(self, stream: str, reference: Tensor) -> None:
         """Take the teacher's end points of a stream, sample i at row i."""
         self._references[stream] = reference
+
+    def reference(self, stream: str) -> Tensor:
+        """The teacher's end points of a stream."""
+        return self._references[stream]
 
     def run(self, task: Task) -> TaskResult:
         """Run a block; a candidate that fails is found by running each alone."""

@@ -27,6 +27,38 @@ from fewstep.search.problem import leave_checkout
 from fewstep.space.errors import FewstepError, StudyError
 
 
+class Work(Protocol):
+    """What a pool runs: a block of candidates, or one schedule to refine."""
+
+    @property
+    def strict(self) -> bool:
+        """A failure stops the search."""
+        ...
+
+    @property
+    def candidates(self) -> int:
+        """Candidates in it."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """First sample."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """One past the last sample."""
+        ...
+
+    def only(self, index: int) -> Work:
+        """The part of one candidate."""
+        ...
+
+    def execute(self, evaluator: Evaluator) -> TaskResult:
+        """Do it."""
+        ...
+
+
 class Pool(Protocol):
     """Takes tasks and gives results back in any order, under the ticket that `submit` returned."""
 
@@ -36,7 +68,7 @@ class Pool(Protocol):
         """Give every worker, present and future, the teacher's end points of a stream."""
         ...
 
-    def submit(self, task: Task) -> int:
+    def submit(self, task: Work) -> int:
         """Queue a task; returns its ticket."""
         ...
 
@@ -56,14 +88,14 @@ class SerialPool:
 
     def __init__(self, spec: EvaluatorSpec, evaluator: Evaluator | None = None) -> None:
         self._evaluator = evaluator or Evaluator.from_spec(spec)
-        self._queue: deque[tuple[int, Task]] = deque()
+        self._queue: deque[tuple[int, Work]] = deque()
         self._tickets = 0
 
     def share(self, stream: str, reference: Tensor) -> None:
         """See `Pool`."""
         self._evaluator.share(stream, reference)
 
-    def submit(self, task: Task) -> int:
+    def submit(self, task: Work) -> int:
         """See `Pool`."""
         self._tickets += 1
         self._queue.append((self._tickets, task))
@@ -75,7 +107,7 @@ class SerialPool:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return ticket, self._evaluator.run(task)
+            return ticket, task.execute(self._evaluator)
         finally:
             torch.set_num_threads(threads)
 
@@ -101,9 +133,9 @@ class Worker:
         """Keep the teacher's end points of a stream."""
         self._ready().share(stream, torch.from_numpy(np.array(reference)))
 
-    def run(self, task: Task) -> TaskResult:
+    def run(self, task: Work) -> TaskResult:
         """Run a block."""
-        return self._ready().run(task)
+        return task.execute(self._ready())
 
     def _ready(self) -> Evaluator:
         if self._evaluator is None:
@@ -114,7 +146,7 @@ class Worker:
 @dataclass
 class _Job:
     ticket: int
-    task: Task
+    task: Work
     attempts: int = 0
     parent: _Split | None = None
     position: int = 0
@@ -193,7 +225,7 @@ class RayPool:
         for actor in actors:  # an actor runs its calls in order, so a task sent later finds it
             actor.share.remote(stream, self._shared[stream])
 
-    def submit(self, task: Task) -> int:
+    def submit(self, task: Work) -> int:
         """See `Pool`."""
         self._tickets += 1
         self._queue.append(_Job(self._tickets, task))

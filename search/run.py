@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Problem
-from fewstep.search import report
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, Silent, count, duration
 from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Task, chunks
@@ -34,16 +32,17 @@ from fewstep.search.objective import Array
 from fewstep.search.pool import Pool, cpus, make_pool
 from fewstep.search.problem import ModelSpec
 from fewstep.search.record import Record, prepare_out, write_text
+from fewstep.search.refining import HELD, TRAIN, refine_cost, refine_rungs
+from fewstep.search.results import write_results
 from fewstep.search.rung import SEARCH, Progress, Rung, best_so_far
 from fewstep.search.scoring import Scorer
-from fewstep.search.strategies import Evaluated, Strategy
+from fewstep.search.strategies import Strategy
 from fewstep.search.study import TrialTable, open_storage, study_name
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
 from fewstep.space.baselines import SOLVERS, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ScheduleError, StudyError
-from fewstep.space.files import save_schedule
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.step_choices import StepChoices
 
@@ -99,16 +98,18 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def make_strategy(config: StudyConfig, domain: OdeDomain) -> Strategy:
-    """The strategy that a study names, on a domain.
+def make_strategy(config: StudyConfig, domain: OdeDomain) -> Strategy | None:
+    """The strategy that a study names, on a domain; None for "refine", which needs none.
 
     Raises:
         StudyError: an unknown name or option.
     """
     from fewstep.search import strategies
 
+    if config.base_strategy is None:
+        return None
     try:
-        made: Strategy = strategies.make(config.search.strategy, domain, **config.search.options)
+        made: Strategy = strategies.make(config.base_strategy, domain, **config.search.options)
     except TypeError as error:
         raise StudyError(f"search.options of {config.search.strategy}: {error}") from None
     return made
@@ -252,8 +253,13 @@ class _Search:
                 "a budget in seconds makes the result depend on the machine"
             )
             return
+        if config.base_strategy is None:
+            candidates = min(candidates, solvers)
         trials = candidates * config.search.samples * sum(config.search.nfe)
         total = trials + reference + verdict
+        if config.refines:
+            total += sum(refine_cost(config.refine, nfe) for nfe in config.search.nfe)
+            total += (config.refine.samples + config.refine.held) * config.teacher.nfe
         self.display.total(total)
         self.display.note(
             f"{config.name}: NFE {', '.join(map(str, config.search.nfe))}, {candidates} "
@@ -272,7 +278,7 @@ class _Search:
         runs: Mapping[str, str],
         storage: Any,
         domains: Mapping[int, OdeDomain],
-        strategies: Mapping[int, Strategy],
+        strategies: Mapping[int, Strategy | None],
         solvers: Mapping[int, Mapping[str, Any]],
     ) -> Outcome:
         config = self.config
@@ -292,8 +298,7 @@ class _Search:
             advance=self.display.advance,
         )
         self._refer(teacher, evaluator, pool, SEARCH, config.search.samples)
-        found: dict[int, list[Evaluated]] = {}
-        spent: dict[int, int] = {}
+        rungs: dict[int, Rung] = {}
         for k, nfe in enumerate(config.search.nfe):
             fresh = not self.record.generations
             table = TrialTable(
@@ -306,7 +311,7 @@ class _Search:
                 mlflow_run=runs.get(str(nfe), ""), mlflow_parent_run=runs.get("parent", "")
             )
             begun = time.monotonic()
-            rung = Rung(
+            rungs[nfe] = rung = Rung(
                 nfe,
                 config,
                 solvers[nfe],
@@ -320,9 +325,15 @@ class _Search:
                 told=self._teller(nfe),
             )
             self.display.stage(f"NFE {nfe}: named solvers")
-            found[nfe], spent[nfe] = rung.run(), sum(rung.costs)
-            tracker.curve(nfe, f"best_{config.objective.name}", best_so_far(found[nfe]))
+            rung.run()
             self._say_rung(nfe, rung, time.monotonic() - begun)
+        extra: dict[int, int] = {}
+        if config.refines:
+            for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
+                self._refer(teacher, evaluator, pool, stream, size)
+            extra = refine_rungs(config, pool, rungs, self.display)
+        for nfe, rung in rungs.items():
+            tracker.curve(nfe, f"best_{config.objective.name}", best_so_far(rung.known))
         for stream in (SELECT, FRESH):
             self._refer(teacher, evaluator, pool, stream, config.final.samples)
         self.display.stage("teacher against itself")
@@ -336,14 +347,26 @@ class _Search:
             verdicts.append(
                 judge.verdict(
                     nfe,
-                    found[nfe],
+                    rungs[nfe].known,
                     len(solvers[nfe]),
                     teacher_self_error=own_error,
-                    calls_spent=spent[nfe],
+                    calls_spent=sum(rungs[nfe].costs) + extra.get(nfe, 0),
                 )
             )
         self.display.stage("writing")
-        return self._write(evaluator, pool, problem, tracker, runs, verdicts, found, solvers)
+        rows = write_results(
+            config,
+            self.out,
+            problem,
+            pool,
+            tracker,
+            runs,
+            verdicts,
+            found={nfe: rung.known for nfe, rung in rungs.items()},
+            named={nfe: len(solvers[nfe]) for nfe in rungs},
+            endpoints=self._endpoints[FRESH],
+        )
+        return Outcome(rows, self.out, self.clock())
 
     def _first_time(self, nfe: int) -> bool:
         return (nfe, 0) not in self.record.generations
@@ -384,121 +407,6 @@ class _Search:
         if named_points:
             text += f", best named {named_points[-1][1]:.4g} (search noise)"
         self.display.note(f"{text}, {duration(seconds)}")
-
-    def _write(
-        self,
-        evaluator: Evaluator,
-        pool: Pool,
-        problem: Problem,
-        tracker: Tracker,
-        runs: Mapping[str, str],
-        verdicts: list[Verdict],
-        found: Mapping[int, list[Evaluated]],
-        solvers: Mapping[int, Mapping[str, Any]],
-    ) -> Outcome:
-        config, out = self.config, self.out
-        rows = tuple(v.row for v in verdicts)
-        for verdict in verdicts:
-            nfe = verdict.row.nfe
-            provenance = self._provenance(verdict.row, problem, runs)
-            schedule = verdict.found.model_copy(update={"provenance": provenance})
-            path = save_schedule(schedule, out / "schedules" / f"nfe{nfe:02d}.json")
-            tracker.file(nfe, path, "schedules")
-            tracker.file(None, path, "schedules")
-        results = {
-            "study": config.name,
-            "objective": config.objective.name,
-            "rows": [row.to_dict() for row in rows],
-        }
-        written = [
-            write_text(out / "results.json", json.dumps(results, indent=1) + "\n"),
-            out / "study.json",
-        ]
-        series = {nfe: best_so_far(known) for nfe, known in found.items()}
-        levels = {
-            nfe: best_so_far(known[: len(solvers[nfe])])[-1][1] for nfe, known in found.items()
-        }
-        pictures = [report.curves(out / "curves.png", series, levels, config.objective.name)]
-        sheet = report.contact_sheet(
-            out / "samples.png", self._sheet(pool, problem, verdicts), problem.picture
-        )
-        if sheet is not None:
-            pictures.insert(0, sheet)
-        facts = {k: str(v) for k, v in config.identity().items()}
-        facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
-        written.append(
-            report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
-        )
-        for path in (*written, *pictures):
-            tracker.file(None, path)
-        for row in rows:
-            values = {
-                "found_score": row.found_score,
-                "best_named_score": row.best_named_score,
-                "ratio": row.ratio,
-            }
-            values |= {
-                "ratio_low": row.interval[0],
-                "ratio_high": row.interval[1],
-                "gap": row.gap,
-                "trials": row.trials,
-            }
-            tracker.numbers(
-                row.nfe, values | {"calls_spent": row.calls_spent, "failed": row.failed}
-            )
-            tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
-        return Outcome(rows, out, self.clock())
-
-    def _sheet(
-        self, pool: Pool, problem: Problem, verdicts: list[Verdict]
-    ) -> list[tuple[str, Tensor]]:
-        """Samples on the same fresh noise: per NFE best named and found, then the teacher."""
-        size = min(self.config.final.pictures, self.config.final.samples)
-        schedules = [s for v in verdicts for s in (v.best_named, v.found)]
-        labels = [
-            t
-            for v in verdicts
-            for t in (f"{v.row.best_named}, {v.row.nfe} calls", f"found, {v.row.nfe} calls")
-        ]
-        tickets: dict[int, str] = {}
-        for label, schedule in zip(labels, schedules, strict=True):
-            (chunk,) = chunks([schedule], problem.denoiser.noise, 1)
-            (task,) = chunk.tasks(FRESH, size, size, "samples")
-            tickets[pool.submit(task)] = label
-        drawn: dict[str, Tensor] = {}
-        while len(drawn) < len(tickets):
-            ticket, result = pool.collect()
-            drawn[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
-        teacher = (f"teacher, {self.config.teacher.nfe} calls", self._endpoints[FRESH][:size])
-        return [(label, drawn[label]) for label in labels] + [teacher]
-
-    def _provenance(self, row: Row, problem: Problem, runs: Mapping[str, str]) -> dict[str, Any]:
-        config = self.config
-        return {
-            "model": problem.fingerprint,
-            "objective": config.objective.name,
-            "score": row.found_score,
-            "median": row.found_median,
-            "ratio": row.ratio,
-            "interval": list(row.interval),
-            "baselines": {s.name: s.score for s in row.named},
-            "seeds": {
-                "seed": config.search.seed,
-                "search": config.search.samples,
-                "fresh": config.final.samples,
-            },
-            "guidance": problem.guidance,
-            "teacher": {
-                "solver": config.teacher.solver,
-                "nfe": config.teacher.nfe,
-                "self_error": row.teacher_self_error,
-            },
-            "study": config.name,
-            "strategy": config.search.strategy,
-            "source": row.source,
-            "mlflow_run": runs.get(str(row.nfe), ""),
-            "fewstep": version("fewstep"),
-        }
 
 
 def _speed(evaluator: Evaluator, config: StudyConfig) -> float:

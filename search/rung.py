@@ -23,6 +23,9 @@ from fewstep.search.study import TrialTable
 from fewstep.space.errors import StudyError
 from fewstep.space.files import load_schedule
 
+REFINED = 1_000_000
+"""The number of the generation that holds refined schedules; none follows it."""
+
 SEARCH = "search"
 """The stream of noise that candidates are scored on."""
 
@@ -51,7 +54,7 @@ class Rung:
         nfe: network calls.
         config: the study.
         named: the named solvers, by name.
-        strategy: proposes generations from 1 on.
+        strategy: proposes generations from 1 on; None stops after the named solvers.
         domain: the search space; gives back constants that a proposal's JSON does not hold.
         scorer: evaluates.
         record: the log.
@@ -66,7 +69,7 @@ class Rung:
         nfe: int,
         config: StudyConfig,
         named: Mapping[str, Any],
-        strategy: Strategy,
+        strategy: Strategy | None,
         *,
         domain: Any,
         scorer: Scorer,
@@ -115,7 +118,7 @@ class Rung:
             size = len(self._named)
         if self._limit is not None:
             size = min(size, self._limit - self._proposed)
-        if size <= 0:
+        if size <= 0 or (number > 0 and self._strategy is None):
             return []
         logged = self._record.generations.get((self.nfe, number))
         if logged is not None:
@@ -124,15 +127,13 @@ class Rung:
             return []
         if number == 0:
             proposals = [Proposal(schedule, name) for name, schedule in self._named.items()][:size]
-        else:
+        elif self._strategy is not None:
             rng = np.random.default_rng([self._config.search.seed, self.nfe, number])
             proposals = list(self._strategy.propose(self.known, number, size, rng))[:size]
-        entries = [
-            {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note}
-            for p in proposals
-        ]
-        if entries:
-            self._record.generation(self.nfe, number, entries, self._clock())
+        else:
+            proposals = []
+        if proposals:
+            self._record.generation(self.nfe, number, _entries(proposals), self._clock())
         return proposals
 
     def _restore(self, entry: Mapping[str, Any]) -> Proposal:
@@ -182,9 +183,31 @@ class Rung:
             self.costs.append(calls)
         self._told(Progress(len(self.known), best_of(self.known), best_of(self.named_known())))
 
+    @property
+    def refined_before(self) -> bool:
+        """Whether the log of a resumed search holds refined schedules already."""
+        return (self.nfe, REFINED) in self._record.generations
+
+    def extend(self, proposals: list[Proposal]) -> list[Proposal]:
+        """Score and tell refined schedules (the logged ones where there are some)."""
+        logged = self._record.generations.get((self.nfe, REFINED))
+        if logged is not None:
+            proposals = [self._restore(entry) for entry in logged]
+        elif proposals:
+            self._record.generation(self.nfe, REFINED, _entries(proposals), self._clock())
+        if proposals:
+            self._tell(self._start(REFINED, proposals))
+        return proposals
+
     def named_known(self) -> list[Evaluated]:
         """The named solvers told so far."""
         return self.known[: len(self._named)]
+
+
+def _entries(proposals: Sequence[Proposal]) -> list[dict[str, Any]]:
+    return [
+        {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note} for p in proposals
+    ]
 
 
 def best_of(evaluated: Sequence[Evaluated]) -> Evaluated | None:

@@ -1,0 +1,158 @@
+"""What a search leaves behind: schedule files, tables, pictures, a page, and the MLflow record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.samplers import Problem
+from fewstep.search import report
+from fewstep.search.config import StudyConfig
+from fewstep.search.evaluate import chunks
+from fewstep.search.final import FRESH, Row, Verdict
+from fewstep.search.pool import Pool
+from fewstep.search.record import write_text
+from fewstep.search.rung import best_so_far
+from fewstep.search.strategies import Evaluated
+from fewstep.search.tracking import Tracker
+from fewstep.space.files import save_schedule
+
+
+def write_results(
+    config: StudyConfig,
+    out: Path,
+    problem: Problem,
+    pool: Pool,
+    tracker: Tracker,
+    runs: Mapping[str, str],
+    verdicts: list[Verdict],
+    *,
+    found: Mapping[int, list[Evaluated]],
+    named: Mapping[int, int],
+    endpoints: Tensor,
+) -> tuple[Row, ...]:
+    """Write everything a search ends with.
+
+    Args:
+        config: the study.
+        out: its folder.
+        problem: the model.
+        pool: draws the picture's samples.
+        tracker: gets every file and number.
+        runs: MLflow run ids by NFE.
+        verdicts: one per NFE.
+        found: all trials by NFE, in the order told.
+        named: how many of them are named solvers.
+        endpoints: the teacher's samples on the fresh noise.
+
+    Returns:
+        The rows of results.json.
+    """
+    rows = tuple(v.row for v in verdicts)
+    for verdict in verdicts:
+        nfe = verdict.row.nfe
+        provenance = _provenance(config, verdict.row, problem, runs)
+        schedule = verdict.found.model_copy(update={"provenance": provenance})
+        path = save_schedule(schedule, out / "schedules" / f"nfe{nfe:02d}.json")
+        tracker.file(nfe, path, "schedules")
+        tracker.file(None, path, "schedules")
+    results = {
+        "study": config.name,
+        "objective": config.objective.name,
+        "rows": [row.to_dict() for row in rows],
+    }
+    written = [
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n"),
+        out / "study.json",
+    ]
+    series = {nfe: best_so_far(known) for nfe, known in found.items()}
+    levels = {nfe: best_so_far(known[: named[nfe]])[-1][1] for nfe, known in found.items()}
+    pictures = [report.curves(out / "curves.png", series, levels, config.objective.name)]
+    sheet = report.contact_sheet(
+        out / "samples.png", _sheet(config, pool, problem, verdicts, endpoints), problem.picture
+    )
+    if sheet is not None:
+        pictures.insert(0, sheet)
+    facts = {k: str(v) for k, v in config.identity().items()}
+    facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
+    written.append(
+        report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
+    )
+    for path in (*written, *pictures):
+        tracker.file(None, path)
+    for row in rows:
+        values = {
+            "found_score": row.found_score,
+            "best_named_score": row.best_named_score,
+            "ratio": row.ratio,
+        }
+        values |= {
+            "ratio_low": row.interval[0],
+            "ratio_high": row.interval[1],
+            "gap": row.gap,
+            "trials": row.trials,
+        }
+        tracker.numbers(row.nfe, values | {"calls_spent": row.calls_spent, "failed": row.failed})
+        tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
+    return rows
+
+
+def _sheet(
+    config: StudyConfig, pool: Pool, problem: Problem, verdicts: list[Verdict], endpoints: Tensor
+) -> list[tuple[str, Tensor]]:
+    """Samples on the same fresh noise: per NFE best named and found, then the teacher."""
+    size = min(config.final.pictures, config.final.samples)
+    schedules = [s for v in verdicts for s in (v.best_named, v.found)]
+    labels = [
+        t
+        for v in verdicts
+        for t in (f"{v.row.best_named}, {v.row.nfe} calls", f"found, {v.row.nfe} calls")
+    ]
+    tickets: dict[int, str] = {}
+    for label, schedule in zip(labels, schedules, strict=True):
+        (chunk,) = chunks([schedule], problem.denoiser.noise, 1)
+        (task,) = chunk.tasks(FRESH, size, size, "samples")
+        tickets[pool.submit(task)] = label
+    drawn: dict[str, Tensor] = {}
+    while len(drawn) < len(tickets):
+        ticket, result = pool.collect()
+        drawn[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
+    teacher = (f"teacher, {config.teacher.nfe} calls", endpoints[:size])
+    return [(label, drawn[label]) for label in labels] + [teacher]
+
+
+def _provenance(
+    config: StudyConfig, row: Row, problem: Problem, runs: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "model": problem.fingerprint,
+        "objective": config.objective.name,
+        "score": row.found_score,
+        "median": row.found_median,
+        "ratio": row.ratio,
+        "interval": list(row.interval),
+        "baselines": {s.name: s.score for s in row.named},
+        "seeds": {
+            "seed": config.search.seed,
+            "search": config.search.samples,
+            "fresh": config.final.samples,
+        },
+        "guidance": problem.guidance,
+        "teacher": {
+            "solver": config.teacher.solver,
+            "nfe": config.teacher.nfe,
+            "self_error": row.teacher_self_error,
+        },
+        "study": config.name,
+        "strategy": config.search.strategy,
+        "source": row.source,
+        "mlflow_run": runs.get(str(row.nfe), ""),
+        "fewstep": version("fewstep"),
+    }
