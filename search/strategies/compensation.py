@@ -20,7 +20,7 @@ defects are derived in this project.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -246,7 +246,8 @@ class _Search:
         self, start: Sequence[float], reports: list[StepReport], *, polish: bool
     ) -> list[float]:
         """One pass over the steps, each ratio chosen by its landing state or the end point."""
-        schedule, ratios, outputs = self.trace.schedule, list(start), []
+        schedule, ratios = self.trace.schedule, list(start)
+        outputs: list[Tensor] = []
         for i in range(schedule.n_steps):
             calls, landed = self.trace.plan(ratios)
             known = self.trace.known(landed, i)
@@ -310,7 +311,7 @@ def polynomial_minimum(
     )
     p = np.polynomial.Polynomial(loss)
     roots = p.deriv().roots()
-    inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and -1 < r.real < 1]
+    inside = [r.real for r in map(complex, roots) if abs(r.imag) < 1e-9 and -1 < r.real < 1]
     best = min((-1.0, 1.0, *inside), key=lambda u: float(p(u)))
     return centre + scale * best
 
@@ -400,7 +401,7 @@ def as_published(
             x = trace.value(vector, trace.ask(calls, outputs, n))
             loss = (x - targets[i + 1].to(x)).square().mean()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             losses.append(float(loss.detach()))
         ratios[i] = float(rho.detach())

@@ -1,4 +1,4 @@
-"""The teacher's states on the way: at exactly the student's times, or as DC-Solver's code has them.
+"""The teacher's states on the way: at exactly the student's times, or as DC-Solver has them.
 
 `aligned_targets` puts a fine grid INTO every step of the student, so that its times are among the
 teacher's and nothing is interpolated. `published_targets` repeats two slips of the released search
@@ -21,27 +21,25 @@ from fewstep.space.errors import StudyError
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.schedule import OdeSchedule
 
-_FAR = 12.0  # stands for lam = +-inf where calls are shared out
+_PURE, _CLEAN = -7.0, 7.5  # stand for lam = -inf and +inf
 
 
 def aligned_grid(noise: NoiseSchedule, times: Sequence[float], calls: int) -> list[list[float]]:
     """For every step of the student its inner grid, start included: about `calls` times in all.
 
-    Uniform in lam within a step; at least 4 calls a step. A step that starts at lam = -inf or ends
-    at +inf is divided evenly in model time.
+    Uniform in lam within a step, at least 4 calls a step. Towards clean data the inner times end
+    at the noise schedule's last time (or lam = 7.5), towards pure noise they begin at lam = -7.
     """
     lam = noise.lam(torch.tensor(times, dtype=torch.float64))
-    gaps = lam.clamp(-_FAR, _FAR).diff()
+    last = float(noise.lam(torch.tensor(noise.t_range[1], dtype=torch.float64)))
+    low = lam.clamp(_PURE, min(last, _CLEAN) if torch.isposinf(lam[-1]) else None)
+    gaps = low.diff()
     counts = (calls * gaps / gaps.sum()).round().clamp(min=4).int().tolist()
     parts = []
     for i, n in enumerate(counts):
         share = torch.arange(n, dtype=torch.float64) / n
-        ends = lam[i : i + 2]
-        if bool(torch.isfinite(ends).all()):
-            inner = noise.t_of_lam(ends[0] + share * (ends[1] - ends[0]))
-        else:
-            inner = times[i] + share * (times[i + 1] - times[i])
-        parts.append([times[i], *inner[1:].tolist()])
+        inner = noise.t_of_lam(low[i] + share * gaps[i])[1:] if gaps[i] > 0 else share[:0]
+        parts.append([times[i], *inner.tolist()])
     return parts
 
 
