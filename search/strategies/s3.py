@@ -118,7 +118,7 @@ class S3:
     beta: float = 1.5
     elite: int = 20
     adopted: int = 3
-    trust: float = 0.15
+    trust: float = 0.4
     niche: float = 0.5
     name: str = field(default="s3")
 
@@ -151,14 +151,9 @@ class S3:
     ) -> QualityPredictor:
         rows = [(known[m.told].schedule, m.score) for m in pool]
         if self.predictor != "gaussian":
-            others = [
-                r
-                for r in known
-                if r.status == "ok"
-                and np.isfinite(r.score)
-                and isinstance(r.schedule, OdeSchedule)
-            ]
-            rows += [(r.schedule, r.score) for r in others if r.schedule.nfe != self.domain.nfe]
+            for nfe in sorted({r.schedule.nfe for r in known} - {self.domain.nfe}):
+                others = members(self.domain.with_nfe(nfe), known)
+                rows += [(known[m.told].schedule, m.score) for m in others]
         x = [tokens_of(s) for s, _ in rows]
         return QualityPredictor(self.predictor, seed).fit(
             x, [score for _, score in rows], self.domain.nfe
