@@ -289,7 +289,10 @@ class OdeDomain:
             ),
         ):
             low, high = band or (fixed, fixed)
-            if not low - 1e-12 * abs(low) <= t <= high + 1e-12 * abs(high):
+            slack = (1e-12 if band is None else 1e-7) * abs(
+                high
+            )  # a band's ends are rounded in lam
+            if not low - slack <= t <= high + slack:
                 return f"{name} = {t} is outside {low} to {high}"
         lam = [min(max(v, LAM_FLOOR), LAM_CEILING) for v in self.lam(schedule.times)]
         for i, (a, b) in enumerate(pairwise(lam)):

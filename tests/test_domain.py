@@ -36,13 +36,13 @@ def name(noise: object) -> str:
     return f"{type(noise).__name__}-{noise.t_range[1]}"
 
 
-def population(domain: OdeDomain, seed: int = 0, count: int = 25) -> list[OdeSchedule]:
+def population(domain: OdeDomain, seed: int = 0, count: int = 12) -> list[OdeSchedule]:
     """Sampled, mutated and crossed members, and all neighbours of one."""
     rng = np.random.default_rng(seed)
     sampled = [domain.sample(rng) for _ in range(count)]
     mutated = [domain.mutate(s, rng) for s in sampled]
     crossed = [domain.crossover(a, b, rng) for a, b in zip(sampled, mutated[::-1], strict=True)]
-    return sampled + mutated + crossed + domain.neighbours(sampled[0])[:30]
+    return sampled + mutated + crossed + domain.neighbours(sampled[0])[:12]
 
 
 @pytest.fixture(params=NOISES, ids=name)
@@ -50,10 +50,10 @@ def noise(request):
     return request.param
 
 
-@pytest.mark.parametrize("nfe", [1, 2, 5, 8])
+@pytest.mark.parametrize("nfe", [1, 5, 8])
 def test_every_move_gives_a_member_that_compiles_to_exactly_nfe_rows(noise, nfe):
     domain = OdeDomain(noise, nfe)
-    for schedule in population(domain, count=12):
+    for schedule in population(domain, count=8):
         assert domain.contains(schedule) is None
         assert schedule.program.nfe == nfe
 
@@ -72,6 +72,28 @@ def test_members_with_every_decision_open_compile_too():
         assert schedule.program.nfe == 5
         assert domain.from_params(domain.params(schedule)) == schedule
         assert domain.decode(domain.encode(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("noise", "start", "end"),
+    [
+        (VPLinear(), (0.8, 1.0), (1e-3, 1e-2)),
+        (EDM(), (40.0, 80.0), (0.002, 0.01)),
+        (VPDiscrete(), (900.0, 999.0), (0.0, 20.0)),
+        (RectifiedFlow(), (0.9, 1.0), (1e-3, 0.01)),
+    ],
+)
+def test_start_and_end_may_be_open(noise, start, end):
+    domain = OdeDomain(noise, 4, start_band=start, end_band=end)
+    members = population(domain, count=30)
+    assert all(domain.from_params(domain.params(s)) == s for s in members)
+    for times, band in (
+        ([s.times[0] for s in members], start),
+        ([s.times[-1] for s in members], end),
+    ):
+        assert len(set(times)) > 10
+        assert min(times) >= band[0] - 1e-6 * band[1]
+        assert max(times) <= band[1] * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("nfe", [1, 5, 8])
@@ -124,10 +146,10 @@ def test_times_are_proposed_uniformly_in_lam():
     assert distance < 1.63 / np.sqrt(1000)  # the 1 % point
 
 
-@pytest.mark.parametrize("nfe", [3, 5, 8])
+@pytest.mark.parametrize("nfe", [3, 6])
 def test_named_solvers_are_members_and_stay_the_same_sampler(noise, nfe):
     domain = OdeDomain(noise, nfe)
-    for schedule in named(noise, nfe).values():
+    for schedule in list(named(noise, nfe).values())[::3]:
         assert domain.contains(schedule) is None
         canonical = domain.canonical(schedule)
         canonical.program.require_equal(schedule.program, 1e-8)

@@ -1,6 +1,7 @@
 """The quality predictor ranks schedules it has not seen, saves without pickle, and trains fast."""
 
 import time
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fewstep.space.noise import VPLinear
 from fewstep.space.tokens import tokens
 
 
+@lru_cache
 def landscape(nfe: int, count: int, seed: int = 0) -> tuple[list[torch.Tensor], list[float]]:
     """Tokens of random schedules; scores grow with their distance to a hidden one."""
     domain = OdeDomain(VPLinear(), nfe)
@@ -26,10 +28,10 @@ def landscape(nfe: int, count: int, seed: int = 0) -> tuple[list[torch.Tensor], 
 
 @pytest.mark.parametrize("kind", ["gaussian", "sequence", "auto"])
 def test_unseen_schedules_are_ranked_better_than_chance(kind):
-    x, scores = landscape(5, 200)
-    predictor = QualityPredictor(kind).fit(x[:120], scores[:120], 5)
-    mean, std = predictor.predict(torch.stack(x[120:]))
-    tau = kendall_tau(torch.from_numpy(mean), torch.tensor(scores[120:]))
+    x, scores = landscape(5, 160)
+    predictor = QualityPredictor(kind).fit(x[:100], scores[:100], 5)
+    mean, std = predictor.predict(torch.stack(x[100:]))
+    tau = kendall_tau(torch.from_numpy(mean), torch.tensor(scores[100:]))
     assert tau > 0.4
     assert (std > 0).all()
     assert predictor.tau[predictor.chosen] == max(predictor.tau.values())
@@ -37,8 +39,8 @@ def test_unseen_schedules_are_ranked_better_than_chance(kind):
 
 
 def test_one_sequence_model_serves_several_nfe_and_gains_from_them():
-    few, few_scores = landscape(5, 90)
-    more, more_scores = landscape(6, 150)
+    few, few_scores = landscape(5, 80)
+    more, more_scores = landscape(6, 100)
     predictor = QualityPredictor("sequence").fit(few[:30] + more, few_scores[:30] + more_scores, 5)
     mean, _ = predictor.predict(torch.stack(few[30:]))
     assert kendall_tau(torch.from_numpy(mean), torch.tensor(few_scores[30:])) > 0.25
