@@ -12,6 +12,7 @@ statistics ship beside the model as plain arrays (`--reference` makes them again
 `molsets` wheel). Needs the extra `fewstep[molecules]` (rdkit).
 
     python -m fewstep.experiments.metrics_molecules molecules.smi
+    python -m fewstep.experiments.metrics_molecules --draw 2000     # the shipped model
     python -m fewstep.experiments.metrics_molecules --train 2000    # the floor at this number
     python -m fewstep.experiments.metrics_molecules --reference
 
@@ -37,6 +38,8 @@ from torch.nn import functional
 
 from fewstep.experiments.models import molecules
 from fewstep.experiments.models.assets import AssetError, read_member
+from fewstep.samplers.masked import from_subs, sample_masked, start_masked
+from fewstep.space.masked import MaskedSchedule
 
 __all__ = ["Scores", "canonical", "chemnet_features", "fcd", "frechet", "reference", "score"]
 
@@ -187,6 +190,19 @@ def score(smiles: Sequence[str], *, known: Collection[str] = (), device: str = "
     )
 
 
+def draw_molecules(samples: int, *, seed: int = 0, batch: int = 250) -> list[str]:
+    """SMILES strings of the shipped model, drawn token by token (its law exactly)."""
+    denoiser = from_subs(molecules.load_net(), molecules.MASK, length=molecules.LENGTH)
+    schedule = MaskedSchedule.token_by_token(molecules.LENGTH)
+    generator = torch.Generator().manual_seed(seed)
+    strings: list[str] = []
+    while len(strings) < samples:
+        size = min(batch, samples - len(strings))
+        blank = start_masked(denoiser, size, molecules.LENGTH)
+        strings += molecules.decode(sample_masked(schedule, denoiser, blank, generator=generator))
+    return strings
+
+
 def write_reference() -> None:
     """Read the statistics that MOSES ships (a pickled dict, hence the pinned file) as arrays."""
     data = read_member("molsets", "moses/dataset/data/test_stats.npz")
@@ -203,6 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="score generated molecules")
     parser.add_argument("file", nargs="?", type=Path, help="one SMILES a line")
     parser.add_argument("--train", type=int, help="score so many training molecules")
+    parser.add_argument("--draw", type=int, help="score so many of the model, token by token")
+    parser.add_argument("--seed", type=int, default=0, help="of --draw")
     parser.add_argument("--reference", action="store_true", help="write the reference again")
     args = parser.parse_args()
     if args.reference:
@@ -213,10 +231,12 @@ def main() -> None:
     if args.train:
         chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
         smiles = [known[i] for i in chosen[: args.train].tolist()]
+    elif args.draw:
+        smiles = draw_molecules(args.draw, seed=args.seed)
     elif args.file:
         smiles = args.file.read_text(encoding="utf-8").splitlines()
     else:
-        parser.error("name a file, --train or --reference")
+        parser.error("name a file, --draw, --train or --reference")
     print(score(smiles, known=set(known)))
 
 
