@@ -226,25 +226,9 @@ def _load(source: str | os.PathLike[str] | Mapping[str, Any]) -> OdeSchedule | P
 
 
 def _tail(schedule: OdeSchedule | ProgramSchedule, k: int) -> OdeSchedule:
-    """The schedule from step k on, its orders capped by the new, shorter history."""
-    if not isinstance(schedule, OdeSchedule) or schedule.nfe != schedule.n_steps:
-        raise ScheduleError("a start in the middle needs a file with steps, one call each")
-    steps = []
-    for i, step in enumerate(schedule.steps[k:]):
-        order = min(step.order, i + 1)
-        changes: dict[str, Any] = {"order": order, "start": min(step.start, i)}
-        changes["weights"] = step.weights[:i]
-        if step.slope_points is not None and step.slope_points >= order:
-            changes["slope_points"] = None
-        if step.corrector != "none":
-            changes["corrector_order"] = min(step.points_corrector, i + 2)
-            changes["corrector_slope_points"] = None
-        if i < schedule.compensation_order:
-            changes["compensation"] = 1.0
-        steps.append(step.model_copy(update=changes))
-    fields = {"noise": schedule.noise, "times": schedule.times[k:], "steps": tuple(steps)}
-    kept = {name: getattr(schedule, name) for name in ("options", "shift_keeps")}
-    return OdeSchedule(**fields, **kept, compensation_order=schedule.compensation_order)
+    if not isinstance(schedule, OdeSchedule):
+        raise ScheduleError("a start in the middle needs a file with steps, not only a program")
+    return schedule.tail(k)
 
 
 def _interpolated(schedules: Mapping[int, OdeSchedule | ProgramSchedule], n: int) -> OdeSchedule:

@@ -336,6 +336,31 @@ class OdeSchedule(Frozen):
 
         return sampler_digest(self.program, self.noise, self.options)
 
+    def tail(self, k: int) -> Self:
+        """The schedule from step k on, for a start in the middle (image to image).
+
+        Orders, correctors, weights and compensation are capped by the new, shorter history.
+
+        Raises:
+            ScheduleError: k is not a step, or steps make more than one call.
+        """
+        _need(0 <= k < self.n_steps, f"step {k} is not one of {self.n_steps}")
+        _need(self.nfe == self.n_steps, "a start in the middle needs steps of one call each")
+        steps = []
+        for i, step in enumerate(self.steps[k:]):
+            order = min(step.order, i + 1)
+            changes: dict[str, Any] = {"order": order, "start": min(step.start, i)}
+            changes["weights"] = step.weights[:i]
+            if step.slope_points is not None and step.slope_points >= order:
+                changes["slope_points"] = None
+            if step.corrector != "none":
+                changes["corrector_order"] = min(step.points_corrector, i + 2)
+                changes["corrector_slope_points"] = None
+            if i < self.compensation_order:
+                changes["compensation"] = 1.0
+            steps.append(step.model_copy(update=changes))
+        return self.model_copy(update={"times": self.times[k:], "steps": tuple(steps)})
+
     @property
     def constant(self) -> Tensor | None:
         """The constant image m of an analytical first step, shape of one sample.
