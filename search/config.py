@@ -60,13 +60,13 @@ class BudgetTable(_Table):
     """[budget]: exactly one of these.
 
     Args:
-        candidates: candidates per NFE, the named solvers included.
+        candidates: candidates per NFE, the named solvers included; or one number for each NFE.
         calls: network evaluations of the whole search: sum over candidates of samples x NFE.
         seconds: wall time of the whole search before the final scoring; the result then depends on
             the machine.
     """
 
-    candidates: Annotated[int, Field(ge=1)] | None = None
+    candidates: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None = None
     calls: Annotated[int, Field(ge=1)] | None = None
     seconds: Annotated[float, Field(gt=0)] | None = None
 
@@ -89,6 +89,7 @@ class SearchTable(_Table):
             best candidates are refined; "refine" alone refines the best named solvers.
         options: keyword arguments of the strategy.
         generation: candidates proposed at a time.
+        ladder: whether an NFE's strategy also sees the results of the NFEs searched before it.
         lag: generation g sees the results of generations up to g - lag; 1 waits for each, 2 keeps
             one in flight.
         seed: of the noise of the samples and of the strategy.
@@ -105,6 +106,7 @@ class SearchTable(_Table):
     strategy: str = "s3+refine"
     options: dict[str, Any] = {}
     generation: Annotated[int, Field(ge=1)] = 32
+    ladder: bool = True
     lag: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     samples: Annotated[int, Field(ge=2)] = 256
@@ -262,20 +264,36 @@ class StudyConfig(_Table):
             if not any(k == r or k.startswith(f"{r}.") for r in RUN_ONLY)
         }
 
-    def candidates(self) -> int | None:
-        """Candidates per NFE that the budget pays for; None if it is in seconds."""
-        if self.budget.candidates is not None:
-            return self.budget.candidates
-        if self.budget.calls is not None:
-            count = self.budget.calls // (self.search.samples * sum(self.search.nfe))
-            if count < 1:
-                needed = self.search.samples * sum(self.search.nfe)
-                raise StudyError(
-                    f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: "
-                    f"{needed} are needed"
-                )
-            return count
-        return None
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        given = self.budget.candidates
+        if isinstance(given, tuple) and len(given) != len(self.search.nfe):
+            raise ValueError(
+                f"budget.candidates holds {len(given)} numbers for {len(self.search.nfe)} NFEs: "
+                "give one for each, or a single number"
+            )
+        return self
+
+    def candidates(self) -> dict[int, int] | None:
+        """Candidates that the budget pays for by NFE; None if it is in seconds.
+
+        Raises:
+            StudyError: the calls do not pay for one candidate.
+        """
+        nfes, given = self.search.nfe, self.budget.candidates
+        if isinstance(given, tuple):
+            return dict(zip(nfes, given, strict=True))
+        if given is not None:
+            return dict.fromkeys(nfes, given)
+        if self.budget.calls is None:
+            return None
+        needed = self.search.samples * sum(nfes)
+        if self.budget.calls < needed:
+            raise StudyError(
+                f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: "
+                f"{needed} are needed"
+            )
+        return dict.fromkeys(nfes, self.budget.calls // needed)
 
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Task, TaskResult
+from fewstep.search.evaluate import Evaluator, EvaluatorSpec, TaskResult
 from fewstep.search.problem import leave_checkout
 from fewstep.space.errors import FewstepError, StudyError
 

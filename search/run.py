@@ -254,19 +254,19 @@ class _Search:
             )
             return
         if config.base_strategy is None:
-            candidates = min(candidates, solvers)
-        trials = candidates * config.search.samples * sum(config.search.nfe)
+            candidates = {nfe: min(n, solvers) for nfe, n in candidates.items()}
+        trials = config.search.samples * sum(nfe * n for nfe, n in candidates.items())
         total = trials + reference + verdict
         if config.refines:
             total += sum(refine_cost(config.refine, nfe) for nfe in config.search.nfe)
             total += (config.refine.samples + config.refine.held) * config.teacher.nfe
         self.display.total(total)
+        asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in candidates.items())
         self.display.note(
-            f"{config.name}: NFE {', '.join(map(str, config.search.nfe))}, {candidates} "
-            f"candidates each x {config.search.samples} samples; "
+            f"{config.name}: {asked}, each on {config.search.samples} samples; "
             f"{count(total)} network evaluations on {where}, about "
-            f"{duration(total * per_call / at_once)} "
-            f"({per_call * 1e6:.0f} µs each, measured)"
+            f"{duration(total * per_call / at_once)} ({per_call * 1e6:.0f} µs each, measured) "
+            "and the strategy's own time"
         )
 
     def _work(
@@ -311,6 +311,7 @@ class _Search:
                 mlflow_run=runs.get(str(nfe), ""), mlflow_parent_run=runs.get("parent", "")
             )
             begun = time.monotonic()
+            earlier = [e for rung in rungs.values() for e in rung.known]
             rungs[nfe] = rung = Rung(
                 nfe,
                 config,
@@ -320,6 +321,7 @@ class _Search:
                 scorer=scorer,
                 record=self.record,
                 table=table,
+                earlier=earlier if config.search.ladder else [],
                 clock=self.clock,
                 deadline=self._deadline(k),
                 told=self._teller(nfe),
@@ -348,7 +350,7 @@ class _Search:
                 judge.verdict(
                     nfe,
                     rungs[nfe].known,
-                    len(solvers[nfe]),
+                    len(rungs[nfe].named_known()),
                     teacher_self_error=own_error,
                     calls_spent=sum(rungs[nfe].costs) + extra.get(nfe, 0),
                 )
@@ -363,7 +365,7 @@ class _Search:
             runs,
             verdicts,
             found={nfe: rung.known for nfe, rung in rungs.items()},
-            named={nfe: len(solvers[nfe]) for nfe in rungs},
+            named={nfe: len(rung.named_known()) for nfe, rung in rungs.items()},
             endpoints=self._endpoints[FRESH],
         )
         return Outcome(rows, self.out, self.clock())

@@ -59,6 +59,7 @@ class Rung:
         scorer: evaluates.
         record: the log.
         table: the Optuna trials.
+        earlier: results of other NFEs that the strategy may learn from.
         clock: seconds since the search began.
         deadline: clock at which to stop proposing, for a budget in seconds.
         told: called after each generation.
@@ -75,15 +76,18 @@ class Rung:
         scorer: Scorer,
         record: Record,
         table: TrialTable,
+        earlier: Sequence[Evaluated],
         clock: Callable[[], float],
         deadline: float | None,
         told: Callable[[Progress], None],
     ) -> None:
         self.nfe, self._config, self._named, self._strategy = nfe, config, named, strategy
         self._domain, self._scorer, self._record, self._table = domain, scorer, record, table
+        self._earlier = list(earlier)
         self._clock, self._deadline, self._told = clock, deadline, told
-        self._limit = config.candidates()
-        self._proposed = 0
+        limits = config.candidates()
+        self._limit = None if limits is None else limits[nfe]
+        self._proposed = self._named_count = 0
         self._results: dict[str, Result] = {}
         self._seen: set[str] = set()
         self.known: list[Evaluated] = []
@@ -116,6 +120,7 @@ class Rung:
         size = self._config.search.generation
         if number == 0:
             size = len(self._named)
+            self._named_count = size if self._limit is None else min(size, self._limit)
         if self._limit is not None:
             size = min(size, self._limit - self._proposed)
         if size <= 0 or (number > 0 and self._strategy is None):
@@ -129,7 +134,8 @@ class Rung:
             proposals = [Proposal(schedule, name) for name, schedule in self._named.items()][:size]
         elif self._strategy is not None:
             rng = np.random.default_rng([self._config.search.seed, self.nfe, number])
-            proposals = list(self._strategy.propose(self.known, number, size, rng))[:size]
+            known = [*self._earlier, *self.known]
+            proposals = list(self._strategy.propose(known, number, size, rng))[:size]
         else:
             proposals = []
         if proposals:
@@ -200,8 +206,8 @@ class Rung:
         return proposals
 
     def named_known(self) -> list[Evaluated]:
-        """The named solvers told so far."""
-        return self.known[: len(self._named)]
+        """The named solvers told so far (generation 0; a small budget may not pay for all)."""
+        return self.known[: self._named_count]
 
 
 def _entries(proposals: Sequence[Proposal]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ def _data(**tables):
         ({"search": {"nfe": []}}, "nfe is empty"),
         ({"search": {"nfe": [4, 4]}}, "names a number twice"),
         ({"search": {"seed": -1}}, "search.seed = -1"),
+        ({"budget": {"candidates": [5, 6]}}, "holds 2 numbers for 1 NFEs"),
         ({"budget": {"calls": 100}}, "exactly one of candidates, calls, seconds"),
         ({"objective": {"name": "fid"}}, "objective.name = 'fid'"),
         ({"final": {"samples": float("nan")}}, "final.samples"),
@@ -52,7 +53,7 @@ def test_overrides_read_toml_values_and_text(tmp_path):
     assert config.search.nfe == (4, 5)
     assert config.search.strategy == "random"
     assert config.budget.candidates is None
-    assert config.candidates() == 100000 // (32 * 9)
+    assert config.candidates() == dict.fromkeys((4, 5), 100000 // (32 * 9))
 
 
 @pytest.mark.parametrize("override", ["search.samples", "=3", "search.samples.deep=3"])
