@@ -299,6 +299,42 @@ def baseline(
     print(path)
 
 
+@app.command(
+    "import",
+    epilog="Example:  fewstep import cifar10_edm_nfe5.pth --v3 identity --out usf05.json",
+)
+def import_(
+    file: Annotated[
+        Path, typer.Argument(help="Published schedule.", metavar="FILE", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Schedule file to write.")],
+    source: Annotated[str, typer.Option("--from", help="Whose format: usf.")] = "usf",
+    v3: Annotated[
+        str, typer.Option(help="DPM-Solver-v3 steps: refuse, or identity (data prediction).")
+    ] = "refuse",
+    family: Annotated[
+        str | None, typer.Option(help="Noise schedule of a .pth; default from its name.")
+    ] = None,
+) -> None:
+    """Read a schedule that others published."""
+    from fewstep.experiments.importing import import_usf
+    from fewstep.space import save_schedule
+
+    if source != "usf":
+        raise StudyError(f"--from {source}: the formats known are: usf")
+    if v3 not in ("refuse", "identity"):
+        raise StudyError(f"--v3 {v3}: use refuse or identity")
+    schedule = import_usf(file, v3="identity" if v3 == "identity" else "refuse", family=family)
+    print(save_schedule(schedule, out))
+    if "skip_coefficients" in schedule.provenance:
+        print(
+            "note: the file also scales the network's skip connections; that edits the network, "
+            "not the solver, and is kept in provenance only"
+        )
+    if schedule.first == "mean":
+        print("note: its first step needs the data mean: call with_constant(m) before sampling")
+
+
 @app.command(epilog="Example:  fewstep report runs/demo")
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of a search.", metavar="DIR")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from fewstep.search.strategies import Evaluated
 from fewstep.space.domain import OdeDomain
@@ -47,13 +48,13 @@ _MEMO: dict[int, tuple[OdeDomain, object, tuple[OdeSchedule, dict[str, Value]] |
 _MEMO_SIZE = 8192
 
 
-def _as_member(domain: OdeDomain, schedule: object) -> tuple[OdeSchedule, dict[str, Value]] | None:
+def _as_member(domain: OdeDomain, schedule: Any) -> tuple[OdeSchedule, dict[str, Value]] | None:
     """Canonical form and parameters, or None outside the space; remembered per object."""
     held = _MEMO.get(id(schedule))
     if held is not None and held[1] is schedule and held[0] == domain:
         return held[2]
     made = None
-    if isinstance(schedule, OdeSchedule) and domain.contains(schedule) is None:
+    if domain.contains(schedule) is None:  # any kind of schedule: the domain decides
         params = domain.params(schedule)
         made = (domain.from_params(params), params)
     if len(_MEMO) >= _MEMO_SIZE:
