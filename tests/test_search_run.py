@@ -83,7 +83,7 @@ def test_scores_on_record_are_the_means_of_the_samples_on_record(finished):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, strategy):
     """Every prefix of the log, and of the journal, is a place where a kill may have struck."""
-    settings = (f"search.strategy={strategy}", "budget.candidates=130")
+    settings = (f"search.strategy={strategy}", "budget.candidates=127")
     whole = _search(tmp_path, tmp_path / "whole", *settings)
     log = (whole.out / "log.jsonl").read_bytes()
     journal = (whole.out / "study.journal").read_bytes()
