@@ -123,11 +123,14 @@ def run(
     callback: Callable[[Progress], None] | None = None,
     options: dict[str, Any] | None = None,
     check: bool = True,
+    share: bool = False,
 ) -> Tensor:
     """Run one program on x_T (B, *shape), or M stacked ones on the same x_T: (M, B, *shape).
 
     `check` raises a ModelError at the first data prediction that is not finite; without it NaN
-    travels to the result, so that a batch of candidates survives one that diverges.
+    travels to the result, so that a batch of candidates survives one that diverges. `share` asks
+    the network once for candidates whose rows so far are equal: equal states, equal outputs. The
+    first call is always shared by candidates that start at one time.
     """
     if options and "time_shift" in options:
         raise ScheduleError(
@@ -145,10 +148,7 @@ def run(
             "the schedule starts from a constant image: load it from its file, or call "
             "with_constant(m)"
         )
-    if cond and stacked:
-        cond = {
-            name: value.repeat(count, *(1,) * (value.ndim - 1)) for name, value in cond.items()
-        }
+    groups = prefix_groups(program) if stacked and share else None
     noisy = x_T.expand(count, batch, *shape)
     constant = None if m is None else m.to(x_T)
     y = p.at("p", 0) * noisy
@@ -157,18 +157,14 @@ def run(
     history: list[Tensor] = []
     finite: list[Tensor | None] = []  # read after the last call: no wait on the device in between
     for c in range(program.nfe):
-        t = program.t[..., c].reshape(count, 1).expand(count, batch).reshape(-1).to(x_T.device)
+        reps = list(range(count)) if groups is None else sorted(set(groups[c]))
+        asked = len(reps)
+        t = _per_image(program.t[..., c], reps, batch, x_T)
         scale: float | Tensor | None = guidance
         if program.guidance is not None:
-            scale = (
-                program.guidance[..., c]
-                .reshape(count, 1)
-                .expand(count, batch)
-                .reshape(-1)
-                .to(x_T.device)
-            )
-        flat = y.reshape(count * batch, *shape)
-        D = denoiser(flat, t, cond=cond, guidance=scale)
+            scale = _per_image(program.guidance[..., c], reps, batch, x_T)
+        flat = (y if asked == count else y[reps]).reshape(asked * batch, *shape)
+        D = denoiser(flat, t, cond=_tiled(cond, asked), guidance=scale)
         if D.shape != flat.shape:
             raise ModelError(
                 f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(flat.shape)}"
@@ -179,7 +175,10 @@ def run(
         finite.append(torch.isfinite(D).all() if check else None)
         if callback is not None:
             callback(Progress(c, t, flat, D))
-        history.append(D.reshape(count, batch, *shape))
+        D = D.reshape(asked, batch, *shape)
+        if groups is not None and asked < count:
+            D = D[[reps.index(g) for g in groups[c]]]
+        history.append(D)
         y = p.advance(c, y, noisy, constant, history, generator)
     for c, good in enumerate(finite):
         if good is not None and not bool(good):
@@ -188,6 +187,41 @@ def run(
                 "not finite: check the model's output kind and noise schedule"
             )
     return y if stacked else y[0]
+
+
+def prefix_groups(program: Program) -> list[list[int]]:
+    """For every call of M stacked programs, the first candidate with the same rows until then.
+
+    Candidates of one group are in the same state and ask the network the same question, bit for
+    bit, because the rows that led there are.
+    """
+    count, calls = program.r.shape
+    guidance = program.r.new_zeros(count, calls) if program.guidance is None else program.guidance
+    columns = torch.stack(
+        [program.t, program.r, program.e, program.k, program.g, guidance], dim=-1
+    )
+    table = torch.cat([columns, program.b], dim=-1).numpy()
+    start = program.init.numpy()
+    found: list[list[int]] = []
+    keys = [start[i].tobytes() for i in range(count)]
+    for c in range(calls):
+        asked = [k + table[i, c, [0, 5]].tobytes() for i, k in enumerate(keys)]
+        first: dict[bytes, int] = {}
+        found.append([first.setdefault(key, i) for i, key in enumerate(asked)])
+        keys = [k + table[i, c].tobytes() for i, k in enumerate(keys)]
+    return found
+
+
+def _per_image(values: Tensor, reps: list[int], batch: int, x: Tensor) -> Tensor:
+    """One number per candidate -> one per image of the candidates asked, on x's device."""
+    return values.reshape(-1, 1)[reps].expand(len(reps), batch).reshape(-1).to(x.device)
+
+
+def _tiled(cond: Cond | None, times: int) -> Cond | None:
+    """Conditions of B samples, repeated for every candidate asked."""
+    if not cond or times == 1:
+        return cond
+    return {name: v.repeat(times, *(1,) * (v.ndim - 1)) for name, v in cond.items()}
 
 
 class _Coefficients:

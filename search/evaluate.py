@@ -194,6 +194,7 @@ class Evaluator:
                 generator=generator,
                 options=task.options,
                 check=task.strict,
+                share=task.program.r.ndim == 2,
             )
         if task.want == "samples":
             return x.to(torch.float32).cpu().numpy()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fewstep.samplers import from_model, run, sample, start
+from fewstep.samplers.ode import prefix_groups
 from fewstep.space import ModelError, OdeSchedule, ScheduleError, StepSpec, stack
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
@@ -34,6 +35,31 @@ def test_batched_candidates_equal_one_by_one_runs_to_float32_rounding():
     assert together.shape == (len(many), *x.shape)
     for one, s in zip(together, many, strict=True):
         assert torch.allclose(one, sample(s, denoiser, x), rtol=1e-5, atol=2e-5)
+
+
+def test_candidates_with_equal_prefixes_share_calls_and_nothing_else_changes():
+    a = baseline("dpmpp3m/edm", VP, 5)
+    late = [s.model_copy(update={"formulation": "noise"}) if i == 3 else s for i, s in enumerate(a.steps)]  # noqa: E501  # fmt: skip
+    b = OdeSchedule(noise=VP, times=a.times, steps=tuple(late))
+    c = baseline("dpmpp3m/logsnr", VP, 5)
+    model = recorded_mixture(VP)
+    counted = []
+
+    class Counting:
+        noise = VP
+
+        def __call__(self, x, t, *, cond=None, guidance=None):
+            counted.append(len(x))
+            return model(x, t)
+
+    x = z(dtype=torch.float64)
+    program = stack([a.program, b.program, c.program])
+    assert prefix_groups(program) == [[0, 0, 0], [0, 0, 2], [0, 0, 2], [0, 0, 2], [0, 1, 2]]
+    shared = run(program, Counting(), x, share=True)
+    assert counted == [4, 8, 8, 8, 12]
+    assert torch.allclose(shared, run(program, Counting(), x), rtol=0, atol=1e-12)
+    guided = stack([s.model_copy(update={"steps": tuple(t.model_copy(update={"guidance": g}) for t in s.steps)}).program for s, g in ((a, 1.0), (a, 2.0))])  # noqa: E501  # fmt: skip
+    assert prefix_groups(guided)[0] == [0, 1]
 
 
 def test_network_calls_are_counted_and_equal_nfe():
