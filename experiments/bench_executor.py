@@ -63,7 +63,7 @@ def theirs(name: str, problem: Problem, net: Timed, batch: int, nfe: int) -> Cal
     @torch.no_grad()
     def run() -> Tensor:
         scheduler.set_timesteps(nfe)
-        x = z * scheduler.init_noise_sigma
+        x: Tensor = z * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             eps = net(scheduler.scale_model_input(x, t), (t / 1000).expand(batch), **cond)
             x = scheduler.step(eps, t, x).prev_sample

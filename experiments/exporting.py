@@ -43,14 +43,16 @@ def _sigmas(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
 
     noise = schedule.noise
     t = torch.tensor(schedule.times, dtype=torch.float64)
-    data = {
-        "what": "the time grid only; without the steps this is another sampler",
+    columns: dict[str, list[float]] = {
         "times": list(schedule.times),
         "edm_sigmas": (noise.sigma(t) / noise.alpha(t)).tolist(),
         "lam": noise.lam(t).tolist(),
         "labels": noise.label(t).tolist(),
     }
-    finite = {k: v if k == "what" else [_finite(x) for x in v] for k, v in data.items()}
+    finite: dict[str, object] = {
+        "what": "the time grid only; without the steps this is another sampler"
+    }
+    finite |= {name: [_finite(x) for x in column] for name, column in columns.items()}
     return [write_text(folder / f"{stem}.sigmas.json", json.dumps(finite, indent=1) + "\n")]
 
 
