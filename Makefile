@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: install  ## search schedules for the digits model: runs/demo (about 5 minutes)
-	@$(BIN)/fewstep search experiments/digits.toml --out runs/demo
+	@$(BIN)/fewstep search experiments/digits.toml --out runs/demo --overwrite
 
 test: install check  ## check, then every test
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest

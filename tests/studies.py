@@ -87,6 +87,12 @@ workers = 0
 [teacher]
 nfe = 16
 check = 4
+[refine]
+steps = 6
+samples = 8
+held = 8
+batch = 8
+
 [final]
 samples = 16
 resamples = 200

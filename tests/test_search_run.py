@@ -16,7 +16,7 @@ from fewstep.search.record import Record
 from fewstep.space import StudyError, load_schedule
 from tests.studies import STUDY, command, environment, fewstep, trial_table, write_study
 
-STRATEGIES = ("random", "evolution", "tpe", "cmaes", "s3")
+STRATEGIES = ("random", "evolution", "tpe", "cmaes", "s3", "refine", "random+refine")
 
 
 def _search(folder, out, *overrides, **options):
@@ -175,6 +175,22 @@ def test_a_broken_model_is_named_before_anything_is_searched(tmp_path, broken, w
         _search(tmp_path, tmp_path / "out", f"model.broken='{broken}'")
     assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_refined_candidates_are_told_last_with_their_cost_and_win_here(tmp_path):
+    settings = ("refine.steps=60", "refine.samples=128", "refine.held=64", "refine.batch=32")
+    more = ("search.strategy=refine", "search.samples=64", "final.samples=128")
+    outcome = _search(tmp_path, tmp_path / "out", *settings, *more)
+    table = [row[-1] for row in trial_table(outcome.out)]
+    refined = [a for a in table if a["source"].startswith("refine:")]
+    assert table[-len(refined) :] == refined
+    assert len(refined) == 2
+    (row,) = outcome.rows
+    assert row.source.startswith("refine:")
+    assert not row.best_named.startswith("refine")
+    assert row.ratio < 0.9
+    spent = sum(a["calls"] for a in table) + sum(a["refine_calls"] for a in refined)
+    assert row.calls_spent == spent
 
 
 def test_frechet_searches_too(tmp_path):
