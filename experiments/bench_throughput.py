@@ -14,6 +14,7 @@ import importlib
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def measure(name: str, nfe: int, size: int, samples: int, repeats: int) -> dict[
     z = torch.randn(samples, *problem.shape, generator=torch.Generator().manual_seed(0))
     cond = None if problem.cond is None else problem.cond(torch.arange(samples))
     settings: dict[str, Any] = {"cond": cond, "guidance": problem.guidance, "check": False}
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "one by one": lambda: [run(p, problem.denoiser, z, **settings) for p in programs],
         "batched": lambda: run(together, problem.denoiser, z, **settings),
         "shared": lambda: run(together, problem.denoiser, z, **settings, share=True),

@@ -77,7 +77,7 @@ def _pth(path: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    scalar = np._core.multiarray.scalar
+    scalar = np.float64(0).__reduce__()[0]  # NumPy's own name for how a scalar is rebuilt
     allowed: list[Any] = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
     allowed += [type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4")]
     with torch.serialization.safe_globals(allowed):

@@ -63,7 +63,7 @@ def from_usf(
         fields |= _predictor(i, order, derivatives)
         fields |= _corrector(i, data["corrector_types"][i])
         steps.append(StepSpec(**fields))
-    first = _FIRST[data["afs"]]
+    first: Any = _FIRST[data["afs"]]
     if first == "zero" and zero_as_released:
         first = "usf_zero"
     skips = [float(s) for s in data.get("skip_coefficients") or []]

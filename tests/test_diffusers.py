@@ -85,6 +85,25 @@ def test_a_ddpm_pipeline_runs_the_file_and_counts_its_calls(tmp_path):
     assert float((torch.from_numpy(images[..., 0]) - ours[:, 0]).abs().max()) < 2e-6
 
 
+def test_a_refined_digits_schedule_replays_on_the_shipped_model():
+    """Weights, shifts and moved times, on the real class-conditional network."""
+    from fewstep.experiments.models.digits import load_network, problem
+    from fewstep.search.strategies.knobs import Knobs
+
+    subject = problem()
+    knobs = Knobs(baseline("ipndm3/quadratic", subject.denoiser.noise, 6))
+    g = torch.Generator().manual_seed(4)
+    schedule = knobs.apply(0.05 * torch.randn(knobs.size, generator=g, dtype=torch.float64))
+    z = torch.randn(8, 1, 8, 8, generator=g)
+    cond = subject.cond(torch.arange(8))
+    net = load_network()
+    with torch.no_grad():
+        ours = sample(schedule, subject.denoiser, z, cond=cond)
+        theirs = replayed(schedule, lambda x, t: net(x, t, **cond), z)
+    bound = 2e-7 * (1 + float(schedule.program.b.abs().max()))
+    assert float((ours - theirs).abs().max()) <= bound * max(1.0, float(ours.abs().max()))
+
+
 def test_saving_and_loading_keeps_the_schedule(tmp_path):
     scheduler = FewstepScheduler(schedule=mixed().to_dict())
     scheduler.save_pretrained(tmp_path)
