@@ -112,13 +112,13 @@ class S3:
 
     domain: OdeDomain
     predictor: str = "auto"
-    rounds: int = 6
+    rounds: int = 12
     patterns: int = 10
     moves: int = 64
     beta: float = 1.5
     elite: int = 20
     adopted: int = 3
-    trust: float = 0.4
+    trust: float = 0.25
     niche: float = 0.5
     name: str = field(default="s3")
 
