@@ -2,6 +2,7 @@
 
     python -m fewstep.experiments.bench_particles table        # 40 components in the plane
     python -m fewstep.experiments.bench_particles search       # searched schedules in 8 dimensions
+    python -m fewstep.experiments.bench_particles replay FILE  # its verdict again, from a file
     python -m fewstep.experiments.bench_particles dimensions   # weights as the dimension grows
 
 `table` follows the mixture table of Skreta et al. 2503.02819 (annealing to temperature 1/3 by
@@ -31,7 +32,7 @@ from fewstep.samplers.particles import Particles, sample_particles, start_partic
 from fewstep.samplers.resampling import effective, systematic
 from fewstep.samplers.targets import Target, anneal
 from fewstep.search.strategies import Evaluated, Proposal
-from fewstep.space import FewstepError, save_schedule
+from fewstep.space import FewstepError, load_schedule, save_schedule
 from fewstep.space.baselines import grid
 from fewstep.space.noise import EDM, NoiseSchedule
 from fewstep.space.particles import POLICIES, ParticleSchedule, policy
@@ -297,6 +298,9 @@ def search(a: argparse.Namespace) -> None:
     first = len(known)
     usable = [i for i, r in enumerate(known) if "clocks" not in r.source]
     strategy, pool = ParticleEvolution(), [known[i] for i in usable]
+    if a.start is not None:
+        given = load_schedule(a.start)
+        pool.append(Evaluated(given, float(score(given).mean()), source=str(a.start)))
     for generation in range(a.generations):
         rng = np.random.default_rng([a.seed, generation])
         for p in strategy.propose(pool, generation, a.size, rng):
@@ -307,28 +311,49 @@ def search(a: argparse.Namespace) -> None:
     top = sorted(pool, key=lambda r: r.score)[:10]
     winner = min(top, key=lambda r: float(again(r.schedule).mean()) + r.score).schedule
     best = sorted(known[:first], key=lambda r: r.score)[:5]
-    fresh = scorer(model, a.b, a.fresh, a.particles, a.seed + 1000)
-    rows = {r.source: fresh(r.schedule) for r in best}
-    name = min(rows, key=lambda k: float(rows[k].mean()))
-    found = fresh(winner)
-    floor = floor_of(model, a.b, a.fresh, a.particles, a.seed + 1000)
-    g = torch.Generator().manual_seed(a.seed)
-    draws = torch.randint(a.fresh, (4000, a.fresh), generator=g)
-    ratio = found[draws].mean(1) / rows[name][draws].mean(1)
-    low, high = ratio.quantile(torch.tensor([0.025, 0.975])).tolist()
-    print(f"\n{a.fresh} fresh populations, K {a.particles}, {a.steps} calls, d {a.dimension}")
-    for key, value in rows.items():
-        print(f"| {key} | {interval(value)} |")
-    print(f"| searched | {interval(found)} |\n| {a.particles} exact samples | {interval(floor)} |")
-    share = float(found.mean() / rows[name].mean())
-    print(f"searched / {name}: {share:.3f} [{low:.3f}, {high:.3f}]")
-    excess = float((found.mean() - floor.mean()) / (rows[name].mean() - floor.mean()))
-    print(f"the same above the floor of exact samples: {excess:.3f}")
     if a.out is not None:
-        save_schedule(winner.model_copy(update={"provenance": {"command": "bench_particles search",
-                      "seed": a.seed, "score": float(found.mean())}}), a.out)  # fmt: skip
-    for t, s in zip(winner.times, winner.steps, strict=False):
-        print(f"  sigma {t:8.4f}  zeta {s.zeta:.3f}  {s.resample} {s.ess:.2f}  {s.weight}")
+        origin = {"command": "bench_particles search", "seed": a.seed, "start": str(a.start)}
+        save_schedule(winner.model_copy(update={"provenance": origin}), a.out)
+    compare(winner, {r.source: r.schedule for r in best}, model, a)
+
+
+def replay(a: argparse.Namespace) -> None:
+    """A schedule on file against every named policy's best five, on fresh seeds."""
+    winner, model = load_schedule(a.file), uneven(a.dimension)
+    score = scorer(model, a.b, a.populations, a.particles, a.seed + 1)
+    every = named(model, winner.n_steps, a.b)
+    rank = sorted(every, key=lambda name: float(score(every[name]).mean()))
+    compare(winner, {name: every[name] for name in rank[:5]}, model, a)
+
+
+def compare(
+    winner: ParticleSchedule,
+    best: dict[str, ParticleSchedule],
+    model: Isotropic,
+    a: argparse.Namespace,
+) -> None:
+    """Blocks of fresh populations, each block with its own exact samples; ratio with interval."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in (*best, "searched", "exact samples")}
+    for block in range(a.blocks):
+        seed = a.seed + 1000 + block
+        score = scorer(model, a.b, a.fresh // a.blocks, a.particles, seed)
+        for name, schedule in (*best.items(), ("searched", winner)):
+            rows[name].append(score(schedule))
+        rows["exact samples"].append(floor_of(model, a.b, len(score(winner)), a.particles, seed))
+    means = {name: torch.stack([v.mean() for v in values]) for name, values in rows.items()}
+    print(f"\n{a.blocks} blocks of {a.fresh // a.blocks} fresh populations, K {a.particles}, "
+          f"{winner.n_steps} calls, d {a.dimension}")  # fmt: skip
+    for name, value in means.items():
+        print(f"| {name} | {interval(value)} |")
+    name = min(best, key=lambda k: float(means[k].mean()))
+    found, other, floor = means["searched"], means[name], means["exact samples"].mean()
+    g = torch.Generator().manual_seed(a.seed)
+    draws = torch.randint(a.blocks, (4000, a.blocks), generator=g)
+    ratio = found[draws].mean(1) / other[draws].mean(1)
+    low, high = ratio.quantile(torch.tensor([0.025, 0.975], dtype=ratio.dtype)).tolist()
+    print(f"searched / {name}: {float(found.mean() / other.mean()):.3f} [{low:.3f}, {high:.3f}]")
+    above = float((found.mean() - floor) / (other.mean() - floor))
+    print(f"the same above the floor of exact samples: {above:.3f}")
 
 
 def floor_of(model: Isotropic, b: float, P: int, K: int, seed: int) -> Tensor:
@@ -387,13 +412,12 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     sub = parser.add_subparsers(dest="what", required=True)
-    one = sub.add_parser("table")
-    two = sub.add_parser("search")
-    three = sub.add_parser("dimensions")
+    one, two, three, four = map(sub.add_parser, ("table", "search", "dimensions", "replay"))
     for p, run, b, steps, particles in (
         (one, table, 3.0, 1000, 2000),
         (two, search, 2.0, 24, 256),
         (three, dimensions, 2.0, 100, 256),
+        (four, replay, 2.0, 24, 256),
     ):
         p.add_argument("--b", type=float, default=b)
         p.add_argument("--steps", type=int, default=steps)
@@ -402,11 +426,15 @@ def main() -> None:
         p.add_argument("--runs", type=int, default=5 if p is one else 16)
         p.set_defaults(run=run)
     one.add_argument("--sigma-max", type=float, default=10.0)
-    two.add_argument("--dimension", type=int, default=8)
-    two.add_argument("--populations", type=int, default=16)
+    for p in (two, four):
+        p.add_argument("--dimension", type=int, default=8)
+        p.add_argument("--populations", type=int, default=16)
+        p.add_argument("--fresh", type=int, default=256)
+        p.add_argument("--blocks", type=int, default=8)
+    four.add_argument("file", type=Path)
     two.add_argument("--generations", type=int, default=40)
     two.add_argument("--size", type=int, default=24)
-    two.add_argument("--fresh", type=int, default=256)
+    two.add_argument("--start", type=Path, help="a schedule file the search starts from, too")
     two.add_argument("--out", type=Path)
     a = parser.parse_args()
     a.run(a)
