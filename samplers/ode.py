@@ -253,6 +253,9 @@ class _Coefficients:
             [bool((b[..., c, j] != 0).any()) or b.requires_grad for j in range(c + 1)]
             for c in range(b.shape[-1])
         ]
+        graph = any(v.requires_grad for v in values.values()) or x.requires_grad
+        single = lead is None and not (graph or torch.is_grad_enabled())
+        self._numbers = {name: v.tolist() for name, v in values.items()} if single else None
         self.uses_m = bool((program.k != 0).any()) or bool((program.init[..., 1] != 0).any())
 
     def at(self, name: str, c: int) -> Tensor:
@@ -268,19 +271,26 @@ class _Coefficients:
         history: list[Tensor],
         generator: torch.Generator | None,
     ) -> Tensor:
-        y = self.at("r", c) * y
-        if self._live["e"][c]:
-            y = y + self.at("e", c) * x_T
+        parts = [("e", x_T)] if self._live["e"][c] else []
         if m is not None and self._live["k"][c]:
-            y = y + self.at("k", c) * m
-        for j, D in enumerate(history):
-            if self._used[c][j]:
-                y = y + self._cast["b"][:, c, j].reshape(-1, *self._extra) * D
-        if self._live["g"][c]:
-            fresh = torch.randn(
-                y.shape[1:], generator=generator, dtype=y.dtype, device=y.device
-            )  # shared by candidates
-            y = y + self.at("g", c) * fresh
+            parts.append(("k", m))
+        if self._live["g"][c]:  # one draw, shared by candidates
+            fresh = torch.empty_like(y[0]).normal_(generator=generator)
+            parts.append(("g", fresh))
+        used = [(j, D) for j, D in enumerate(history) if self._used[c][j]]
+        if self._numbers is not None:  # one program, no gradient: one kernel a term, in place
+            rows = self._numbers
+            y = rows["r"][c] * y
+            for j, D in used:
+                y.add_(D, alpha=rows["b"][c][j])
+            for name, term in parts:
+                y.add_(term, alpha=rows[name][c])
+            return y
+        y = self.at("r", c) * y
+        for j, D in used:
+            y = torch.addcmul(y, self._cast["b"][:, c, j].reshape(-1, *self._extra), D)
+        for name, term in parts:
+            y = torch.addcmul(y, self.at(name, c), term)
         return y
 
 

@@ -208,8 +208,11 @@ class VPCosine(_VP):
         return -torch.tan(self._angle(t)) * (math.pi / 2 / (1 + self.s))
 
     def t_of_lam(self, lam: Tensor) -> Tensor:
-        cosine = torch.exp(self._log_alpha_of_lam(lam)) * math.cos(self._angle_0)
-        return (torch.acos(cosine) - self._angle_0) * ((1 + self.s) * 2 / math.pi)
+        log_cosine = self._log_alpha_of_lam(lam) + math.log(math.cos(self._angle_0))
+        # acos loses half the digits near the data end, where the cosine is close to 1
+        sine = torch.sqrt(-torch.expm1(2 * log_cosine))
+        angle = torch.atan2(sine, torch.exp(log_cosine))
+        return (angle - self._angle_0) * ((1 + self.s) * 2 / math.pi)
 
     def label(self, t: Tensor) -> Tensor:
         return self.label_scale * t
