@@ -1,6 +1,14 @@
 """Run a schedule on a model. Needs torch only; never imports what finds schedules."""
 
+from fewstep.samplers.ancestral import ancestral
 from fewstep.samplers.denoiser import Denoiser, ModelDenoiser, Problem, fingerprint, from_model
+from fewstep.samplers.masked import (
+    TokenDenoiser,
+    from_hf_masked_lm,
+    from_subs,
+    sample_masked,
+    start_masked,
+)
 from fewstep.samplers.ode import run, sample, start
 from fewstep.samplers.particles import Particles, sample_particles, start_particles
 
@@ -9,11 +17,17 @@ __all__ = [
     "ModelDenoiser",
     "Particles",
     "Problem",
+    "TokenDenoiser",
+    "ancestral",
     "fingerprint",
+    "from_hf_masked_lm",
     "from_model",
+    "from_subs",
     "run",
     "sample",
+    "sample_masked",
     "sample_particles",
     "start",
+    "start_masked",
     "start_particles",
 ]

@@ -266,7 +266,7 @@ def stack(programs: Sequence[Program]) -> Program:
     return Program(**parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProgramSchedule:
     """A file with only a program: it can be replayed and compared, not edited or explained."""
 

@@ -223,6 +223,8 @@ def test_equal_schedules_have_equal_programs_and_digests():
     assert a == b
     assert torch.equal(a.program.b, b.program.b)
     assert a.digest == b.digest
+    assert a == b  # also once both have been compiled
+    assert a != a.model_copy(update={"first": "zero"})
 
 
 def test_options_and_noise_schedule_are_part_of_the_digest():
