@@ -73,7 +73,8 @@ def canonical(smiles: Sequence[str]) -> list[str | None]:
         from rdkit import Chem, RDLogger
     except ImportError:
         raise AssetError("rdkit is missing: pip install 'fewstep[molecules]'") from None
-    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
+    logger: Any = RDLogger  # its stubs do not know the function
+    logger.DisableLog("rdApp.*")
     read = (Chem.MolFromSmiles(s) if s else None for s in smiles)
     return [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in read]
 
