@@ -203,8 +203,8 @@ def run_cpr(a: argparse.Namespace) -> None:
                     "named": float(ends["named"].mean()),
                     "refined": float(ends["refined"].mean()),
                     "predicted": float(each.mean()),
-                    "to_refined": ratio_interval(each, ends["refined"]),
-                    "to_named": ratio_interval(each, ends["named"]),
+                    "to_refined": ratio_interval(each, ends["refined"], resamples=2000),
+                    "to_named": ratio_interval(each, ends["named"], resamples=2000),
                 }
             )
     left_out = {
