@@ -7,9 +7,9 @@ x_{i+1} is the corrected state where the step has a corrector (one network call 
 by a bounded line search), else it is a polynomial of degree K in rho_i: the loss is a polynomial
 of degree 2K whose stationary points are roots, and no network is asked. What differs from the
 original recipe (`as_published`, kept for comparison): targets at exactly the schedule's times, a
-bounded search that keeps its best iterate, a held-out half that every ratio must not hurt, and a
-last pass (`polish`) that chooses each ratio by the end point, because matching the teacher step by
-step does not bring the end point closest.
+bounded search that keeps its best iterate, a held-out half that no ratio may hurt, and a few
+Gauss-Newton iterations on the end point (`polish`), because matching the teacher step by step does
+not bring the end point closest.
 
 Works on any base schedule without fresh noise; numbers are float64 except the network's.
 
@@ -19,7 +19,7 @@ defects are derived in this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,9 @@ from fewstep.samplers.denoiser import Cond, Denoiser
 from fewstep.space.errors import StudyError
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.solve import Call, Choices, Number, Tape, solve
+
+_NUDGE = 1e-3  # of a ratio, for its column of the Jacobian
+_TRIES = 4  # dampings tried before Gauss-Newton stops
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Settings:
         coarse: proposals of the first, even, look at [low, high]; >= 3.
         fine: golden-section proposals after it.
         held: share of the samples that only check, 0..1 (0: no check).
-        polish: passes over the steps that choose each ratio by the end point.
+        polish: Gauss-Newton iterations on the end point, all ratios together.
     """
 
     low: float = 0.5
@@ -50,7 +53,7 @@ class Settings:
     coarse: int = 6
     fine: int = 8
     held: float = 0.5
-    polish: int = 1
+    polish: int = 4
 
     def __post_init__(self) -> None:
         if not self.low < 1 < self.high:
@@ -66,8 +69,8 @@ class StepReport:
     Args:
         step: which.
         ratio: the value kept.
-        method: "closed form", "line search", "held out" (found, but worse on the held-out half),
-            "polish".
+        method: "closed form", "line search", or "held out" (found, but worse on the held-out
+            half).
         before: loss on the fitted half with the ratio it had.
         after: loss with the value kept.
     """
@@ -86,7 +89,7 @@ class Compensated:
     Args:
         schedule: with its ratios; the base itself if they do not help on the held-out half.
         ratios: one per step.
-        steps: what happened, in order.
+        steps: what the greedy pass did, in order.
         before: end point loss of the base, on the held-out half (all samples if there is none).
         after: end point loss of the result there.
         calls: network evaluations spent, in samples x calls.
@@ -198,16 +201,13 @@ def compensate(
     start = [step.compensation for step in schedule.steps]
     reports: list[StepReport] = []
     with torch.no_grad():
-        best, before = start, search.endpoint(start)
-        found, lowest = search.sweep(start, reports, polish=False), before
-        after = search.endpoint(found)
-        if after < lowest:
-            best, lowest = found, after
-        for _ in range(settings.polish):
-            found = search.sweep(best, reports, polish=True)
-            after = search.endpoint(found)
+        best, before = start, search.endpoint(start)[1]
+        lowest = before
+        found = search.greedy(start, reports)
+        for ratios in (found, *search.gauss_newton(found)):
+            after = search.endpoint(ratios)[1]
             if after < lowest:
-                best, lowest = found, after
+                best, lowest = list(ratios), after
     made = with_ratios(schedule, best)
     return Compensated(made, tuple(best), tuple(reports), before, lowest, trace.calls)
 
@@ -225,27 +225,22 @@ class _Search:
         self.trace, self.targets, self.settings = trace, targets, settings
         self.halves = halves
 
-    def endpoint(self, ratios: Sequence[float]) -> float:
-        """End point loss on the held-out half."""
-        return self._landing(ratios, len(ratios) - 1, [])[1]
+    def endpoint(self, ratios: Sequence[float]) -> tuple[float, float]:
+        """End point loss on the fitted and on the held-out half."""
+        return self._losses(self._landing(ratios, len(ratios) - 1, []), len(ratios) - 1)
 
-    def _landing(
-        self, ratios: Sequence[float], i: int, outputs: Sequence[Tensor]
-    ) -> tuple[float, float]:
+    def _landing(self, ratios: Sequence[float], i: int, outputs: Sequence[Tensor]) -> Tensor:
         calls, landed = self.trace.plan(ratios)
         vector, n = landed[i]
-        x = self.trace.value(vector, self.trace.ask(calls, outputs, n))
-        return self._losses(x, i)
+        return self.trace.value(vector, self.trace.ask(calls, outputs, n))
 
     def _losses(self, x: Tensor, i: int) -> tuple[float, float]:
         each = (x - self.targets[i + 1].to(x)).double().square().flatten(1).mean(1)
         fit, held = (float(each[half].mean()) for half in self.halves)
         return fit, held
 
-    def sweep(
-        self, start: Sequence[float], reports: list[StepReport], *, polish: bool
-    ) -> list[float]:
-        """One pass over the steps, each ratio chosen by its landing state or the end point."""
+    def greedy(self, start: Sequence[float], reports: list[StepReport]) -> list[float]:
+        """One pass over the steps, each ratio chosen by the state it lands on."""
         schedule, ratios = self.trace.schedule, list(start)
         outputs: list[Tensor] = []
         for i in range(schedule.n_steps):
@@ -254,16 +249,16 @@ class _Search:
             outputs = self.trace.ask(calls, outputs, known)
             if i < schedule.compensation_order:
                 continue
-            at = schedule.n_steps - 1 if polish else i
 
             def loss(
-                rho: float, i: int = i, at: int = at, outputs: Sequence[Tensor] = outputs
+                rho: float, i: int = i, outputs: Sequence[Tensor] = outputs
             ) -> tuple[float, float]:
-                return self._landing([*ratios[:i], rho, *ratios[i + 1 :]], at, outputs)
+                proposal = [*ratios[:i], rho, *ratios[i + 1 :]]
+                return self._losses(self._landing(proposal, i, outputs), i)
 
             old, bounds = ratios[i], (self.settings.low, self.settings.high)
             before = loss(old)
-            if landed[at][1] == known:
+            if landed[i][1] == known:
                 method, rho = "closed form", self._closed_form(ratios, i, outputs)
                 after = loss(rho)
             else:
@@ -273,9 +268,46 @@ class _Search:
                 method = "held out" if after[0] < before[0] else method
                 rho, after = old, before
             ratios[i] = rho
-            method = f"polish, {method}" if polish else method
             reports.append(StepReport(i, rho, method, before[0], after[0]))
         return ratios
+
+    def gauss_newton(self, start: Sequence[float]) -> Iterator[list[float]]:
+        """Ratios that follow one another down the end point loss of the fitted half.
+
+        Levenberg-Marquardt on all ratios together: their effects on the end point are coupled, and
+        one at a time they would crawl. The Jacobian is by forward differences, a column costing
+        the calls after its step.
+        """
+        schedule, ratios = self.trace.schedule, list(start)
+        free = range(schedule.compensation_order, schedule.n_steps)
+        damping, last = 1e-2, schedule.n_steps - 1
+        if len(free) == 0:
+            return
+        for _ in range(self.settings.polish):
+            calls, landed = self.trace.plan(ratios)
+            outputs = self.trace.ask(calls, [], landed[last][1])
+            end = self.trace.value(landed[last][0], outputs)
+            columns = []
+            for i in free:
+                moved = [*ratios[:i], ratios[i] + _NUDGE, *ratios[i + 1 :]]
+                known = outputs[: self.trace.known(landed, i)]
+                columns.append((self._landing(moved, last, known) - end) / _NUDGE)
+            fit = self.halves[0]
+            J = torch.stack([c[fit].double().flatten() for c in columns])
+            residual = (end - self.targets[-1].to(end))[fit].double().flatten()
+            gram, slope, loss = J @ J.T, J @ residual, self._losses(end, last)[0]
+            for _ in range(_TRIES):
+                step = torch.linalg.solve(gram + damping * gram.diagonal().diag(), slope)
+                moved = list(ratios)
+                for i, d in zip(free, step.tolist(), strict=True):
+                    moved[i] = min(max(ratios[i] - d, self.settings.low), self.settings.high)
+                if self.endpoint(moved)[0] < loss:
+                    break
+                damping *= 10
+            else:
+                return
+            damping, ratios = damping / 10, moved
+            yield ratios
 
     def _closed_form(self, ratios: list[float], i: int, outputs: Sequence[Tensor]) -> float:
         """The best ratio where the landing state is a polynomial in it."""
@@ -410,7 +442,7 @@ def as_published(
     everything = slice(None)
     search = _Search(trace, targets, (everything, everything), Settings(held=0.0))
     with torch.no_grad():
-        ends = search.endpoint([1.0] * schedule.n_steps), search.endpoint(ratios)
+        ends = search.endpoint([1.0] * schedule.n_steps)[0], search.endpoint(ratios)[0]
     return Compensated(
         with_ratios(schedule, ratios), tuple(ratios), tuple(reports), *ends, calls=spent
     )
