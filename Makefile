@@ -70,7 +70,7 @@ ui: $(STAMP)  ## open MLflow on the runs of the demo
 	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 results: $(STAMP)  ## print the committed tables of results
-	@[ -f experiments/RESULTS.md ] && cat experiments/RESULTS.md || echo "no results are committed yet"
+	@cat experiments/RESULTS.md experiments/results_*.md
 
 clean:  ## remove what builds and tools leave (keeps .venv, runs and assets)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
