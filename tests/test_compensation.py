@@ -163,6 +163,7 @@ def test_the_original_recipe_goes_through_the_network_and_keeps_its_last_iterate
     assert [r.method for r in full.steps] == ["adamw"] * 3
     # one AdamW step moves a ratio by its learning rate, after a decay of rate * weight_decay
     for rho in short.ratios[2:]:
+        assert min(abs(rho - 0.9), abs(rho - 1.1)) < 0.003
     assert full.ratios[:2] == (1.0, 1.0)
     assert all(r.after < r.before for r in full.steps)
     assert full.after < full.before
