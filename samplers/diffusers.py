@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.samplers.denoiser import data_prediction
-from fewstep.samplers.ode import start_scale, threshold
+from fewstep.samplers.ode import advance_row, rows_of, start_scale, threshold
 from fewstep.space import OdeSchedule, Program, ProgramSchedule, ScheduleError, load_schedule
 from fewstep.space.baselines import dpm, multistep
 from fewstep.space.noise import VPDiscrete
@@ -154,7 +154,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def _begin(self, sample: Tensor) -> None:
         k = self._begin_index or 0
         schedule = self._schedule if k == 0 else _tail(self._schedule, k)
-        self._run, self._offset = schedule.program, k
+        self._run, self._rows = schedule.program, rows_of(schedule.program)
         self._history: list[Tensor] = []
         self._x_T = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if bool(self._run.init[1] != 0) or bool((self._run.k != 0).any()):
@@ -194,13 +194,10 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         if "threshold" in self._schedule.options:
             D = threshold(D, **self._schedule.options["threshold"])
         self._history.append(D)
-        y = float(run.r[c]) * y + float(run.e[c]) * self._x_T
-        for weight, past in zip(run.b[c].tolist(), self._history, strict=False):
-            if weight != 0.0:
-                y = y + weight * past
-        if float(run.g[c]) != 0.0:
+        fresh = None
+        if self._rows["g"][c] != 0.0:
             fresh = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-            y = y + float(run.g[c]) * fresh
+        y = advance_row(self._rows, c, y, self._x_T, None, self._history, fresh)
         self._y, self._told = y, y.to(sample.dtype)
         self._c = c + 1
         return SchedulerOutput(prev_sample=self._told) if return_dict else (self._told,)

@@ -12,7 +12,7 @@ only share the starting noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,7 +255,7 @@ class _Coefficients:
         ]
         graph = any(v.requires_grad for v in values.values()) or x.requires_grad
         single = lead is None and not (graph or torch.is_grad_enabled())
-        self._numbers = {name: v.tolist() for name, v in values.items()} if single else None
+        self._rows = rows_of(program) if single else None
         self.uses_m = bool((program.k != 0).any()) or bool((program.init[..., 1] != 0).any())
 
     def at(self, name: str, c: int) -> Tensor:
@@ -271,27 +271,51 @@ class _Coefficients:
         history: list[Tensor],
         generator: torch.Generator | None,
     ) -> Tensor:
-        parts = [("e", x_T)] if self._live["e"][c] else []
-        if m is not None and self._live["k"][c]:
-            parts.append(("k", m))
+        fresh = None
         if self._live["g"][c]:  # one draw, shared by candidates
             fresh = torch.empty_like(y[0]).normal_(generator=generator)
-            parts.append(("g", fresh))
-        used = [(j, D) for j, D in enumerate(history) if self._used[c][j]]
-        if self._numbers is not None:  # one program, no gradient: one kernel a term, in place
-            rows = self._numbers
-            y = rows["r"][c] * y
-            for j, D in used:
-                y.add_(D, alpha=rows["b"][c][j])
-            for name, term in parts:
-                y.add_(term, alpha=rows[name][c])
-            return y
+        if self._rows is not None:
+            return advance_row(self._rows, c, y, x_T, m, history, fresh)
         y = self.at("r", c) * y
-        for j, D in used:
-            y = torch.addcmul(y, self._cast["b"][:, c, j].reshape(-1, *self._extra), D)
-        for name, term in parts:
-            y = torch.addcmul(y, self.at(name, c), term)
+        for j, D in enumerate(history):
+            if self._used[c][j]:
+                y = torch.addcmul(y, self._cast["b"][:, c, j].reshape(-1, *self._extra), D)
+        for name, term in (("e", x_T), ("k", m), ("g", fresh)):
+            if term is not None and self._live[name][c]:
+                y = torch.addcmul(y, self.at(name, c), term)
         return y
+
+
+Rows = dict[str, list[Any]]
+
+
+def rows_of(program: Program) -> Rows:
+    """The numbers of one program as plain floats, for `advance_row`."""
+    return {name: getattr(program, name).tolist() for name in ("r", "e", "k", "g", "b")}
+
+
+def advance_row(
+    rows: Rows,
+    c: int,
+    y: Tensor,
+    x_T: Tensor,
+    m: Tensor | None,
+    history: Sequence[Tensor],
+    fresh: Tensor | None,
+) -> Tensor:
+    """Row c of one program without gradients: one kernel a term, in place on the new state.
+
+    Whoever replays a program step by step (pipelines, particles) calls this, so that all replays
+    agree to the last bit.
+    """
+    y = rows["r"][c] * y
+    for weight, D in zip(rows["b"][c], history, strict=False):
+        if weight != 0.0:
+            y.add_(D, alpha=weight)
+    for name, term in (("e", x_T), ("k", m), ("g", fresh)):
+        if term is not None and rows[name][c] != 0.0:
+            y.add_(term, alpha=rows[name][c])
+    return y
 
 
 def threshold(D: Tensor, quantile: float = 0.995, minimum: float = 1.0) -> Tensor:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.samplers.ode import advance_row, rows_of
 from fewstep.samplers.particle_steps import euler, exponential
 from fewstep.samplers.resampling import Clocks, effective, log_mean, systematic
 from fewstep.samplers.targets import Seen, Target, look
@@ -353,13 +354,8 @@ class _Run:
     def _advance_program(self, i: int, p: Program) -> None:
         """Row i of the solver's program (`samplers.ode`), on the target's data prediction."""
         self.history.append(self.data)
-        x = p.r[i].to(self.x) * self.x
-        if p.e[i] != 0:
-            x = x + p.e[i].to(x) * self.x_T
-        for j, D in enumerate(self.history):
-            if p.b[i, j] != 0:
-                x = x + p.b[i, j].to(x) * D
-        self.x = x + p.g[i].to(x) * self._noise() if p.g[i] != 0 else x
+        fresh = self._noise() if p.g[i] != 0 else None
+        self.x = advance_row(rows_of(p), i, self.x, self.x_T, None, self.history, fresh)
 
     def _noise(self) -> Tensor:
         x = self.x
