@@ -229,7 +229,6 @@ class _Coefficients:
 
     def __init__(self, program: Program, x: Tensor) -> None:
         self._extra = (1,) * x.ndim
-        self._x = x
         lead = program if program.r.ndim == 2 else None
         values = {
             "r": program.r,

@@ -195,7 +195,7 @@ class RayPool:
         retries: int = 2,
         gpus: float = 0,
     ) -> None:
-        self._spec, self._timeout, self._retries, self._gpus = spec, timeout, retries, gpus
+        self._spec, self._timeout, self._retries = spec, timeout, retries
         self._staged: str | None = None
         self._ray, self._owned = _connect(spec, workers, address, self)
         cpus = int(self._ray.cluster_resources().get("CPU", 1))

@@ -19,11 +19,11 @@ from itertools import pairwise
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from fewstep.space.errors import ScheduleError
-from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
-from fewstep.space.schedule import FORMAT, LOADERS, VERSION, Frozen, OdeSchedule
+from fewstep.space.noise import NoiseSchedule, noise_to_dict
+from fewstep.space.schedule import FORMAT, LOADERS, VERSION, Frozen, OdeSchedule, Timed
 
 __all__ = ["POLICIES", "ParticleSchedule", "ParticleStep", "policy"]
 
@@ -83,7 +83,7 @@ class ParticleStep(Frozen):
         ]
 
 
-class ParticleSchedule(Frozen):
+class ParticleSchedule(Timed):
     """A complete schedule for weighted particles.
 
     Args:
@@ -98,37 +98,14 @@ class ParticleSchedule(Frozen):
     """
 
     kind: Literal["particles"] = "particles"
-    noise: Any
-    times: tuple[float, ...]
     steps: tuple[ParticleStep, ...]
     integrator: Literal["exponential", "euler"] = "exponential"
     solver: OdeSchedule | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("noise", mode="before")
-    @classmethod
-    def _noise(cls, value: object) -> object:
-        return noise_from_dict(value) if isinstance(value, dict) else value
-
-    @field_serializer("noise")
-    def _noise_out(self, value: NoiseSchedule) -> dict[str, Any]:
-        return noise_to_dict(value)
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        noise, times, n = self.noise, self.times, len(self.steps)
-        _need(isinstance(noise, NoiseSchedule), f"noise {noise!r} is not a noise schedule")
-        _need(n >= 1, "steps is empty: a schedule needs at least one step")
-        _need(len(times) == n + 1, f"{len(times)} times for {n} steps: give {n + 1} times")
-        for i, (t, t_next) in enumerate(pairwise(times)):
-            _need(t > t_next, f"times[{i + 1}] = {t_next} is not below times[{i}] = {t}")
-        first = noise.t_range[0]
-        _need(
-            times[0] <= first * (1 + 1e-6),
-            f"times[0] = {times[0]} is above the noise schedule's first time {first}",
-        )
-        low = noise.t_data
-        _need(times[-1] >= low, f"times[{n}] = {times[-1]} is below {low}, the time of clean data")
+        self._check_times(len(self.steps))
         if any(step.resample == "clocks" for step in self.steps):
             for i, step in enumerate(self.steps):
                 _need(
@@ -138,7 +115,7 @@ class ParticleSchedule(Frozen):
                     "weight none and resample never outside the window",
                 )
         if self.integrator == "euler" and self.solver is None:
-            alpha = float(noise.alpha(torch.tensor(times[0], dtype=torch.float64)))
+            alpha = float(self.noise.alpha(torch.tensor(self.times[0], dtype=torch.float64)))
             _need(alpha > 0, "integrator euler cannot start where alpha is 0: lower times[0]")
         if self.solver is not None:
             self._check_solver(self.solver)

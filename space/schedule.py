@@ -184,36 +184,16 @@ class StepSpec(Frozen):
         return self.corrector_order or self.order + 1
 
 
-class OdeSchedule(Frozen):
-    """A complete solver schedule for an ODE (or, with eta > 0, ancestral) sampler.
+class Timed(Frozen):
+    """What schedules along a noise schedule share: the noise schedule and N+1 times.
 
     Args:
-        noise: the noise schedule the times belong to (a `NoiseSchedule` or its JSON form).
-        times: N+1 strictly decreasing times, times[0] <= noise's first time, times[N] >= the time
-            of clean data.
-        steps: N steps.
-        first: "network"; or the analytical first step, which replaces the first call: "mean" (D =
-            the constant image m), "zero" (D = 0), "usf_zero" (eps = x as USF released it; kept to
-            replay published files).
-        compensation_order: polynomial degree K of the compensation's interpolation, 1..3.
-        compensation_variable: "t" as published, or "lam".
-        shift_keeps: which output of a shifted query is carried to the nominal time, "eps" or "x0".
-        options: named run-time options that are not linear, e.g. {"threshold": {...}} (see
-            `samplers.ode`).
-        provenance: where the schedule comes from; free JSON, not part of equality of programs.
+        noise: the noise schedule (a `NoiseSchedule` or its JSON form).
+        times: N+1 strictly decreasing times within it; clean data at the lowest.
     """
 
-    kind: Literal["ode"] = "ode"
     noise: Any
     times: tuple[float, ...]
-    steps: tuple[StepSpec, ...]
-    first: Literal["network", "mean", "zero", "usf_zero"] = "network"
-    compensation_order: int = 2
-    compensation_variable: Literal["t", "lam"] = "t"
-    shift_keeps: Literal["eps", "x0"] = "eps"
-    options: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
-    _constant: Tensor | None = PrivateAttr(default=None)
 
     @field_validator("noise", mode="before")
     @classmethod
@@ -224,12 +204,12 @@ class OdeSchedule(Frozen):
     def _noise_out(self, value: NoiseSchedule) -> dict[str, Any]:
         return noise_to_dict(value)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_times(self, n: int) -> None:
+        """Raise a ScheduleError unless there are n + 1 sensible times for n >= 1 steps."""
         _need(
             isinstance(self.noise, NoiseSchedule), f"noise {self.noise!r} is not a noise schedule"
         )
-        times, n = self.times, len(self.steps)
+        times = self.times
         _need(n >= 1, "steps is empty: a schedule needs at least one step")
         _need(len(times) == n + 1, f"{len(times)} times for {n} steps: give {n + 1} times")
         for i, (t, t_next) in enumerate(pairwise(times)):
@@ -253,6 +233,41 @@ class OdeSchedule(Frozen):
                     t == low or t > low + 0.5,
                     f"times[{i}] = {t}: below label {low + 0.5} only {low} (clean data) exists",
                 )
+
+
+class OdeSchedule(Timed):
+    """A complete solver schedule for an ODE (or, with eta > 0, ancestral) sampler.
+
+    Args:
+        noise: the noise schedule the times belong to (a `NoiseSchedule` or its JSON form).
+        times: N+1 strictly decreasing times, times[0] <= noise's first time, times[N] >= the time
+            of clean data.
+        steps: N steps.
+        first: "network"; or the analytical first step, which replaces the first call: "mean" (D =
+            the constant image m), "zero" (D = 0), "usf_zero" (eps = x as USF released it; kept to
+            replay published files).
+        compensation_order: polynomial degree K of the compensation's interpolation, 1..3.
+        compensation_variable: "t" as published, or "lam".
+        shift_keeps: which output of a shifted query is carried to the nominal time, "eps" or "x0".
+        options: named run-time options that are not linear, e.g. {"threshold": {...}} (see
+            `samplers.ode`).
+        provenance: where the schedule comes from; free JSON, not part of equality of programs.
+    """
+
+    kind: Literal["ode"] = "ode"
+    steps: tuple[StepSpec, ...]
+    first: Literal["network", "mean", "zero", "usf_zero"] = "network"
+    compensation_order: int = 2
+    compensation_variable: Literal["t", "lam"] = "t"
+    shift_keeps: Literal["eps", "x0"] = "eps"
+    options: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    _constant: Tensor | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        n = len(self.steps)
+        self._check_times(n)
         _need(
             1 <= self.compensation_order <= 3,
             f"compensation_order {self.compensation_order} is outside 1..3",
@@ -307,13 +322,11 @@ class OdeSchedule(Frozen):
     def nfe(self) -> int:
         """Network calls, counted from the choices (the compiled program has as many rows)."""
         calls = 0 if self.first == "network" else -1
-        for i, step in enumerate(self.steps):
+        for step in self.steps:
             calls += 1
             if step.tableau is not None:
                 calls += len(TABLEAUS[step.tableau].c) - 1
-            if step.corrector == "reeval" or (
-                step.corrector == "reuse" and i == len(self.steps) - 1
-            ):
+            if step.corrector == "reeval":
                 calls += 1
         return calls
 
