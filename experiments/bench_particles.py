@@ -158,7 +158,7 @@ def mode_error(model: Isotropic, x: Tensor, w: Tensor, truth: Tensor) -> Tensor:
 
 def wasserstein(x: Tensor, y: Tensor, power: int) -> float:
     """W_power of two samples of equal size, by assignment."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     cost = torch.cdist(x, y).numpy() ** power
     return float(cost[linear_sum_assignment(cost)].mean() ** (1 / power))

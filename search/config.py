@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -94,6 +95,8 @@ class SearchTable(_Table):
             one in flight.
         seed: of the noise of the samples and of the strategy.
         samples: samples a candidate is scored on.
+        race: smaller numbers of samples, ascending, at which the losers of a paired test against
+            the best are stopped (`search.racing`); none scores every candidate on all samples.
         block: (candidates, samples) that run as one batch; scores belong to it to the last bit.
         workers: evaluator processes; 0 evaluates in this process; None is one per CPU core.
         storage: Optuna storage URL; None is the journal file in the output folder.
@@ -110,6 +113,7 @@ class SearchTable(_Table):
     lag: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     samples: Annotated[int, Field(ge=2)] = 256
+    race: tuple[Annotated[int, Field(ge=8)], ...] = ()
     block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (8, 64)
     workers: Annotated[int, Field(ge=0)] | None = None
     storage: str | None = None
@@ -123,7 +127,16 @@ class SearchTable(_Table):
             raise ValueError("nfe is empty: name at least one number of network calls")
         if len(set(self.nfe)) != len(self.nfe):
             raise ValueError(f"nfe {list(self.nfe)} names a number twice")
+        if any(a >= b for a, b in pairwise(self.levels)):
+            raise ValueError(
+                f"race {list(self.race)} must ascend and stay below samples = {self.samples}"
+            )
         return self
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Numbers of samples that candidates are scored on, ascending; the last is all."""
+        return (*self.race, self.samples)
 
 
 class RefineTable(_Table):
@@ -272,10 +285,21 @@ class StudyConfig(_Table):
                 f"budget.candidates holds {len(given)} numbers for {len(self.search.nfe)} NFEs: "
                 "give one for each, or a single number"
             )
+        if self.search.race and self.objective.name != "endpoint_mse":
+            raise ValueError(
+                f"search.race compares candidates sample by sample, which the objective "
+                f"{self.objective.name} cannot: remove race"
+            )
         return self
 
+    def calls_of(self, nfe: int) -> int | None:
+        """Network evaluations of one NFE where candidates race for a budget in calls."""
+        if self.budget.calls is None or not self.search.race:
+            return None
+        return self.budget.calls * nfe // sum(self.search.nfe)
+
     def candidates(self) -> dict[int, int] | None:
-        """Candidates that the budget pays for by NFE; None if it is in seconds.
+        """Candidates that the budget pays for by NFE; None if that shows as the search goes.
 
         Raises:
             StudyError: the calls do not pay for one candidate.
@@ -293,6 +317,8 @@ class StudyConfig(_Table):
                 f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: "
                 f"{needed} are needed"
             )
+        if self.search.race:
+            return None
         return dict.fromkeys(nfes, self.budget.calls // needed)
 
 

@@ -252,9 +252,10 @@ class Chunk:
         samples: int,
         block: int,
         want: Literal["measures", "samples"] = "measures",
+        first: int = 0,
     ) -> Iterator[Task]:
-        """The chunk's blocks, samples in index order."""
-        for start in range(0, samples, block):
+        """The chunk's blocks of samples first..samples-1, in index order."""
+        for start in range(first, samples, block):
             stop = min(start + block, samples)
             yield Task(self.program, stream, start, stop, want, self.options, self.constant)
 
@@ -311,8 +312,20 @@ class Result:
     samples: int = 0
 
 
-def assemble(parts: Sequence[TaskResult], objective: Objective, reference: Array) -> list[Result]:
-    """The results of a chunk's candidates from its blocks, in sample order."""
+def assemble(
+    parts: Sequence[TaskResult],
+    objective: Objective,
+    reference: Array,
+    before: Sequence[Result] | None = None,
+) -> list[Result]:
+    """The results of a chunk's candidates from its blocks, in sample order.
+
+    Args:
+        parts: the blocks.
+        objective: turns measures into a score.
+        reference: measures of the teacher's end points.
+        before: results on the samples before the first block's, which these go on from.
+    """
     results = []
     count = len(parts[0].status)
     for m in range(count):
@@ -322,10 +335,17 @@ def assemble(parts: Sequence[TaskResult], objective: Objective, reference: Array
             "calls": sum(p.evaluations for p in parts) // count,
             "seconds": sum(p.seconds for p in parts) / count,
         }
+        earlier: Array | None = None
+        if before is not None:
+            earlier = before[m].measures
+            cost["calls"] += before[m].calls
+            cost["seconds"] += before[m].seconds
         if status != "ok":
             results.append(Result(float("inf"), status, message, **cost))
             continue
         measures = np.concatenate([p.values[m] for p in parts])
+        if earlier is not None:
+            measures = np.concatenate([earlier, measures])
         score = objective.score(measures, reference)
         if not np.isfinite(score):
             results.append(Result(float("inf"), "diverged", "the score is not finite", **cost))

@@ -244,6 +244,16 @@ class _Search:
         candidates = config.candidates()
         at_once = max(1, min(pool.workers, cpus()) if self.address is None else pool.workers)
         where = f"{pool.workers} workers" if pool.workers else "this process"
+        if candidates is None and config.budget.calls is not None:
+            total = config.budget.calls + reference + verdict + self._refining()
+            self.display.total(total)
+            self.display.note(
+                f"{config.name}: {count(config.budget.calls)} network evaluations of racing "
+                f"candidates, {count(total)} in all on {where}, about "
+                f"{duration(total * per_call / at_once)} ({per_call * 1e6:.0f} µs each, measured) "
+                "and the strategy's own time"
+            )
+            return
         if candidates is None:
             seconds = (config.budget.seconds or 0) + (reference + verdict) * per_call / at_once
             self.display.total(None)
@@ -256,18 +266,26 @@ class _Search:
         if config.base_strategy is None:
             candidates = {nfe: min(n, solvers) for nfe, n in candidates.items()}
         trials = config.search.samples * sum(nfe * n for nfe, n in candidates.items())
-        total = trials + reference + verdict
-        if config.refines:
-            total += sum(refine_cost(config.refine, nfe) for nfe in config.search.nfe)
-            total += (config.refine.samples + config.refine.held) * config.teacher.nfe
+        total = trials + reference + verdict + self._refining()
         self.display.total(total)
         asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in candidates.items())
+        each, most = f"each on {config.search.samples} samples", ""
+        if config.search.race:
+            each, most = f"racing on {' -> '.join(map(str, config.search.levels))} samples", "≤ "
         self.display.note(
-            f"{config.name}: {asked}, each on {config.search.samples} samples; "
-            f"{count(total)} network evaluations on {where}, about "
+            f"{config.name}: {asked}, {each}; "
+            f"{most}{count(total)} network evaluations on {where}, about "
             f"{duration(total * per_call / at_once)} ({per_call * 1e6:.0f} µs each, measured) "
             "and the strategy's own time"
         )
+
+    def _refining(self) -> int:
+        """Network evaluations of refining at all NFEs, at most."""
+        config = self.config
+        if not config.refines:
+            return 0
+        noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
+        return noise + sum(refine_cost(config.refine, nfe) for nfe in config.search.nfe)
 
     def _work(
         self,
@@ -324,7 +342,7 @@ class _Search:
                 earlier=earlier if config.search.ladder else [],
                 clock=self.clock,
                 deadline=self._deadline(k),
-                told=self._teller(nfe),
+                told=self._teller(nfe, tracker),
             )
             self.display.stage(f"NFE {nfe}: named solvers")
             rung.run()
@@ -334,8 +352,6 @@ class _Search:
             for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
                 self._refer(teacher, evaluator, pool, stream, size)
             extra = refine_rungs(config, pool, rungs, self.display)
-        for nfe, rung in rungs.items():
-            tracker.curve(nfe, f"best_{config.objective.name}", best_so_far(rung.known))
         for stream in (SELECT, FRESH):
             self._refer(teacher, evaluator, pool, stream, config.final.samples)
         self.display.stage("teacher against itself")
@@ -391,8 +407,11 @@ class _Search:
             measures = evaluator.objective.measure(endpoints[None], endpoints)
         self._references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
 
-    def _teller(self, nfe: int) -> Callable[[Progress], None]:
+    def _teller(self, nfe: int, tracker: Tracker) -> Callable[[Progress], None]:
         def told(progress: Progress) -> None:
+            tracker.curve(nfe, f"best_{self.config.objective.name}", progress.curve)
+            for name, value in progress.numbers.items():
+                tracker.curve(nfe, name, [(progress.trials - 1, value)])
             if progress.best is not None:
                 text = f"NFE {nfe}: {progress.trials} candidates, best {progress.best.score:.3g}"
                 if progress.named is not None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fewstep.search.config import StudyConfig
 from fewstep.search.evaluate import Result
+from fewstep.search.racing import Race
 from fewstep.search.record import Record
 from fewstep.search.scoring import Batch, Scorer
 from fewstep.search.strategies import Evaluated, Proposal, Strategy
@@ -32,11 +33,22 @@ SEARCH = "search"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a rung tells after each generation: trials told, best so far, best named solver."""
+    """What a rung tells after each generation.
+
+    Args:
+        trials: candidates told.
+        best: the best so far.
+        named: the best named solver.
+        curve: (trial, best score until then).
+        numbers: of the generation: means of the numbers in its proposals' notes, and where
+            candidates race, the share of network evaluations that stopping them saved.
+    """
 
     trials: int
     best: Evaluated | None
     named: Evaluated | None
+    curve: Sequence[tuple[int, float]]
+    numbers: Mapping[str, float]
 
 
 @dataclass
@@ -44,7 +56,7 @@ class _Generation:
     number: int
     proposals: list[Proposal]
     batch: Batch
-    fresh: list[str] = field(default_factory=list)
+    fresh: dict[str, Any] = field(default_factory=dict)
 
 
 class Rung:
@@ -88,6 +100,8 @@ class Rung:
         limits = config.candidates()
         self._limit = None if limits is None else limits[nfe]
         self._proposed = self._named_count = 0
+        self._calls = config.calls_of(nfe)
+        self._race = Race(scorer, SEARCH, config.search.levels)
         self._results: dict[str, Result] = {}
         self._seen: set[str] = set()
         self.known: list[Evaluated] = []
@@ -130,6 +144,8 @@ class Rung:
             return [self._restore(entry) for entry in logged]
         if number > 0 and self._deadline is not None and self._clock() > self._deadline:
             return []
+        if number > 0 and self._calls is not None and sum(self.costs) >= self._calls:
+            return []
         if number == 0:
             proposals = [Proposal(schedule, name) for name, schedule in self._named.items()][:size]
         elif self._strategy is not None:
@@ -157,13 +173,13 @@ class Rung:
                 fresh[digest] = proposal.schedule
         self._seen |= set(fresh)
         self._proposed += len(proposals)
-        batch = self._scorer.submit(list(fresh.values()), SEARCH, self._config.search.samples)
-        return _Generation(number, proposals, batch, list(fresh))
+        return _Generation(number, proposals, self._race.start(list(fresh.values())), fresh)
 
     def _tell(self, generation: _Generation) -> None:
-        results = self._scorer.wait(generation.batch)
-        self._results |= dict(zip(generation.fresh, results, strict=True))
-        paid = set(generation.fresh)
+        fresh = generation.fresh
+        results = self._race.finish(list(fresh.values()), generation.batch)
+        self._results |= dict(zip(fresh, results, strict=True))
+        paid = set(fresh)
         for proposal in generation.proposals:
             digest = proposal.schedule.digest
             result = self._results[digest]
@@ -187,7 +203,12 @@ class Rung:
             )
             self.known.append(evaluated)
             self.costs.append(calls)
-        self._told(Progress(len(self.known), best_of(self.known), best_of(self.named_known())))
+        numbers = _numbers([p.note for p in generation.proposals])
+        full = self.nfe * self._config.search.levels[-1] * len(results)
+        if len(self._config.search.levels) > 1 and full:
+            numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full
+        best, named = best_of(self.known), best_of(self.named_known())
+        self._told(Progress(len(self.known), best, named, best_so_far(self.known), numbers))
 
     @property
     def refined_before(self) -> bool:
@@ -214,6 +235,16 @@ def _entries(proposals: Sequence[Proposal]) -> list[dict[str, Any]]:
     return [
         {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note} for p in proposals
     ]
+
+
+def _numbers(notes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of each number that the notes of a generation hold."""
+    found: dict[str, list[float]] = {}
+    for note in notes:
+        for name, value in note.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def best_of(evaluated: Sequence[Evaluated]) -> Evaluated | None:

@@ -20,6 +20,7 @@ class _Piece:
     stream: str
     samples: int
     expected: int
+    before: tuple[Result, ...] | None = None
     parts: dict[int, TaskResult] = field(default_factory=dict)
     results: list[Result] | None = None
 
@@ -70,7 +71,13 @@ class Scorer:
         self.spent = 0
 
     def submit(
-        self, schedules: Sequence[Any], stream: str, samples: int, *, measures: bool = False
+        self,
+        schedules: Sequence[Any],
+        stream: str,
+        samples: int,
+        *,
+        measures: bool = False,
+        before: Sequence[Result] | None = None,
     ) -> Batch:
         """Start evaluating schedules of any NFE on samples 0..samples-1 of a stream.
 
@@ -80,8 +87,11 @@ class Scorer:
             samples: how many samples.
             measures: results must carry their measures (only then is an objective without
                 per-sample scores run again).
+            before: results of these schedules on fewer samples of the stream, all the same number,
+                to go on from; the objective must have per-sample scores.
         """
         batch = Batch(len(schedules), [])
+        first = before[0].samples if before else 0
         for chunk in chunks(schedules, self._noise, self._block[0]):
             digests = tuple(schedules[i].digest for i in chunk.members)
             keys = [(stream, samples, digest) for digest in digests]
@@ -90,13 +100,14 @@ class Scorer:
                 r is not None and not (measures and r.status == "ok" and r.measures is None)
                 for r in known
             ]
-            tasks = list(chunk.tasks(stream, samples, self._block[1]))
+            tasks = list(chunk.tasks(stream, samples, self._block[1], first=first))
             piece = _Piece(chunk, digests, stream, samples, len(tasks))
+            if before is not None:
+                piece.before = tuple(before[i] for i in chunk.members)
             batch.pieces.append(piece)
             if all(usable):
-                piece.results = [r for r in known if r is not None]
-                self.spent += sum(r.calls for r in piece.results)
-                self._advance(len(digests) * samples * chunk.program.nfe)
+                self._take(piece, [r for r in known if r is not None])
+                self._advance(len(digests) * (samples - first) * chunk.program.nfe)
                 continue
             for position, task in enumerate(tasks):
                 self._open[self._pool.submit(task)] = (piece, position)
@@ -108,8 +119,9 @@ class Scorer:
             ticket, part = self._pool.collect()
             piece, position = self._open.pop(ticket)
             piece.parts[position] = part
-            task_samples = piece.samples / piece.expected
-            self._advance(round(len(piece.digests) * task_samples * piece.chunk.program.nfe))
+            fresh = piece.samples - (piece.before[0].samples if piece.before else 0)
+            per_task = fresh / piece.expected
+            self._advance(round(len(piece.digests) * per_task * piece.chunk.program.nfe))
             if len(piece.parts) == piece.expected:
                 self._finish(piece)
         results: dict[int, Result] = {}
@@ -120,9 +132,12 @@ class Scorer:
 
     def _finish(self, piece: _Piece) -> None:
         parts = [piece.parts[k] for k in sorted(piece.parts)]
-        piece.results = assemble(parts, self._objective, self._references[piece.stream])
-        self.spent += sum(r.calls for r in piece.results)
-        self._record.block(
-            piece.stream, piece.samples, piece.digests, piece.results, self._clock()
-        )
+        reference = self._references[piece.stream]
+        results = assemble(parts, self._objective, reference, piece.before)
+        self._take(piece, results)
+        self._record.block(piece.stream, piece.samples, piece.digests, results, self._clock())
         piece.parts.clear()
+
+    def _take(self, piece: _Piece, results: list[Result]) -> None:
+        piece.results = results
+        self.spent += sum(r.calls for r in results) - sum(r.calls for r in piece.before or ())

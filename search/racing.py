@@ -1,0 +1,108 @@
+"""Racing: candidates start on few samples, and the losers of a paired test go no further.
+
+A generation is scored on the first n_1 samples, then on n_2 > n_1, ... up to all. Before each
+growth a candidate is compared with the leader, the lowest mean over the same samples among the
+generation and the best schedule known: it is stopped if its mean is higher and the one-sided
+Wilcoxon signed-rank test on the paired differences finds it worse at level `LEVEL` (the rule of
+Optuna's WilcoxonPruner). All candidates share the noise, so the pairs differ by the schedule only.
+
+The score of a stopped candidate is an estimate of its mean over all samples: its mean over what it
+has seen times the leader's score over the leader's mean on the same samples (the ratio estimator,
+Cochran 1977, ch. 6; the leader's errors are a control for the difficulty of those samples). So
+scores of different fidelity can be compared, and none that was stopped is below its leader's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from fewstep.search.evaluate import Result
+from fewstep.search.objective import Array
+from fewstep.search.scoring import Batch, Scorer
+
+LEVEL = 0.1
+
+
+def loses(candidate: Array, leader: Array) -> bool:
+    """Whether a candidate is worse than the leader on the same samples, both (n,)."""
+    difference = candidate - leader
+    if difference.mean() <= 0 or not difference.any():
+        return False
+    return bool(wilcoxon(difference, alternative="greater").pvalue < LEVEL)
+
+
+@dataclass
+class Race:
+    """Scores the generations of one NFE on growing numbers of samples.
+
+    Args:
+        scorer: evaluates.
+        stream: which noise.
+        levels: numbers of samples, ascending; one alone is no race.
+        best: the best result over all samples so far.
+    """
+
+    scorer: Scorer
+    stream: str
+    levels: tuple[int, ...]
+    best: Result | None = field(default=None, init=False)
+
+    def start(self, schedules: Sequence[Any]) -> Batch:
+        """Begin a generation of distinct schedules on the fewest samples."""
+        return self.scorer.submit(schedules, self.stream, self.levels[0])
+
+    def finish(self, schedules: Sequence[Any], batch: Batch) -> list[Result]:
+        """A generation's results, in order; `Result.samples` says how far each one came."""
+        results = self.scorer.wait(batch)
+        alive = [i for i, r in enumerate(results) if r.status == "ok"]
+        known = self.best
+        stopped: list[tuple[int, int | None, float]] = []
+        for size in self.levels[1:]:
+            leader, mean, per_sample = self._leader(results, alive)
+            for i in alive:
+                if i != leader and loses(_scores(results[i]), per_sample):
+                    stopped.append((i, leader, mean))
+            out = {i for i, _, _ in stopped}
+            alive = [i for i in alive if i not in out]
+            grown = self.scorer.submit(
+                [schedules[i] for i in alive],
+                self.stream,
+                size,
+                before=[results[i] for i in alive],
+            )
+            for i, result in zip(alive, self.scorer.wait(grown), strict=True):
+                results[i] = result
+            alive = [i for i in alive if results[i].status == "ok"]
+        for i in alive:
+            if self.best is None or results[i].score < self.best.score:
+                self.best = results[i]
+        for i, leader, mean in reversed(stopped):  # a leader came further: its score is final
+            lead = known if leader is None else results[leader]
+            if lead is not None and np.isfinite(lead.score) and mean > 0:
+                results[i] = replace(results[i], score=results[i].score / mean * lead.score)
+        return results
+
+    def _leader(
+        self, results: Sequence[Result], alive: Sequence[int]
+    ) -> tuple[int | None, float, Array]:
+        """Position (None: the best known), mean and scores of the lowest mean on these samples."""
+        found = [(float(_scores(results[i]).mean()), i) for i in alive]
+        size = max((results[i].samples for i in alive), default=0)
+        if self.best is not None and size:
+            known = _scores(self.best)[:size]
+            if not found or known.mean() <= min(found)[0]:
+                return None, float(known.mean()), known
+        if not found:
+            return None, 0.0, np.zeros(0)
+        mean, leader = min(found)
+        return leader, mean, _scores(results[leader])
+
+
+def _scores(result: Result) -> Array:
+    assert result.per_sample is not None  # the study refuses other objectives
+    return result.per_sample
