@@ -130,6 +130,7 @@ class Bench:
         self.seeds = [
             _evaluated(s, v, name) for (name, s), v in zip(found.items(), scores, strict=True)
         ]
+        self.proposing = 0.0  # seconds spent in strategies
         best = min(self.seeds, key=lambda k: k.score)
         self.named = {
             "name": best.source,
@@ -139,19 +140,10 @@ class Bench:
 
     def run(self, strategy: str, seed: int, candidates: int, generation: int) -> dict[str, Any]:
         """One search; returns everything the report needs."""
-        known, proposing, begun = list(self.seeds), 0.0, time.perf_counter()
-        maker = make(strategy, self.domain)
-        for g in range(candidates // generation):
-            asked = time.perf_counter()
-            rng = np.random.default_rng([seed, g])
-            proposals = maker.propose(known, g, generation, rng)
-            proposing += time.perf_counter() - asked
-            scores = self.search.score([p.schedule for p in proposals])
-            known += [
-                _evaluated(p.schedule, v, p.source) for p, v in zip(proposals, scores, strict=True)
-            ]
-        best = min(known, key=lambda k: k.score)
-        own = [k.score if np.isfinite(k.score) else None for k in known[len(self.seeds) :]]
+        begun, self.proposing = time.perf_counter(), 0.0
+        told = self.search_from_seeds(strategy, seed, candidates, generation)
+        best = min([*self.seeds, *told], key=lambda k: k.score)
+        own = [k.score if np.isfinite(k.score) else None for k in told]
         return {
             "model": self.model,
             "nfe": self.nfe,
@@ -166,8 +158,25 @@ class Bench:
             "fresh": float(self.again.score([best.schedule])[0]),
             "schedule": best.schedule.to_dict(),
             "seconds": time.perf_counter() - begun,
-            "seconds_proposing": proposing,
+            "seconds_proposing": self.proposing,
         }
+
+    def search_from_seeds(
+        self, strategy: str, seed: int, candidates: int, generation: int
+    ) -> list[Evaluated]:
+        """The candidates a strategy proposed after the named solvers, in the order told."""
+        known = list(self.seeds)
+        maker = make(strategy, self.domain)
+        for g in range(candidates // generation):
+            asked = time.perf_counter()
+            rng = np.random.default_rng([seed, g])
+            proposals = maker.propose(known, g, generation, rng)
+            self.proposing += time.perf_counter() - asked
+            scores = self.search.score([p.schedule for p in proposals])
+            known += [
+                _evaluated(p.schedule, v, p.source) for p, v in zip(proposals, scores, strict=True)
+            ]
+        return known[len(self.seeds) :]
 
 
 def _evaluated(schedule: OdeSchedule, score: float, source: str) -> Evaluated:

@@ -206,6 +206,7 @@ def _clear(out: Path, log: Path) -> None:
         "results.json",
         "samples.png",
         "curves.png",
+        "pareto.png",
         "report.html",
         "study.json",
         "cpr.json",

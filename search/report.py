@@ -46,10 +46,13 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
         table.add_column(
             head, justify="left" if head == "best named solver" else "right", no_wrap=True
         )
+    front = pareto(rows)
+    if len(front) < len(rows):
+        table.caption = "* fewer calls do as well: not on the Pareto front of calls and score"
     for row in rows:
         low, high = row.interval
         table.add_row(
-            str(row.nfe),
+            str(row.nfe) if row in front else f"{row.nfe}*",
             row.best_named,
             f"{number(row.best_named_score)} | {number(row.best_named_median)}",
             f"{number(row.found_score)} | {number(row.found_median)}",
@@ -152,6 +155,42 @@ def curves(
         axis.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel(f"{objective} (search noise)")
     axes[0].legend(fontsize=8, frameon=False)
+    return _save(figure, path, dpi=110)
+
+
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """The rows worth their calls: no row of as many or fewer calls has as low a score."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda r: (r.nfe, r.found_score)):
+        if not front or row.found_score < front[-1].found_score:
+            front.append(row)
+    return front
+
+
+def pareto_picture(path: Path, rows: Sequence[Row], objective: str) -> Path:
+    """Score against calls on fresh samples: found, with its Pareto front, and best named."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    ordered, front = sorted(rows, key=lambda r: r.nfe), pareto(rows)
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axis = figure.subplots()
+    calls = [r.nfe for r in ordered]
+    axis.plot(calls, [r.best_named_score for r in ordered], "s--", color="0.5", label="best named")
+    axis.plot(calls, [r.found_score for r in ordered], "o", color="C0", label="found")
+    axis.plot(
+        [r.nfe for r in front], [r.found_score for r in front], color="C0", label="Pareto front"
+    )
+    teacher = ordered[-1].teacher_self_error
+    lowest = min(r.found_score for r in ordered)
+    if teacher is not None and teacher > 0.03 * lowest:  # far below, it would flatten the picture
+        axis.axhline(teacher, color="C1", linestyle=":", label="teacher against itself")
+    axis.set_yscale("log")
+    axis.set_xlabel("network calls")
+    axis.set_ylabel(f"{objective}, {ordered[0].samples} fresh samples")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(True, which="both", alpha=0.2)
+    axis.legend(fontsize=8, frameon=False)
     return _save(figure, path, dpi=110)
 
 

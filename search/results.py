@@ -67,6 +67,7 @@ def write_results(
         "study": config.name,
         "objective": config.objective.name,
         "rows": [row.to_dict() for row in rows],
+        "pareto": [row.nfe for row in report.pareto(rows)],
     }
     written = [
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n"),
@@ -75,6 +76,9 @@ def write_results(
     series = {nfe: best_so_far(known) for nfe, known in found.items()}
     levels = {nfe: best_so_far(known[: named[nfe]])[-1][1] for nfe, known in found.items()}
     pictures = [report.curves(out / "curves.png", series, levels, config.objective.name)]
+    if len(rows) > 1:
+        name = config.objective.name
+        pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, name))
     sheet = report.contact_sheet(
         out / "samples.png", _sheet(config, pool, problem, verdicts, endpoints), problem.picture
     )

@@ -222,3 +222,29 @@ def test_mlflow_holds_the_runs_and_a_resumed_search_continues_them(tmp_path):
     assert names >= {"results.json", "curves.png", "report.html", "schedules"}
     schedule = load_schedule(out / "schedules" / "nfe03.json")
     assert schedule.provenance["mlflow_run"] == child.info.run_id
+
+
+def test_one_run_fills_a_ladder_and_names_its_pareto_front(tmp_path):
+    settings = ("search.nfe=[3, 4, 6]", "search.strategy=random", "budget.candidates=30")
+    out = _search(tmp_path, tmp_path / "out", *settings).out
+    results = _results(out)
+    score = {row["nfe"]: row["found_score"] for row in results["rows"]}
+    undominated = [n for n in score if not any(m < n and score[m] <= score[n] for m in score)]
+    assert results["pareto"] == undominated
+    assert (out / "pareto.png").stat().st_size > 0
+    assert sorted(p.name for p in (out / "schedules").iterdir()) == [
+        "nfe03.json",
+        "nfe04.json",
+        "nfe06.json",
+    ]
+
+
+def test_a_row_that_fewer_calls_match_is_off_the_front(finished):
+    from dataclasses import replace
+
+    from fewstep.search.report import pareto, results_table
+
+    (row,) = finished.rows
+    rows = [replace(row, nfe=n, found_score=s) for n, s in ((8, 3.0), (4, 5.0), (6, 2.0))]
+    assert [r.nfe for r in pareto(rows)] == [4, 6]
+    assert list(results_table(rows, "score").columns[0].cells) == ["8*", "4", "6"]
