@@ -8,6 +8,7 @@ for schedule files need no search libraries.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -403,6 +404,8 @@ def _console() -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; one-line errors."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A stopped job is told so by SIGTERM: end its MLflow runs and workers as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: Any = app(arguments, standalone_mode=False)
     except FewstepError as error:

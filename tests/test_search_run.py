@@ -248,3 +248,26 @@ def test_a_row_that_fewer_calls_match_is_off_the_front(finished):
     rows = [replace(row, nfe=n, found_score=s) for n, s in ((8, 3.0), (4, 5.0), (6, 2.0))]
     assert [r.nfe for r in pareto(rows)] == [4, 6]
     assert list(results_table(rows, "score").columns[0].cells) == ["8*", "4", "6"]
+
+
+def test_a_terminated_search_ends_its_mlflow_runs(tmp_path):
+    """`ray job stop` and cluster managers send SIGTERM."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    text = STUDY.replace("candidates = 40", "seconds = 600")
+    study = write_study(tmp_path, text.replace("enabled = false", f'uri = "{uri}"'))
+    process = subprocess.Popen(
+        command("search", str(study), "--out", "out", "-q"), cwd=tmp_path, env=environment()
+    )
+    log, limit = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        if log.exists() and b'"generation":1' in log.read_bytes():
+            break
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 130
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("fewstep")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"KILLED"}
