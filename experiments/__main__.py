@@ -127,7 +127,7 @@ def search(
     console = _console()
     if not quiet:
         console.print(pages.named_table(outcome.rows))
-    console.print(pages.results_table(outcome.rows, config.objective.name))
+    console.print(pages.results_table(outcome.rows, outcome.objective))
     console.print(
         f"{duration(outcome.seconds)}; schedules, pictures and report.html are in {outcome.out}",
         highlight=False,
@@ -236,16 +236,18 @@ def sample(
     """Draw samples with a schedule and the model of a study."""
     from fewstep.experiments import drawing
     from fewstep.search.config import load_study
+    from fewstep.search.evaluate import Evaluator
     from fewstep.search.run import evaluator_spec
+    from fewstep.space import load_schedule
 
     if out.is_dir():
         raise StudyError(f"--out {out} is a folder: name a PNG file")
-    schedule = _load_ode(file)
-    problem = evaluator_spec(load_study(study, settings or [])).model.load()
-    drawing.check_noise(schedule, problem, str(file))
-    x = drawing.draw(schedule, problem, count, seed)
+    schedule = load_schedule(file)
+    evaluator = Evaluator.from_spec(evaluator_spec(load_study(study, settings or [])))
+    evaluator.seed = seed
+    x = drawing.draw(schedule, evaluator, count, str(file))
     out.parent.mkdir(parents=True, exist_ok=True)
-    drawing.sheet(out, x, problem, file.stem)
+    drawing.sheet(out, x, evaluator.problem, file.stem)
     print(f"{out}: {count} samples, {schedule.nfe} network calls each")
 
 

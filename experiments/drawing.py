@@ -3,47 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.experiments.explain import Loaded
-from fewstep.samplers import Problem, sample
-from fewstep.samplers.ode import start_scale
+from fewstep.samplers import AnyProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
 from fewstep.search.evaluate import Evaluator
+from fewstep.search.family import family_of
 from fewstep.search.objective import ratio_interval
 from fewstep.search.pool import SerialPool
-from fewstep.search.problem import conditions, noise_of
 from fewstep.search.run import evaluator_spec
 from fewstep.search.teacher import Teacher
-from fewstep.space.errors import ModelError, StudyError
+from fewstep.space.errors import StudyError
 
 COLUMNS = 8
 
 
-def check_noise(schedule: Loaded, problem: Problem, name: str) -> None:
-    """Raise a ModelError if a schedule was made for another noise schedule than the model's."""
-    if schedule.noise != problem.denoiser.noise:
-        raise ModelError(
-            f"{name} was made for noise schedule {schedule.noise.type}, and the study's model has "
-            f"another ({problem.denoiser.noise.type}): search for this model"
-        )
+def draw(schedule: Any, evaluator: Evaluator, count: int, name: str) -> Tensor:
+    """Samples 0..count-1 of the evaluator's seed, one network batch.
+
+    Raises:
+        FewstepError: the schedule, called `name`, is not for this problem.
+    """
+    family = family_of(evaluator.problem)
+    family.check(schedule, name)
+    (task,) = family.chunks([schedule], 1)[0].tasks("sample", count, count, "samples")
+    return torch.from_numpy(evaluator.run(replace(task, strict=True)).values[0])
 
 
-def draw(schedule: Loaded, problem: Problem, count: int, seed: int) -> Tensor:
-    """Samples 0..count-1 of a seed, one network batch."""
-    z = noise_of(seed, "sample", range(count), problem.shape)
-    x = start_scale(schedule) * z
-    cond = conditions(problem, range(count))
-    return sample(schedule, problem.denoiser, x, cond=cond, guidance=problem.guidance)
-
-
-def sheet(path: Path, x: Tensor, problem: Problem, label: str) -> Path:
+def sheet(path: Path, x: Tensor, problem: AnyProblem, label: str) -> Path:
     """A PNG of samples in rows of eight.
 
     Raises:
@@ -52,8 +47,12 @@ def sheet(path: Path, x: Tensor, problem: Problem, label: str) -> Path:
     full = -(-len(x) // COLUMNS) * COLUMNS
     padded = torch.cat([x, x.min().expand(full - len(x), *x.shape[1:])]) if full > len(x) else x
     rows = [(label if k == 0 else "", padded[k : k + COLUMNS]) for k in range(0, full, COLUMNS)]
-    if report.contact_sheet(path, rows, problem.picture) is None:
-        raise StudyError(f"samples of shape {problem.shape} are no images: give Problem a picture")
+    plain = problem.picture is None and not isinstance(problem, Problem)
+    if plain or report.contact_sheet(path, rows, problem.picture) is None:
+        raise StudyError(
+            f"samples of shape {tuple(x.shape[1:])} are no images: give "
+            f"{type(problem).__name__} a picture"
+        )
     return path
 
 
@@ -80,23 +79,25 @@ def compare_scores(
         samples: how many samples.
         cache: folder of computed references.
     """
-    from fewstep.search.evaluate import assemble, chunks
+    from fewstep.search.evaluate import assemble
 
     spec = evaluator_spec(config)
     evaluator = Evaluator.from_spec(spec)
-    problem, objective = evaluator.problem, evaluator.objective
+    family, objective = family_of(evaluator.problem), evaluator.objective
     for name, schedule in schedules:
-        check_noise(schedule, problem, name)
+        family.check(schedule, name)
     pool = SerialPool(spec, evaluator)
     block = config.search.block[1]
     seed = config.search.seed
-    teacher = Teacher(problem, config.teacher, pool, cache, seed=seed, block=block)
-    endpoints = teacher.reference("compare", samples).samples
-    pool.share("compare", endpoints)
-    reference = np.asarray(objective.measure(endpoints[None], endpoints)[0])
+    reference = np.zeros((samples, 0))
+    if family.taught:
+        teacher = Teacher(evaluator.ode, config.teacher, pool, cache, seed=seed, block=block)
+        endpoints = teacher.reference("compare", samples).samples
+        pool.share("compare", endpoints)
+        reference = np.asarray(objective.measure(endpoints[None], endpoints)[0])
     found = []
     for name, schedule in schedules:
-        (chunk,) = chunks([schedule], problem.denoiser.noise, 1)
+        (chunk,) = family.chunks([schedule], 1)
         parts = [evaluator.run(task) for task in chunk.tasks("compare", samples, block)]
         (result,) = assemble(parts, objective, reference)
         if result.measures is None:

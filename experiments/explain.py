@@ -42,7 +42,7 @@ def headline(schedule: Loaded) -> list[str]:
         best = min(origin.get("baselines", {"?": float("nan")}).items(), key=lambda kv: kv[1])
         lines.append(
             f"{origin.get('objective', 'score')} {origin['score']:.4g} on fresh samples of "
-            f"{origin.get('model') or 'its model'}; best named solver {best[0]} {best[1]:.4g}, "
+            f"{origin.get('model') or 'its model'}; best named {best[0]} {best[1]:.4g}, "
             f"ratio {origin.get('ratio', float('nan')):.3f} ({low:.3f} to {high:.3f})"
         )
     for key in ("study", "strategy", "source", "mlflow_run", "fewstep"):

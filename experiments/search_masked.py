@@ -128,7 +128,7 @@ def search(
 
     for name, schedule in domain.baselines().items():
         tell(schedule, name)
-    if strategy.name != "random" and not members(domain, known):  # type: ignore[arg-type]
+    if strategy.name != "random" and not members(domain, known):
         raise StudyError(f"strategy {strategy.name} reads no masked schedules: use random")
     stale = number = 0
     while len(known) < candidates and stale < 20:  # a small space may have no more members
@@ -207,7 +207,7 @@ def main() -> None:
             positions=("uniform", "confidence") if args.confidence else ("uniform",),
             temperature=tuple(args.temperature) if args.temperature else None,
         )
-        strategy = make(args.strategy, domain)  # type: ignore[arg-type]
+        strategy = make(args.strategy, domain)
         known = search(
             domain,
             strategy,

@@ -1,7 +1,7 @@
 """Run a schedule on a model. Needs torch only; never imports what finds schedules."""
 
 from fewstep.samplers.ancestral import ancestral
-from fewstep.samplers.denoiser import Denoiser, ModelDenoiser, Problem, fingerprint, from_model
+from fewstep.samplers.denoiser import Denoiser, ModelDenoiser, fingerprint, from_model
 from fewstep.samplers.masked import (
     TokenDenoiser,
     from_hf_masked_lm,
@@ -11,10 +11,14 @@ from fewstep.samplers.masked import (
 )
 from fewstep.samplers.ode import run, sample, start
 from fewstep.samplers.particles import Particles, sample_particles, start_particles
+from fewstep.samplers.problems import AnyProblem, MaskedProblem, ParticleProblem, Problem
 
 __all__ = [
+    "AnyProblem",
     "Denoiser",
+    "MaskedProblem",
     "ModelDenoiser",
+    "ParticleProblem",
     "Particles",
     "Problem",
     "TokenDenoiser",

@@ -18,7 +18,6 @@ D = D_null + w (D_cond - D_null), w = 1 being the conditional model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -55,32 +54,6 @@ class Denoiser(Protocol):
                 conditional model alone.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a study's factory returns: a model to find schedules for.
-
-    Args:
-        denoiser: the model behind the Denoiser contract.
-        shape: shape of one sample, without the batch axis.
-        cond: sample indices (B,) -> conditioning tensors with leading axis B, so that sample i has
-            the same conditions in every candidate; None for an unconditional model.
-        guidance: the guidance scale samples are made with, None for a model without guidance.
-        fingerprint: a short name and hash of the weights, written into schedule files; "" if
-            unknown.
-        features: images (B, *shape) -> (B, F), for the Frechet objective; None if there is none.
-        picture: images (B, *shape) -> (B, H, W) or (B, H, W, 3) in 0..1, for contact sheets; None
-            for a default.
-    """
-
-    denoiser: Denoiser
-    shape: tuple[int, ...]
-    cond: Callable[[Tensor], dict[str, Tensor]] | None = None
-    guidance: float | None = None
-    fingerprint: str = ""
-    features: Callable[[Tensor], Tensor] | None = None
-    picture: Callable[[Tensor], Tensor] | None = None
 
 
 def bcast(value: Tensor, x: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class ModelTable(BaseModel):
     """[model]: `factory` and its keyword arguments.
 
     Args:
-        factory: "module.path:function"; it returns a `Problem`.
+        factory: "module.path:function"; it returns a `Problem`, a `MaskedProblem` or a
+            `ParticleProblem` (`fewstep.samplers.problems`).
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -62,7 +63,8 @@ class BudgetTable(_Table):
 
     Args:
         candidates: candidates per NFE, the named solvers included; or one number for each NFE.
-        calls: network evaluations of the whole search: sum over candidates of samples x NFE.
+        calls: network evaluations of the whole search: sum over candidates of samples x NFE (x
+            particles x models).
         seconds: wall time of the whole search before the final scoring; the result then depends on
             the machine.
     """
@@ -190,12 +192,13 @@ class ObjectiveTable(_Table):
     """[objective]: what is minimised.
 
     Args:
-        name: "endpoint_mse" or "frechet".
+        name: "endpoint_mse" (the default) or "frechet"; a problem whose samples are drawn brings
+            its own, and this is left out.
         features: for frechet: "module.path:function", images (B, *shape) -> (B, F); None takes the
             problem's own.
     """
 
-    name: Literal["endpoint_mse", "frechet"] = "endpoint_mse"
+    name: str | None = None
     features: str | None = None
 
 
@@ -285,7 +288,7 @@ class StudyConfig(_Table):
                 f"budget.candidates holds {len(given)} numbers for {len(self.search.nfe)} NFEs: "
                 "give one for each, or a single number"
             )
-        if self.search.race and self.objective.name != "endpoint_mse":
+        if self.search.race and self.objective.name == "frechet":
             raise ValueError(
                 f"search.race compares candidates sample by sample, which the objective "
                 f"{self.objective.name} cannot: remove race"
@@ -298,8 +301,11 @@ class StudyConfig(_Table):
             return None
         return self.budget.calls * nfe // sum(self.search.nfe)
 
-    def candidates(self) -> dict[int, int] | None:
+    def candidates(self, per_sample: int = 1) -> dict[int, int] | None:
         """Candidates that the budget pays for by NFE; None if that shows as the search goes.
+
+        Args:
+            per_sample: network evaluations of one sample and one call.
 
         Raises:
             StudyError: the calls do not pay for one candidate.
@@ -311,7 +317,7 @@ class StudyConfig(_Table):
             return dict.fromkeys(nfes, given)
         if self.budget.calls is None:
             return None
-        needed = self.search.samples * sum(nfes)
+        needed = self.search.samples * sum(nfes) * per_sample
         if self.budget.calls < needed:
             raise StudyError(
                 f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: "

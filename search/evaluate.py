@@ -1,6 +1,7 @@
-"""Programs to scores: what a worker does with one block of candidates and samples.
+"""Schedules to scores: what a worker does with one block of candidates and samples.
 
-A block is M programs with equal call counts, stacked, run on B samples that all of them share.
+A block is M candidates run on B samples that all of them share; of ODE schedules, M programs with
+equal call counts, stacked. What a block of another kind does is in `search.drawn`.
 Blocks are cut from a list of schedules by the study's settings alone: candidates in the order
 given, M at a time, samples in index order, B at a time. A score belongs to its block; the number
 of workers decides only where and when it runs. What goes wrong with one candidate (NaN, memory, an
@@ -13,15 +14,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers import Denoiser, Problem, run
+from fewstep.samplers import AnyProblem, Denoiser, Problem, run
 from fewstep.samplers.ode import start_scale
-from fewstep.search.objective import Array, EndpointMSE, Frechet, Objective
+from fewstep.search.objective import Array, EndpointMSE, Frechet, Measured, Objective
 from fewstep.search.problem import ModelSpec, conditions, import_path, noise_of, sample_seed
 from fewstep.space import Program, stack
 from fewstep.space.errors import ModelError, StudyError
@@ -34,20 +35,45 @@ class EvaluatorSpec:
 
     Args:
         model: how to build the problem.
-        objective: name of the objective.
+        objective: name of the objective; None is the problem's own.
         features: import path of the feature function, or None for the problem's own.
         seed: the study's seed.
     """
 
     model: ModelSpec
-    objective: str
+    objective: str | None
     features: str | None
     seed: int
 
 
+Want = Literal["measures", "samples"]
+
+
+class Block(Protocol):
+    """What an evaluator runs: M candidates on samples start..stop-1 of a stream."""
+
+    @property
+    def candidates(self) -> int:
+        """M."""
+        ...
+
+    @property
+    def strict(self) -> bool:
+        """Raise at the first thing that goes wrong, instead of recording it."""
+        ...
+
+    def only(self, index: int) -> Block:
+        """The same block for one of its candidates."""
+        ...
+
+    def values(self, evaluator: Evaluator) -> np.ndarray:
+        """(M, B, K) measures, or (M, B, *shape) samples."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
-    """One block: stacked programs on samples start..stop-1 of a stream.
+    """One block of ODE schedules: stacked programs on samples start..stop-1 of a stream.
 
     Args:
         program: M stacked programs; the scale of the start state is already in them (`scaled`).
@@ -64,7 +90,7 @@ class Task:
     stream: str
     start: int
     stop: int
-    want: Literal["measures", "samples"] = "measures"
+    want: Want = "measures"
     options: dict[str, Any] = field(default_factory=dict)
     constant: Tensor | None = None
     strict: bool = False
@@ -85,6 +111,42 @@ class Task:
             name: None if v is None else v[index : index + 1] for name, v in parts.items()
         }
         return replace(self, program=Program(**one))
+
+    def values(self, evaluator: Evaluator) -> np.ndarray:
+        """Run the programs; float32 samples, or measures."""
+        problem, indices = evaluator.ode, range(self.start, self.stop)
+        z = noise_of(evaluator.seed, self.stream, indices, problem.shape)
+        generator = None
+        if self.program.stochastic:
+            generator = torch.Generator().manual_seed(
+                sample_seed(evaluator.seed, f"{self.stream}/steps", self.start)
+            )
+        denoiser = _Counted(problem.denoiser)
+        try:
+            with torch.no_grad():
+                x = run(
+                    self.program,
+                    denoiser,
+                    z,
+                    cond=conditions(problem, indices),
+                    guidance=problem.guidance,
+                    m=self.constant,
+                    generator=generator,
+                    options=self.options,
+                    check=self.strict,
+                    share=self.program.r.ndim == 2,
+                )
+        finally:
+            evaluator.evaluations += denoiser.evaluations
+        if self.want == "samples":
+            return x.to(torch.float32).cpu().numpy()
+        reference = evaluator.reference(self.stream)[self.start : self.stop].to(x)
+        return kept(evaluator.objective.measure(x, reference))
+
+
+def kept(measures: Tensor) -> np.ndarray:
+    """Measures as they are kept: float64 that hold float32 numbers."""
+    return measures.to(torch.float32).to(torch.float64).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -125,11 +187,13 @@ class Evaluator:
         problem: the user's model.
         objective: what to measure.
         seed: the study's seed.
+
+    `evaluations` counts what was sent through the network: images, sequences or particles.
     """
 
-    def __init__(self, problem: Problem, objective: Objective, seed: int) -> None:
+    def __init__(self, problem: AnyProblem, objective: Objective, seed: int) -> None:
         self.problem, self.objective, self.seed = problem, objective, seed
-        self.denoiser = _Counted(problem.denoiser)
+        self.evaluations = 0
         self._references: dict[str, Tensor] = {}
 
     @classmethod
@@ -137,6 +201,17 @@ class Evaluator:
         """Load the problem and the objective."""
         problem = spec.model.load()
         return cls(problem, make_objective(spec, problem), spec.seed)
+
+    @property
+    def ode(self) -> Problem:
+        """The problem, where only ODE schedules make sense.
+
+        Raises:
+            StudyError: it is of another kind.
+        """
+        if not isinstance(self.problem, Problem):
+            raise StudyError(f"a {type(self.problem).__name__} has no ODE schedules")
+        return self.problem
 
     def share(self, stream: str, reference: Tensor) -> None:
         """Take the teacher's end points of a stream, sample i at row i."""
@@ -146,27 +221,28 @@ class Evaluator:
         """The teacher's end points of a stream."""
         return self._references[stream]
 
-    def run(self, task: Task) -> TaskResult:
+    def run(self, task: Block) -> TaskResult:
         """Run a block; a candidate that fails is found by running each alone."""
-        before, begun = self.denoiser.evaluations, time.perf_counter()
+        before, begun = self.evaluations, time.perf_counter()
         if task.strict:
-            values = self._values(task)
+            values = task.values(self)
             parts = [(values[m], "ok", "") for m in range(task.candidates)]
         else:
             parts = self._guarded(task)
         status, message = [p[1] for p in parts], [p[2] for p in parts]
         filled = _fill([p[0] for p in parts])
         for m, block in enumerate(filled):
-            if status[m] == "ok" and not np.isfinite(block).all():
+            missing = np.isnan(block).all(-1) if self.objective.partial else False
+            if status[m] == "ok" and not (np.isfinite(block).all(-1) | missing).all():
                 status[m], message[m] = "diverged", "a sample is not finite"
-        spent = self.denoiser.evaluations - before
+        spent = self.evaluations - before
         return TaskResult(
             filled, tuple(status), tuple(message), spent, time.perf_counter() - begun
         )
 
-    def _guarded(self, task: Task) -> list[tuple[np.ndarray | None, str, str]]:
+    def _guarded(self, task: Block) -> list[tuple[np.ndarray | None, str, str]]:
         try:
-            values = self._values(task)
+            values = task.values(self)
         except Exception as error:
             if task.candidates == 1:
                 memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
@@ -175,46 +251,21 @@ class Evaluator:
             return [part for m in range(task.candidates) for part in self._guarded(task.only(m))]
         return [(values[m], "ok", "") for m in range(task.candidates)]
 
-    def _values(self, task: Task) -> np.ndarray:
-        indices = range(task.start, task.stop)
-        z = noise_of(self.seed, task.stream, indices, self.problem.shape)
-        generator = None
-        if task.program.stochastic:
-            generator = torch.Generator().manual_seed(
-                sample_seed(self.seed, f"{task.stream}/steps", task.start)
-            )
-        with torch.no_grad():
-            x = run(
-                task.program,
-                self.denoiser,
-                z,
-                cond=conditions(self.problem, indices),
-                guidance=self.problem.guidance,
-                m=task.constant,
-                generator=generator,
-                options=task.options,
-                check=task.strict,
-                share=task.program.r.ndim == 2,
-            )
-        if task.want == "samples":
-            return x.to(torch.float32).cpu().numpy()
-        reference = self._references[task.stream][task.start : task.stop].to(x)
-        measures = self.objective.measure(x, reference)
-        return measures.to(torch.float32).to(torch.float64).cpu().numpy()
-
 
 def _fill(parts: Sequence[np.ndarray | None]) -> np.ndarray:
     shape = next((p.shape for p in parts if p is not None), (1, 1))
     return np.stack([np.full(shape, np.nan) if p is None else p for p in parts])
 
 
-def make_objective(spec: EvaluatorSpec, problem: Problem) -> Objective:
+def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
     """The objective that a study names.
 
     Raises:
         StudyError: frechet without features.
     """
-    if spec.objective == "endpoint_mse":
+    if not isinstance(problem, Problem):
+        return Measured(problem)
+    if spec.objective in (None, "endpoint_mse"):
         return EndpointMSE()
     features: Callable[[Tensor], Tensor] | None = problem.features
     if spec.features is not None:
@@ -246,12 +297,17 @@ class Chunk:
     options: dict[str, Any]
     constant: Tensor | None
 
+    @property
+    def nfe(self) -> int:
+        """Network calls of each."""
+        return self.program.nfe
+
     def tasks(
         self,
         stream: str,
         samples: int,
         block: int,
-        want: Literal["measures", "samples"] = "measures",
+        want: Want = "measures",
         first: int = 0,
     ) -> Iterator[Task]:
         """The chunk's blocks of samples first..samples-1, in index order."""

@@ -57,6 +57,7 @@ class Row:
         failed: of them, not scored.
         samples: fresh samples.
         named: every named solver on its best grid, best first.
+        facts: further numbers by name, (found, best named); empty where the objective has none.
     """
 
     nfe: int
@@ -77,6 +78,7 @@ class Row:
     failed: int
     samples: int
     named: tuple[Scored, ...] = field(default=())
+    facts: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -87,7 +89,8 @@ class Row:
         """Read the JSON form."""
         named = tuple(Scored(**s) for s in data["named"])
         low, high = data["interval"]
-        return cls(**{**data, "interval": (low, high), "named": named})
+        facts = {k: (a, b) for k, (a, b) in data.get("facts", {}).items()}
+        return cls(**{**data, "interval": (low, high), "named": named, "facts": facts})
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,7 @@ class Judge:
             failed=sum(e.status != "ok" for e in known),
             samples=self._table.samples,
             named=tuple(scored),
+            facts=self._facts(a, b),
         )
         return Verdict(row, chosen.schedule, champion.schedule)
 
@@ -215,6 +219,14 @@ class Judge:
             schedules, stream, self._table.samples, measures=stream == FRESH
         )
         return self._scorer.wait(batch)
+
+    def _facts(self, a: Result, b: Result) -> dict[str, tuple[float, float]]:
+        if a.measures is None or b.measures is None:
+            return {}
+        found, other = (
+            self._objective.facts(r.measures) for r in (a, b) if r.measures is not None
+        )
+        return {name: (value, other[name]) for name, value in found.items()}
 
     def _interval(self, a: Result, b: Result) -> tuple[float, float]:
         if a.measures is None or b.measures is None:

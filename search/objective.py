@@ -9,6 +9,9 @@ frechet: |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) between features of 
 the teacher's end points (Heusel et al. 2017, arXiv 1706.08500, eq. 6), float64, the root by
 eigendecomposition. It has no per-sample scores.
 
+A problem whose samples are drawn (`samplers.problems`) brings its own measure and score, with no
+teacher; samples that have no measure are left out.
+
 Bootstrap: samples are drawn with replacement, the SAME ones for both schedules, and the ratio of
 the two scores is formed; the interval holds the middle 95% of ratios (Efron and Tibshirani 1993,
 ch. 13, percentile interval).
@@ -24,16 +27,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.samplers import MaskedProblem, ParticleProblem
 from fewstep.space.errors import StudyError
 
 Array = NDArray[np.float64]
 
 
 class Objective(Protocol):
-    """Workers `measure` samples; the driver turns all measures of a schedule into a score."""
+    """Workers `measure` samples; the driver turns all measures of a schedule into a score.
+
+    Attributes:
+        name: of the score.
+        per_sample: whether column 0 of the measures is a score of each sample, their mean the
+            schedule's.
+        partial: whether a sample may have no measure, a row of NaN.
+    """
 
     name: str
     per_sample: bool
+    partial: bool
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
         """Samples (M, B, *shape), the teacher's end points (B, *shape) -> (M, B, K)."""
@@ -43,12 +55,17 @@ class Objective(Protocol):
         """Measures (N, K) of a schedule and of the teacher -> the number minimised."""
         ...
 
+    def facts(self, measures: Array) -> dict[str, float]:
+        """Measures (N, K) -> further numbers to report."""
+        ...
+
 
 class EndpointMSE:
     """Mean over samples of the squared distance to the teacher, per element."""
 
     name = "endpoint_mse"
     per_sample = True
+    partial = False
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
         """Mean over elements of the squared difference, float64, K = 1."""
@@ -58,6 +75,10 @@ class EndpointMSE:
     def score(self, measures: Array, reference: Array) -> float:
         """Mean over samples."""
         return float(measures.mean())
+
+    def facts(self, measures: Array) -> dict[str, float]:
+        """None."""
+        return {}
 
 
 class Frechet:
@@ -69,6 +90,7 @@ class Frechet:
 
     name = "frechet"
     per_sample = False
+    partial = False
 
     def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
         self.features = features
@@ -87,6 +109,40 @@ class Frechet:
     def score(self, measures: Array, reference: Array) -> float:
         """The distance of two sets of features."""
         return frechet_distance(measures, reference)
+
+    def facts(self, measures: Array) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+class Measured:
+    """A problem's own score; its blocks measure samples themselves, and there is no teacher.
+
+    Args:
+        problem: brings `measure`, `score` and `facts`.
+    """
+
+    def __init__(self, problem: MaskedProblem | ParticleProblem) -> None:
+        self.problem, self.name = problem, problem.objective
+        self.per_sample = problem.score is None
+        self.partial = isinstance(problem, MaskedProblem) and not self.per_sample
+
+    def measure(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Refuses: populations of particles are more than their states."""
+        raise StudyError(f"objective {self.name} has no teacher to measure")
+
+    def score(self, measures: Array, reference: Array) -> float:
+        """The problem's score of the samples that have measures; inf below two of them."""
+        there = measures[~np.isnan(measures).all(1)]
+        if len(there) < 2:
+            return float("inf")
+        if self.problem.score is None:
+            return float(there[:, 0].mean())
+        return float(self.problem.score(there))
+
+    def facts(self, measures: Array) -> dict[str, float]:
+        """The problem's facts, such as the share of samples left out."""
+        return {} if self.problem.facts is None else self.problem.facts(measures)
 
 
 def frechet_distance(a: Array, b: Array) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.samplers import Problem
+from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.space.errors import FewstepError, StudyError
 
 
@@ -30,12 +30,12 @@ class ModelSpec:
     arguments: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
 
-    def load(self) -> Problem:
+    def load(self) -> AnyProblem:
         """Import the factory and call it.
 
         Raises:
             StudyError: the module or function is missing, the arguments do not fit, or something
-                else than a Problem came back.
+                else than a problem came back.
         """
         function = import_path(self.factory, self.folder, "model.factory")
         try:
@@ -48,12 +48,12 @@ class ModelSpec:
             raise StudyError(
                 f"model.factory {self.factory} failed: {type(error).__name__}: {_line(error)}"
             ) from error
-        if not isinstance(problem, Problem):
-            raise StudyError(
-                f"model.factory {self.factory} returned {type(problem).__name__}: it must return "
-                "a fewstep.samplers.Problem"
-            )
-        return problem
+        if isinstance(problem, Problem | MaskedProblem | ParticleProblem):
+            return problem
+        raise StudyError(
+            f"model.factory {self.factory} returned {type(problem).__name__}: it must return a "
+            "Problem, MaskedProblem or ParticleProblem of fewstep.samplers"
+        )
 
 
 def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ class RefineTask:
         schedule: OdeSchedule = load_schedule(self.schedule)
         if self.constant is not None:
             schedule = schedule.with_constant(self.constant)
-        features = evaluator.problem.features if self.featured else None
+        features = evaluator.ode.features if self.featured else None
         settings = Settings(
             knobs=open_knobs(table.knobs),
             method=table.method,
@@ -86,9 +86,7 @@ class RefineTask:
         scale = start_scale(schedule)
         train = self._batch(evaluator, TRAIN, table.samples, scale)
         held = self._batch(evaluator, HELD, table.held, scale)
-        [found] = refine(
-            [schedule], evaluator.problem.denoiser, train, held, settings, seed=self.seed
-        )
+        [found] = refine([schedule], evaluator.ode.denoiser, train, held, settings, seed=self.seed)
         note = {
             "refined_from": schedule.digest,
             "refine_before": found.before,
@@ -102,7 +100,7 @@ class RefineTask:
         return RefineResult(values, ("ok",), ("",), found.calls, seconds, body, note)
 
     def _batch(self, evaluator: Evaluator, stream: str, size: int, scale: float) -> Batch:
-        problem, indices = evaluator.problem, range(size)
+        problem, indices = evaluator.ode, range(size)
         z = noise_of(evaluator.seed, stream, indices, problem.shape)
         cond = conditions(problem, indices) or {}
         target = evaluator.reference(stream)[:size]

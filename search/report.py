@@ -28,24 +28,20 @@ def number(value: float | None) -> str:
 
 
 def results_table(rows: Sequence[Row], objective: str) -> Table:
-    """The closing table: best named solver, found, ratio with its interval, teacher's error."""
+    """The closing table: best named, found, ratio with its interval, and what else is known.
+
+    That is the teacher's error, or the facts of an objective (found | best named).
+    """
     from rich.table import Table
 
     table = Table(
         title=f"{objective} on {rows[0].samples if rows else 0} fresh samples (mean | median)"
     )
-    for head in (
-        "NFE",
-        "best named solver",
-        "its score",
-        "found",
-        "found / named",
-        "95%",
-        "teacher",
-    ):
-        table.add_column(
-            head, justify="left" if head == "best named solver" else "right", no_wrap=True
-        )
+    facts = list(rows[0].facts) if rows else []
+    taught = any(row.teacher_self_error is not None for row in rows)
+    heads = ["NFE", "best named", "its score", "found", "found / named", "95%", *facts]
+    for head in [*heads, *(["teacher"] if taught else [])]:
+        table.add_column(head, justify="left" if head == "best named" else "right", no_wrap=True)
     front = pareto(rows)
     if len(front) < len(rows):
         table.caption = "* fewer calls do as well: not on the Pareto front of calls and score"
@@ -58,17 +54,23 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
             f"{number(row.found_score)} | {number(row.found_median)}",
             f"{row.ratio:.3f}",
             f"{low:.3f}–{high:.3f}",
-            number(row.teacher_self_error),
+            *(fact_cells(row) if facts else ()),
+            *([number(row.teacher_self_error)] if taught else []),
         )
     return table
+
+
+def fact_cells(row: Row) -> list[str]:
+    """The facts of a row, found | best named."""
+    return [f"{number(a)} | {number(b)}" for a, b in row.facts.values()]
 
 
 def named_table(rows: Sequence[Row]) -> Table:
     """Every named solver on its best grid, at every NFE."""
     from rich.table import Table
 
-    table = Table(title="every named solver on its best grid, fresh samples")
-    table.add_column("solver", no_wrap=True)
+    table = Table(title="every named schedule in its best variant, fresh samples")
+    table.add_column("name", no_wrap=True)
     for row in rows:
         table.add_column(f"NFE {row.nfe}", justify="right", no_wrap=True)
     cells: dict[str, dict[int, str]] = {}
@@ -208,7 +210,11 @@ def page(
 ) -> Path:
     """A page with the tables and the pictures inside it; it needs no other file."""
     heads = "NFE|best named|mean|median|found|median|found / named|95%|teacher|search score|trials"
-    head = "<tr>" + "".join(f"<th>{name}" for name in heads.split("|")) + "</tr>"
+    names = [
+        *heads.split("|"),
+        *(f"{name}: found, named" for name in (rows[0].facts if rows else ())),
+    ]
+    head = "<tr>" + "".join(f"<th>{html.escape(name)}" for name in names) + "</tr>"
     body = []
     for row in rows:
         low, high = row.interval
@@ -224,6 +230,7 @@ def page(
             number(row.teacher_self_error),
             number(row.found_search_score),
             f"{row.trials} ({row.failed} failed)",
+            *fact_cells(row),
         )
         body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
     named = []
@@ -233,8 +240,8 @@ def page(
             for s in row.named
         )
         named.append(
-            f"<details><summary>NFE {row.nfe}: every named solver on its best "
-            f"grid</summary><table>{lines}</table></details>"
+            f"<details><summary>NFE {row.nfe}: every named schedule in its best "
+            f"variant</summary><table>{lines}</table></details>"
         )
     images = "".join(
         f'<p><img alt="{p.stem}" '

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers import Problem
+from fewstep.samplers import AnyProblem, ParticleProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import chunks
+from fewstep.search.family import Family
 from fewstep.search.final import FRESH, Row, Verdict
 from fewstep.search.pool import Pool
 from fewstep.search.record import write_text
@@ -28,7 +28,8 @@ from fewstep.space.files import save_schedule
 def write_results(
     config: StudyConfig,
     out: Path,
-    problem: Problem,
+    problem: AnyProblem,
+    family: Family,
     pool: Pool,
     tracker: Tracker,
     runs: Mapping[str, str],
@@ -36,7 +37,7 @@ def write_results(
     *,
     found: Mapping[int, list[Evaluated]],
     named: Mapping[int, int],
-    endpoints: Tensor,
+    endpoints: Tensor | None,
 ) -> tuple[Row, ...]:
     """Write everything a search ends with.
 
@@ -44,18 +45,19 @@ def write_results(
         config: the study.
         out: its folder.
         problem: the model.
+        family: its kind of schedules.
         pool: draws the picture's samples.
         tracker: gets every file and number.
         runs: MLflow run ids by NFE.
         verdicts: one per NFE.
         found: all trials by NFE, in the order told.
         named: how many of them are named solvers.
-        endpoints: the teacher's samples on the fresh noise.
+        endpoints: the teacher's samples on the fresh noise, if there is one.
 
     Returns:
         The rows of results.json.
     """
-    rows = tuple(v.row for v in verdicts)
+    rows, objective = tuple(v.row for v in verdicts), config.objective.name or ""
     for verdict in verdicts:
         nfe = verdict.row.nfe
         provenance = _provenance(config, verdict.row, problem, runs)
@@ -65,7 +67,7 @@ def write_results(
         tracker.file(None, path, "schedules")
     results = {
         "study": config.name,
-        "objective": config.objective.name,
+        "objective": objective,
         "rows": [row.to_dict() for row in rows],
         "pareto": [row.nfe for row in report.pareto(rows)],
     }
@@ -75,16 +77,17 @@ def write_results(
     ]
     series = {nfe: best_so_far(known) for nfe, known in found.items()}
     levels = {nfe: best_so_far(known[: named[nfe]])[-1][1] for nfe, known in found.items()}
-    pictures = [report.curves(out / "curves.png", series, levels, config.objective.name)]
+    pictures = [report.curves(out / "curves.png", series, levels, objective)]
     if len(rows) > 1:
-        name = config.objective.name
-        pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, name))
-    sheet = report.contact_sheet(
-        out / "samples.png", _sheet(config, pool, problem, verdicts, endpoints), problem.picture
-    )
+        pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, objective))
+    sheet = None
+    if family.taught or problem.picture is not None:
+        drawn = _sheet(config, pool, family, verdicts, endpoints)
+        sheet = report.contact_sheet(out / "samples.png", drawn, problem.picture)
     if sheet is not None:
         pictures.insert(0, sheet)
-    facts = {k: str(v) for k, v in config.identity().items()}
+    unused = () if family.taught else ("teacher.", "refine.", "objective.features")
+    facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
     facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
     written.append(
         report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
@@ -103,15 +106,20 @@ def write_results(
             "gap": row.gap,
             "trials": row.trials,
         }
+        values |= {name: found_value for name, (found_value, _) in row.facts.items()}
         tracker.numbers(row.nfe, values | {"calls_spent": row.calls_spent, "failed": row.failed})
         tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
     return rows
 
 
 def _sheet(
-    config: StudyConfig, pool: Pool, problem: Problem, verdicts: list[Verdict], endpoints: Tensor
+    config: StudyConfig,
+    pool: Pool,
+    family: Family,
+    verdicts: list[Verdict],
+    endpoints: Tensor | None,
 ) -> list[tuple[str, Tensor]]:
-    """Samples on the same fresh noise: per NFE best named and found, then the teacher."""
+    """Samples on the same fresh noise: per NFE best named and found, then the teacher if any."""
     size = min(config.final.pictures, config.final.samples)
     schedules = [s for v in verdicts for s in (v.best_named, v.found)]
     labels = [
@@ -121,21 +129,23 @@ def _sheet(
     ]
     tickets: dict[int, str] = {}
     for label, schedule in zip(labels, schedules, strict=True):
-        (chunk,) = chunks([schedule], problem.denoiser.noise, 1)
+        (chunk,) = family.chunks([schedule], 1)
         (task,) = chunk.tasks(FRESH, size, size, "samples")
         tickets[pool.submit(task)] = label
     drawn: dict[str, Tensor] = {}
     while len(drawn) < len(tickets):
         ticket, result = pool.collect()
         drawn[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
-    teacher = (f"teacher, {config.teacher.nfe} calls", endpoints[:size])
-    return [(label, drawn[label]) for label in labels] + [teacher]
+    rows = [(label, drawn[label]) for label in labels]
+    if endpoints is not None:
+        rows.append((f"teacher, {config.teacher.nfe} calls", endpoints[:size]))
+    return rows
 
 
 def _provenance(
-    config: StudyConfig, row: Row, problem: Problem, runs: Mapping[str, str]
+    config: StudyConfig, row: Row, problem: AnyProblem, runs: Mapping[str, str]
 ) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "model": problem.fingerprint,
         "objective": config.objective.name,
         "score": row.found_score,
@@ -148,15 +158,21 @@ def _provenance(
             "search": config.search.samples,
             "fresh": config.final.samples,
         },
-        "guidance": problem.guidance,
-        "teacher": {
-            "solver": config.teacher.solver,
-            "nfe": config.teacher.nfe,
-            "self_error": row.teacher_self_error,
-        },
         "study": config.name,
         "strategy": config.search.strategy,
         "source": row.source,
         "mlflow_run": runs.get(str(row.nfe), ""),
         "fewstep": version("fewstep"),
     }
+    if row.facts:
+        found["facts"] = {name: value for name, (value, _) in row.facts.items()}
+    if isinstance(problem, ParticleProblem):
+        found["particles"] = problem.particles
+    if isinstance(problem, Problem):
+        found["guidance"] = problem.guidance
+        found["teacher"] = {
+            "solver": config.teacher.solver,
+            "nfe": config.teacher.nfe,
+            "self_error": row.teacher_self_error,
+        }
+    return found

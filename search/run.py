@@ -9,13 +9,12 @@ a killed search goes on where it stopped and ends as if it had not been.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers import Problem
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, Silent, count, duration
-from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Task, chunks
+from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Want
+from fewstep.search.family import Family, family_of
 from fewstep.search.final import FRESH, SELECT, Judge, Row, Verdict, final_cost
 from fewstep.search.objective import Array
 from fewstep.search.pool import Pool, cpus, make_pool
@@ -40,11 +39,8 @@ from fewstep.search.strategies import Strategy
 from fewstep.search.study import TrialTable, open_storage, study_name
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
-from fewstep.space.baselines import SOLVERS, named
-from fewstep.space.domain import OdeDomain
-from fewstep.space.errors import ScheduleError, StudyError
-from fewstep.space.noise import NoiseSchedule
-from fewstep.space.step_choices import StepChoices
+from fewstep.space.errors import StudyError
+from fewstep.space.protocol import Domain
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +49,7 @@ log = logging.getLogger(__name__)
 class Outcome:
     """What a search ends with: a row and the files per NFE."""
 
+    objective: str
     rows: tuple[Row, ...]
     out: Path
     seconds: float
@@ -66,39 +63,7 @@ def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
     )
 
 
-def make_domain(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> OdeDomain:
-    """The search space of [space]: fields of `OdeDomain` and of its `StepChoices`.
-
-    Raises:
-        StudyError: an unknown key or a space without members; one line.
-    """
-    ours = {f.name for f in dataclasses.fields(OdeDomain)} - {
-        "noise",
-        "nfe",
-        "choices",
-        "constant",
-    }
-    steps = {f.name for f in dataclasses.fields(StepChoices)}
-    for key in config.space:
-        if key not in ours | steps:
-            raise StudyError(
-                f"space.{key} is an unknown key: use one of {', '.join(sorted(ours | steps))}"
-            )
-    values = {k: _tuples(v) for k, v in config.space.items()}
-    try:
-        choices = StepChoices(**{k: v for k, v in values.items() if k in steps})
-        return OdeDomain(
-            noise, nfe, choices=choices, **{k: v for k, v in values.items() if k in ours}
-        )
-    except (ScheduleError, TypeError) as error:
-        raise StudyError(f"space: {error}") from None
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def make_strategy(config: StudyConfig, domain: OdeDomain) -> Strategy | None:
+def make_strategy(config: StudyConfig, domain: Domain) -> Strategy | None:
     """The strategy that a study names, on a domain; None for "refine", which needs none.
 
     Raises:
@@ -164,15 +129,15 @@ class _Search:
         return time.monotonic() - self._begun
 
     def run(self) -> Outcome:
-        config = self.config
-        self._freeze()
-        spec = evaluator_spec(config)
+        spec = evaluator_spec(self.config)
         evaluator = Evaluator.from_spec(spec)
-        problem, noise = evaluator.problem, evaluator.problem.denoiser.noise
-        domains = {nfe: make_domain(config, noise, nfe) for nfe in config.search.nfe}
+        self.family = family = family_of(evaluator.problem)
+        self.config = config = family.settle(self.config)
+        self._freeze()
+        domains = {nfe: family.domain(config, nfe) for nfe in config.search.nfe}
         strategies = {nfe: make_strategy(config, domain) for nfe, domain in domains.items()}
-        per_call = _speed(evaluator, config)
-        solvers = {nfe: named(noise, nfe) for nfe in config.search.nfe}
+        per_call = _speed(evaluator, config, family)
+        solvers = {nfe: family.named(nfe) for nfe in config.search.nfe}
         storage = open_storage(config.search.storage, self.out)
         tracker: Tracker = NoTracker()
         if config.tracking.enabled:
@@ -194,9 +159,9 @@ class _Search:
             status = "FAILED"
             try:
                 runs = opening.result()
-                self._announce(per_call, pool, len(next(iter(solvers.values()))))
+                self._announce(per_call, pool, list(next(iter(solvers.values()))))
                 outcome = self._work(
-                    evaluator, problem, pool, tracker, runs, storage, domains, strategies, solvers
+                    evaluator, pool, tracker, runs, storage, domains, strategies, solvers
                 )
                 status = "FINISHED"
                 return outcome
@@ -230,18 +195,15 @@ class _Search:
             self.record.note(mlflow=runs)
         return runs
 
-    def _announce(self, per_call: float, pool: Pool, solvers: int) -> None:
-        config, final = self.config, self.config.final
-        reference = (
-            config.search.samples
-            + 2 * final.samples
-            + 2 * min(config.teacher.check, final.samples)
-        ) * config.teacher.nfe
-        verdict = sum(
-            final_cost(nfe, final, len(SOLVERS) if final.named == "best_grid" else solvers)
-            for nfe in config.search.nfe
-        )
-        candidates = config.candidates()
+    def _announce(self, per_call: float, pool: Pool, solvers: list[str]) -> None:
+        config, final, weight = self.config, self.config.final, self.family.per_sample
+        reference = 0
+        if self.family.taught:
+            check = 2 * min(config.teacher.check, final.samples)
+            reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
+        rivals = {name.split("/")[0] if final.named == "best_grid" else name for name in solvers}
+        verdict = weight * sum(final_cost(nfe, final, len(rivals)) for nfe in config.search.nfe)
+        candidates = config.candidates(weight)
         at_once = max(1, min(pool.workers, cpus()) if self.address is None else pool.workers)
         where = f"{pool.workers} workers" if pool.workers else "this process"
         if candidates is None and config.budget.calls is not None:
@@ -264,9 +226,9 @@ class _Search:
             )
             return
         if config.base_strategy is None:
-            candidates = {nfe: min(n, solvers) for nfe, n in candidates.items()}
+            candidates = {nfe: min(n, len(solvers)) for nfe, n in candidates.items()}
         trials = config.search.samples * sum(nfe * n for nfe, n in candidates.items())
-        total = trials + reference + verdict + self._refining()
+        total = weight * trials + reference + verdict + self._refining()
         self.display.total(total)
         asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in candidates.items())
         each, most = f"each on {config.search.samples} samples", ""
@@ -290,25 +252,21 @@ class _Search:
     def _work(
         self,
         evaluator: Evaluator,
-        problem: Problem,
         pool: Pool,
         tracker: Tracker,
         runs: Mapping[str, str],
         storage: Any,
-        domains: Mapping[int, OdeDomain],
+        domains: Mapping[int, Domain],
         strategies: Mapping[int, Strategy | None],
         solvers: Mapping[int, Mapping[str, Any]],
     ) -> Outcome:
-        config = self.config
-        cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
-        block = config.search.block[1]
-        teacher = Teacher(
-            problem, config.teacher, pool, cache, seed=config.search.seed, block=block
-        )
+        config, family = self.config, self.family
+        teacher = self._teacher(evaluator, pool) if family.taught else None
+        limits = config.candidates(family.per_sample)
         scorer = Scorer(
             pool,
             evaluator.objective,
-            problem.denoiser.noise,
+            family,
             self.record,
             self._references,
             block=config.search.block,
@@ -341,6 +299,7 @@ class _Search:
                 table=table,
                 earlier=earlier if config.search.ladder else [],
                 clock=self.clock,
+                limit=None if limits is None else limits[nfe],
                 deadline=self._deadline(k),
                 told=self._teller(nfe, tracker),
             )
@@ -354,8 +313,10 @@ class _Search:
             extra = refine_rungs(config, pool, rungs, self.display)
         for stream in (SELECT, FRESH):
             self._refer(teacher, evaluator, pool, stream, config.final.samples)
-        self.display.stage("teacher against itself")
-        own_error = teacher.self_error(FRESH, self._endpoints[FRESH], self.display.advance)
+        own_error = None
+        if teacher is not None:
+            self.display.stage("teacher against itself")
+            own_error = teacher.self_error(FRESH, self._endpoints[FRESH], self.display.advance)
         judge = Judge(
             scorer, evaluator.objective, config.final, self._references, config.search.seed
         )
@@ -375,16 +336,29 @@ class _Search:
         rows = write_results(
             config,
             self.out,
-            problem,
+            evaluator.problem,
+            family,
             pool,
             tracker,
             runs,
             verdicts,
             found={nfe: rung.known for nfe, rung in rungs.items()},
             named={nfe: len(rung.named_known()) for nfe, rung in rungs.items()},
-            endpoints=self._endpoints[FRESH],
+            endpoints=self._endpoints.get(FRESH),
         )
-        return Outcome(rows, self.out, self.clock())
+        return Outcome(config.objective.name or "", rows, self.out, self.clock())
+
+    def _teacher(self, evaluator: Evaluator, pool: Pool) -> Teacher:
+        config = self.config
+        cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
+        return Teacher(
+            evaluator.ode,
+            config.teacher,
+            pool,
+            cache,
+            seed=config.search.seed,
+            block=config.search.block[1],
+        )
 
     def _first_time(self, nfe: int) -> bool:
         return (nfe, 0) not in self.record.generations
@@ -396,9 +370,12 @@ class _Search:
         return self.config.budget.seconds * sum(nfes[: k + 1]) / sum(nfes)
 
     def _refer(
-        self, teacher: Teacher, evaluator: Evaluator, pool: Pool, stream: str, samples: int
+        self, teacher: Teacher | None, evaluator: Evaluator, pool: Pool, stream: str, samples: int
     ) -> None:
         """The teacher's end points of a stream, given to every worker, and their measures."""
+        if teacher is None:
+            self._references[stream] = np.zeros((samples, 0))
+            return
         self.display.stage(f"teacher, {self.config.teacher.nfe} calls ({stream})")
         endpoints = teacher.reference(stream, samples, self.display.advance).samples
         self._endpoints[stream] = endpoints
@@ -430,13 +407,16 @@ class _Search:
         self.display.note(f"{text}, {duration(seconds)}")
 
 
-def _speed(evaluator: Evaluator, config: StudyConfig) -> float:
-    """Seconds of one network evaluation in a block, one thread; raises what the model raises."""
-    noise = evaluator.problem.denoiser.noise
-    schedules = list(named(noise, 2).values())[: config.search.block[0]]
-    samples = min(config.search.block[1], config.search.samples)
-    chunk = chunks(schedules, noise, config.search.block[0])[0]
-    task = Task(chunk.program, "timing", 0, samples, "samples", strict=True)
+def _speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> float:
+    """Seconds of one network evaluation in a block, one thread; raises what the model raises.
+
+    A problem's own measure is part of it.
+    """
+    size, samples = config.search.block[0], min(config.search.block[1], config.search.samples)
+    schedules = list(family.named(min(2, *config.search.nfe)).values())[:size]
+    want: Want = "samples" if family.taught else "measures"
+    (task,) = family.chunks(schedules, size)[0].tasks("timing", samples, samples, want)
+    task = replace(task, strict=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -73,6 +73,7 @@ class Rung:
         table: the Optuna trials.
         earlier: results of other NFEs that the strategy may learn from.
         clock: seconds since the search began.
+        limit: candidates that the budget pays for; None for a budget in seconds.
         deadline: clock at which to stop proposing, for a budget in seconds.
         told: called after each generation.
     """
@@ -90,6 +91,7 @@ class Rung:
         table: TrialTable,
         earlier: Sequence[Evaluated],
         clock: Callable[[], float],
+        limit: int | None,
         deadline: float | None,
         told: Callable[[Progress], None],
     ) -> None:
@@ -97,8 +99,7 @@ class Rung:
         self._domain, self._scorer, self._record, self._table = domain, scorer, record, table
         self._earlier = list(earlier)
         self._clock, self._deadline, self._told = clock, deadline, told
-        limits = config.candidates()
-        self._limit = None if limits is None else limits[nfe]
+        self._limit = limit
         self._proposed = self._named_count = 0
         self._calls = config.calls_of(nfe)
         self._race = Race(scorer, SEARCH, config.search.levels)
@@ -204,7 +205,7 @@ class Rung:
             self.known.append(evaluated)
             self.costs.append(calls)
         numbers = _numbers([p.note for p in generation.proposals])
-        full = self.nfe * self._config.search.levels[-1] * len(results)
+        full = self._scorer.per_sample * self.nfe * self._config.search.levels[-1] * len(results)
         if len(self._config.search.levels) > 1 and full:
             numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full
         best, named = best_of(self.known), best_of(self.named_known())

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fewstep.search.evaluate import Chunk, Result, TaskResult, assemble, chunks
+from fewstep.search.evaluate import Result, TaskResult, assemble
+from fewstep.search.family import AnyChunk, Family
 from fewstep.search.objective import Array, Objective
 from fewstep.search.pool import Pool
 from fewstep.search.record import Record
-from fewstep.space.noise import NoiseSchedule
 
 
 @dataclass
 class _Piece:
-    chunk: Chunk
+    chunk: AnyChunk
     digests: tuple[str, ...]
     stream: str
     samples: int
     expected: int
+    measures: bool
     before: tuple[Result, ...] | None = None
     parts: dict[int, TaskResult] = field(default_factory=dict)
     results: list[Result] | None = None
@@ -44,7 +45,7 @@ class Scorer:
     Args:
         pool: where blocks run.
         objective: turns measures into scores.
-        noise: the model's noise schedule.
+        family: cuts schedules into chunks.
         record: the log.
         references: measures of the teacher's end points by stream.
         block: (candidates, samples) of a block.
@@ -56,7 +57,7 @@ class Scorer:
         self,
         pool: Pool,
         objective: Objective,
-        noise: NoiseSchedule,
+        family: Family,
         record: Record,
         references: Mapping[str, Array],
         *,
@@ -64,7 +65,7 @@ class Scorer:
         clock: Callable[[], float],
         advance: Callable[[int], None],
     ) -> None:
-        self._pool, self._objective, self._noise, self._record = pool, objective, noise, record
+        self._pool, self._objective, self._family, self._record = pool, objective, family, record
         self._references, self._block = references, block
         self._clock, self._advance = clock, advance
         self._open: dict[int, tuple[_Piece, int]] = {}
@@ -92,7 +93,7 @@ class Scorer:
         """
         batch = Batch(len(schedules), [])
         first = before[0].samples if before else 0
-        for chunk in chunks(schedules, self._noise, self._block[0]):
+        for chunk in self._family.chunks(schedules, self._block[0]):
             digests = tuple(schedules[i].digest for i in chunk.members)
             keys = [(stream, samples, digest) for digest in digests]
             known = [self._record.results.get(key) for key in keys]
@@ -101,13 +102,13 @@ class Scorer:
                 for r in known
             ]
             tasks = list(chunk.tasks(stream, samples, self._block[1], first=first))
-            piece = _Piece(chunk, digests, stream, samples, len(tasks))
+            piece = _Piece(chunk, digests, stream, samples, len(tasks), measures)
             if before is not None:
                 piece.before = tuple(before[i] for i in chunk.members)
             batch.pieces.append(piece)
             if all(usable):
                 self._take(piece, [r for r in known if r is not None])
-                self._advance(len(digests) * (samples - first) * chunk.program.nfe)
+                self._advance(len(digests) * (samples - first) * self._cost(chunk))
                 continue
             for position, task in enumerate(tasks):
                 self._open[self._pool.submit(task)] = (piece, position)
@@ -121,7 +122,7 @@ class Scorer:
             piece.parts[position] = part
             fresh = piece.samples - (piece.before[0].samples if piece.before else 0)
             per_task = fresh / piece.expected
-            self._advance(round(len(piece.digests) * per_task * piece.chunk.program.nfe))
+            self._advance(round(len(piece.digests) * per_task * self._cost(piece.chunk)))
             if len(piece.parts) == piece.expected:
                 self._finish(piece)
         results: dict[int, Result] = {}
@@ -130,10 +131,20 @@ class Scorer:
             results |= dict(zip(piece.chunk.members, piece.results, strict=True))
         return [results[i] for i in range(batch.size)]
 
+    @property
+    def per_sample(self) -> int:
+        """Network evaluations of one sample and one call."""
+        return self._family.per_sample
+
+    def _cost(self, chunk: AnyChunk) -> int:
+        return chunk.nfe * self.per_sample
+
     def _finish(self, piece: _Piece) -> None:
         parts = [piece.parts[k] for k in sorted(piece.parts)]
         reference = self._references[piece.stream]
         results = assemble(parts, self._objective, reference, piece.before)
+        if not (piece.measures or self._objective.per_sample):  # features are large
+            results = [replace(r, measures=None) for r in results]
         self._take(piece, results)
         self._record.block(piece.stream, piece.samples, piece.digests, results, self._clock())
         piece.parts.clear()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from fewstep.space.masked import (
     counts_by_name,
     split,
 )
+from fewstep.space.protocol import distributions
+from fewstep.space.step_choices import Parameter, Value
 
 __all__ = ["MaskedDomain"]
 
@@ -75,7 +78,10 @@ class MaskedDomain:
         return replace(self, nfe=nfe)
 
     def baselines(self) -> dict[str, MaskedSchedule]:
-        """The named counts, with every allowed mode and rule kept the same at all calls."""
+        """The named counts, with every allowed mode and rule kept the same at all calls.
+
+        Samplers that are equal are named once.
+        """
         found = {}
         for name in COUNTS:
             for mode in self.modes:
@@ -84,7 +90,10 @@ class MaskedDomain:
                     extra = [v for v in (mode, rule) if v not in ("parallel", "uniform")]
                     made = self._member([(c, mode, rule, 1.0) for c in counts])
                     found["/".join([name, *extra])] = made
-        return found
+        first: dict[str, str] = {}
+        for name, made in found.items():
+            first.setdefault(made.digest, name)
+        return {name: made for name, made in found.items() if first[made.digest] == name}
 
     def contains(self, schedule: object) -> str | None:
         """Why a schedule is not a member, or None if it is."""
@@ -147,24 +156,27 @@ class MaskedDomain:
         """The member equal to `schedule` as a sampler, provenance left out."""
         return self.from_params(self.params(schedule))
 
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every parameter of a member, call by call; see `Domain`."""
+        found = []
+        for k in range(self.nfe):
+            found.append(Parameter(f"count_{k}", "int", 1, self.length - self.nfe + 1, neutral=1))
+            for name, open_ in (("mode", self.modes), ("positions", self.positions)):
+                choices: tuple[Value, ...] = open_
+                if len(choices) > 1:
+                    found.append(
+                        Parameter(f"{name}_{k}", "choice", choices=choices, neutral=choices[0])
+                    )
+            if self.temperature is not None:
+                found.append(
+                    Parameter(f"temperature_{k}", "float", *self.temperature, neutral=1.0)
+                )
+        return tuple(found)
+
     def distributions(self) -> dict[str, Any]:
         """The parameters as Optuna distributions (needs the search extra)."""
-        from optuna.distributions import (
-            CategoricalDistribution,
-            FloatDistribution,
-            IntDistribution,
-        )
-
-        made: dict[str, Any] = {}
-        for k in range(self.nfe):
-            made[f"count_{k}"] = IntDistribution(1, self.length - self.nfe + 1)
-            if len(self.modes) > 1:
-                made[f"mode_{k}"] = CategoricalDistribution(self.modes)
-            if len(self.positions) > 1:
-                made[f"positions_{k}"] = CategoricalDistribution(self.positions)
-            if self.temperature is not None:
-                made[f"temperature_{k}"] = FloatDistribution(*self.temperature, log=True)
-        return made
+        return distributions(self.parameters)
 
     def encode(self, schedule: MaskedSchedule) -> np.ndarray:
         """A member as a flat float64 vector: cumulative shares, then the choices as numbers."""

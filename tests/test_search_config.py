@@ -25,7 +25,6 @@ def _data(**tables):
         ({"search": {"seed": -1}}, "search.seed = -1"),
         ({"budget": {"candidates": [5, 6]}}, "holds 2 numbers for 1 NFEs"),
         ({"budget": {"calls": 100}}, "exactly one of candidates, calls, seconds"),
-        ({"objective": {"name": "fid"}}, "objective.name = 'fid'"),
         ({"final": {"samples": float("nan")}}, "final.samples"),
     ],
 )

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import StudyError
+from fewstep.space.protocol import Domain
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ STRATEGIES = {
 }
 
 
-def make(name: str, domain: OdeDomain, **options: Any) -> Strategy:
+def make(name: str, domain: Domain, **options: Any) -> Strategy:
     """A strategy by name.
 
     Args:

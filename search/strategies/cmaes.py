@@ -14,7 +14,7 @@ import numpy as np
 
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.strategies.common import Member, members
-from fewstep.space.domain import OdeDomain
+from fewstep.space.protocol import Domain
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CMAES:
         scale: initial standard deviation as a share of each number's range.
     """
 
-    domain: OdeDomain
+    domain: Domain
     scale: float = 0.03
     name: str = "cmaes"
 

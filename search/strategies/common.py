@@ -8,8 +8,7 @@ from math import isfinite
 from typing import Any
 
 from fewstep.search.strategies import Evaluated
-from fewstep.space.domain import OdeDomain
-from fewstep.space.schedule import OdeSchedule
+from fewstep.space.protocol import Domain
 from fewstep.space.step_choices import Value
 
 
@@ -17,15 +16,13 @@ from fewstep.space.step_choices import Value
 class Member:
     """A scored member of the space in canonical form, with its parameters."""
 
-    schedule: OdeSchedule
+    schedule: Any
     params: dict[str, Value]
     score: float
     told: int
 
 
-def members(
-    domain: OdeDomain, known: Sequence[Evaluated], limit: int | None = None
-) -> list[Member]:
+def members(domain: Domain, known: Sequence[Evaluated], limit: int | None = None) -> list[Member]:
     """The finite results that lie in the space, best first, ties in told order.
 
     Args:
@@ -44,11 +41,11 @@ def members(
     return found
 
 
-_MEMO: dict[int, tuple[OdeDomain, object, tuple[OdeSchedule, dict[str, Value]] | None]] = {}
+_MEMO: dict[int, tuple[Domain, object, tuple[Any, dict[str, Value]] | None]] = {}
 _MEMO_SIZE = 8192
 
 
-def _as_member(domain: OdeDomain, schedule: Any) -> tuple[OdeSchedule, dict[str, Value]] | None:
+def _as_member(domain: Domain, schedule: Any) -> tuple[Any, dict[str, Value]] | None:
     """Canonical form and parameters, or None outside the space; remembered per object."""
     held = _MEMO.get(id(schedule))
     if held is not None and held[1] is schedule and held[0] == domain:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.strategies.common import members
-from fewstep.space.domain import OdeDomain
+from fewstep.space.protocol import Domain
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evolution:
         rates: mutation probabilities that differ from `space.moves.RATES`.
     """
 
-    domain: OdeDomain
+    domain: Domain
     parents: int = 15
     crossover: float = 0.3
     scale: float = 0.05

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fewstep.search.strategies import Evaluated, Proposal
-from fewstep.space.domain import OdeDomain
+from fewstep.space.protocol import Domain
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RandomSearch:
         domain: the search space.
     """
 
-    domain: OdeDomain
+    domain: Domain
     name: str = "random"
 
     def propose(

@@ -15,7 +15,7 @@ import numpy as np
 
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.strategies.common import members
-from fewstep.space.domain import OdeDomain
+from fewstep.space.protocol import Domain
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -31,7 +31,7 @@ class TPE:
         multivariate: model parameters jointly where all trials share them.
     """
 
-    domain: OdeDomain
+    domain: Domain
     startup: int = 10
     multivariate: bool = False
     name: str = "tpe"

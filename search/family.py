@@ -1,0 +1,320 @@
+"""What a search needs to know of its kind of schedules: ODE, masked, particles.
+
+The problem that a study's factory returns decides the kind. Everything else of the driver, from
+the strategies to the report, is the same for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
+from fewstep.search.config import StudyConfig
+from fewstep.search.drawn import DrawnChunk, MaskedTask, ParticleTask, drawn_chunks, prompts
+from fewstep.search.evaluate import Chunk, Want, chunks
+from fewstep.space.baselines import named
+from fewstep.space.domain import OdeDomain
+from fewstep.space.errors import ModelError, ScheduleError, StudyError
+from fewstep.space.masked import MaskedSchedule
+from fewstep.space.masked_domain import MaskedDomain
+from fewstep.space.particle_domain import ParticleDomain, named_policies
+from fewstep.space.particles import ParticleSchedule
+from fewstep.space.protocol import Domain
+from fewstep.space.step_choices import StepChoices
+
+_T = TypeVar("_T")
+
+
+class AnyChunk(Protocol):
+    """Candidates that run as one batch."""
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Their positions in the list that was cut."""
+        ...
+
+    @property
+    def nfe(self) -> int:
+        """Network calls of each."""
+        ...
+
+    def tasks(
+        self,
+        stream: str,
+        samples: int,
+        block: int,
+        want: Want = "measures",
+        first: int = 0,
+    ) -> Iterator[Any]:
+        """The blocks of samples first..samples-1, in index order: what a pool takes."""
+        ...
+
+
+class Family(Protocol):
+    """A kind of schedules, for one problem."""
+
+    @property
+    def kind(self) -> str:
+        """The kind that schedule files of it name."""
+        ...
+
+    @property
+    def taught(self) -> bool:
+        """Whether samples are scored against a teacher's; only then can schedules be refined."""
+        ...
+
+    @property
+    def per_sample(self) -> int:
+        """Network evaluations of one sample and one call."""
+        ...
+
+    def settle(self, config: StudyConfig) -> StudyConfig:
+        """The study with what it leaves open filled in.
+
+        Raises:
+            StudyError: a setting that this kind does not have.
+        """
+        ...
+
+    def domain(self, config: StudyConfig, nfe: int) -> Domain:
+        """The search space of the study's [space].
+
+        Raises:
+            StudyError: an unknown key or a space without members; one line.
+        """
+        ...
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """The named schedules, "name/variant": what a search must beat."""
+        ...
+
+    def chunks(self, schedules: Sequence[Any], size: int) -> Sequence[AnyChunk]:
+        """Cut a list of schedules into chunks of at most `size`."""
+        ...
+
+    def check(self, schedule: Any, name: str) -> None:
+        """Raise a FewstepError if a schedule from a file is not for this problem."""
+        ...
+
+
+def family_of(problem: AnyProblem) -> Family:
+    """The family of a problem."""
+    if isinstance(problem, MaskedProblem):
+        return MaskedFamily(problem)
+    if isinstance(problem, ParticleProblem):
+        return ParticleFamily(problem)
+    return OdeFamily(problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class OdeFamily:
+    """Solver schedules of the probability-flow ODE."""
+
+    problem: Problem
+    kind: ClassVar[str] = "ode"
+    taught: ClassVar[bool] = True
+    per_sample: ClassVar[int] = 1
+
+    def settle(self, config: StudyConfig) -> StudyConfig:
+        """See `Family`."""
+        known = ("endpoint_mse", "frechet")
+        name = config.objective.name or known[0]
+        if name not in known:
+            raise StudyError(f"objective.name = {name!r}: use one of {', '.join(known)}")
+        return _with_objective(config, name)
+
+    def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
+        """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
+        noise = self.problem.denoiser.noise
+        steps = {f.name for f in dataclasses.fields(StepChoices)}
+        ours = _open(OdeDomain, "noise", "nfe", "choices", "constant")
+        values = _values(config, ours | steps)
+
+        def make() -> OdeDomain:
+            choices = StepChoices(**{k: v for k, v in values.items() if k in steps})
+            mine = {k: v for k, v in values.items() if k in ours}
+            return OdeDomain(noise, nfe, choices=choices, **mine)
+
+        return _made(make)
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """See `Family`: every named solver on every grid."""
+        return dict(named(self.problem.denoiser.noise, nfe))
+
+    def chunks(self, schedules: Sequence[Any], size: int) -> list[Chunk]:
+        """See `Family`; programs of one shape are stacked."""
+        return chunks(schedules, self.problem.denoiser.noise, size)
+
+    def check(self, schedule: Any, name: str) -> None:
+        """See `Family`."""
+        _of_kind(self, schedule, name)
+        if schedule.noise != self.problem.denoiser.noise:
+            raise ModelError(
+                f"{name} was made for noise schedule {schedule.noise.type}, and the study's model "
+                f"has another ({self.problem.denoiser.noise.type}): search for this model"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedFamily:
+    """Schedules of masked diffusion: how many tokens each call unmasks, and how."""
+
+    problem: MaskedProblem
+    kind: ClassVar[str] = "masked"
+    taught: ClassVar[bool] = False
+    per_sample: ClassVar[int] = 1
+
+    @property
+    def free(self) -> int:
+        """Positions to decide in a sequence.
+
+        Raises:
+            StudyError: the prompt leaves none.
+        """
+        tokens = prompts(self.problem, range(1))
+        count = int((tokens == self.problem.denoiser.mask).sum())
+        if count == 0:
+            raise StudyError("the prompt leaves no position to decide: put the mask id where a "
+                             "token is wanted")  # fmt: skip
+        return count
+
+    def settle(self, config: StudyConfig) -> StudyConfig:
+        """See `Family`."""
+        return _untaught(self, config)
+
+    def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
+        """See `Family`; keys are fields of `MaskedDomain`."""
+        values = _values(config, _open(MaskedDomain, "length", "nfe", "noise"))
+        return _made(lambda: MaskedDomain(self.free, nfe, noise=self.problem.noise, **values))
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """See `Family`: the named counts, the same choices at every call."""
+        choices: dict[str, Any] = {
+            "modes": ("parallel", "extrapolate"),
+            "positions": ("uniform", "confidence"),
+        }
+        try:
+            every = MaskedDomain(self.free, nfe, noise=self.problem.noise, **choices)
+        except ScheduleError as error:
+            raise StudyError(f"search.nfe: {error}") from None
+        return dict(every.baselines())
+
+    def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
+        """See `Family`."""
+        return drawn_chunks(list(schedules), size, MaskedTask)
+
+    def check(self, schedule: Any, name: str) -> None:
+        """See `Family`."""
+        _of_kind(self, schedule, name)
+        assert isinstance(schedule, MaskedSchedule)
+        if schedule.length != self.free:
+            raise ModelError(
+                f"{name} decides {schedule.length} positions, and the study's sequences have "
+                f"{self.free} free ones: search for this model"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticleFamily:
+    """Schedules of weighted particles."""
+
+    problem: ParticleProblem
+    kind: ClassVar[str] = "particles"
+    taught: ClassVar[bool] = False
+
+    @property
+    def per_sample(self) -> int:
+        """See `Family`: a population of K particles, asked of every model."""
+        return self.problem.particles * len(self.problem.target.factors)
+
+    def settle(self, config: StudyConfig) -> StudyConfig:
+        """See `Family`."""
+        return _untaught(self, config)
+
+    def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
+        """See `Family`; keys are fields of `ParticleDomain`."""
+        values = _values(config, _open(ParticleDomain, "noise", "nfe"))
+        return _made(lambda: ParticleDomain(self.problem.target.noise, nfe, **values))
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """See `Family`: the authors' policies, with both integrators, on three grids."""
+        target = self.problem.target
+        strength = 1.0 if target.reward is not None else target.strength
+        return dict(named_policies(target.noise, nfe, b=strength))
+
+    def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
+        """See `Family`."""
+        return drawn_chunks(list(schedules), size, ParticleTask)
+
+    def check(self, schedule: Any, name: str) -> None:
+        """See `Family`."""
+        _of_kind(self, schedule, name)
+        assert isinstance(schedule, ParticleSchedule)
+        self.problem.target.require_noise(schedule.noise)
+
+
+def _of_kind(family: Family, schedule: Any, name: str) -> None:
+    if schedule.kind != family.kind:
+        raise StudyError(
+            f"{name} is a schedule of kind {schedule.kind!r}, and the study's model needs kind "
+            f"{family.kind!r}"
+        )
+
+
+def _with_objective(config: StudyConfig, name: str) -> StudyConfig:
+    return config.model_copy(
+        update={"objective": config.objective.model_copy(update={"name": name})}
+    )
+
+
+def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
+    """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
+    own, kind = family.problem.objective, type(family.problem).__name__
+    if config.objective.name not in (None, own):
+        raise StudyError(
+            f"objective.name = {config.objective.name!r}: a {kind} brings its own, {own!r}: leave "
+            "it out"
+        )
+    if config.objective.features is not None:
+        raise StudyError(f"objective.features: a {kind} measures its samples itself: leave it out")
+    if config.search.race and family.problem.score is not None:
+        raise StudyError(f"search.race compares sample by sample, which {own} cannot: remove race")
+    for table in ("teacher", "refine"):
+        if table in config.model_fields_set:
+            raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
+    if config.refines:
+        if "strategy" in config.search.model_fields_set:
+            raise StudyError(
+                f"search.strategy {config.search.strategy}: schedules of kind {family.kind!r} "
+                f"cannot be refined: use {config.base_strategy or 's3'}"
+            )
+        search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
+        config = config.model_copy(update={"search": search})
+    return _with_objective(config, own)
+
+
+def _open(domain: type[Any], *fixed: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(domain)} - set(fixed)
+
+
+def _values(config: StudyConfig, keys: set[str]) -> dict[str, Any]:
+    """The values of [space], lists as tuples."""
+    for key in config.space:
+        if key not in keys:
+            raise StudyError(
+                f"space.{key} is an unknown key: use one of {', '.join(sorted(keys))}"
+            )
+    return {k: _tuples(v) for k, v in config.space.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _made(make: Callable[[], _T]) -> _T:
+    try:
+        return make()
+    except (ScheduleError, TypeError) as error:
+        raise StudyError(f"space: {error}") from None
