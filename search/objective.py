@@ -183,12 +183,12 @@ def ratio_interval(
         b: measures of the other on the same samples.
         resamples: number of resamples.
         seed: of the resampling.
-        score: (measures, chosen samples) -> score; default the mean over the chosen.
+        score: (measures, chosen samples) -> score; default the mean of column 0 over the chosen.
     """
     rng = np.random.default_rng(seed)
     n = len(a)
     if score is None:
-        pair = np.stack([a.reshape(n), b.reshape(n)], axis=1)
+        pair = np.stack([a.reshape(n, -1)[:, 0], b.reshape(n, -1)[:, 0]], axis=1)
         counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
         sums = counts @ pair
         ratios = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(float).tiny)

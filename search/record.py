@@ -3,7 +3,8 @@
 Events: what each generation proposed, and the results of each block of candidates as it arrives. A
 search is a function of its study and of this log: resuming replays the log and evaluates what it
 does not hold. A block is one line, so it is there whole or not at all; a line torn by a kill is
-cut off. Per-sample scores are float32, base64 of their little-endian bytes.
+cut off. Per-sample scores, and what else was measured beside them, are float32, base64 of their
+little-endian bytes.
 """
 
 from __future__ import annotations
@@ -147,8 +148,18 @@ def _row(digest: str, result: Result) -> dict[str, Any]:
         return row | {"message": result.message}
     row["score"] = result.score
     if result.per_sample is not None:
-        row["per_sample"] = base64.b64encode(result.per_sample.astype("<f4").tobytes()).decode()
+        row["per_sample"] = _packed(result.per_sample)
+        if result.measures is not None and result.measures.shape[1] > 1:
+            row["further"] = _packed(result.measures[:, 1:])
     return row
+
+
+def _packed(values: Array) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def _unpacked(text: str) -> Array:
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
 def _result(row: Mapping[str, Any], samples: int) -> Result:
@@ -157,8 +168,11 @@ def _result(row: Mapping[str, Any], samples: int) -> Result:
         return Result(float("inf"), row["status"], row["message"], **cost)
     per_sample: Array | None = None
     if "per_sample" in row:
-        per_sample = np.frombuffer(base64.b64decode(row["per_sample"]), "<f4").astype(np.float64)
+        per_sample = _unpacked(row["per_sample"])
     measures = None if per_sample is None else per_sample[:, None]
+    if measures is not None and "further" in row:
+        further = _unpacked(row["further"]).reshape(len(measures), -1)
+        measures = np.concatenate([measures, further], axis=1)
     return Result(row["score"], "ok", "", per_sample, measures, samples=samples, **cost)
 
 

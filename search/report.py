@@ -77,7 +77,7 @@ def named_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         for scored in row.named:
             solver, _, kind = scored.name.partition("/")
-            cells.setdefault(solver, {})[row.nfe] = f"{number(scored.score)} {kind}"
+            cells.setdefault(solver, {}).setdefault(row.nfe, f"{number(scored.score)} {kind}")
     for solver in sorted(cells):
         table.add_row(solver, *(cells[solver].get(row.nfe, "–") for row in rows))
     return table
