@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import io
 import sys
 from collections.abc import Collection, Sequence
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,7 +44,16 @@ from fewstep.experiments.models.assets import AssetError, read_member
 from fewstep.samplers.masked import from_subs, sample_masked, start_masked
 from fewstep.space.masked import MaskedSchedule
 
-__all__ = ["Scores", "canonical", "chemnet_features", "fcd", "frechet", "reference", "score"]
+__all__ = [
+    "MoleculeScore",
+    "Scores",
+    "canonical",
+    "chemnet_features",
+    "fcd",
+    "frechet",
+    "reference",
+    "score",
+]
 
 REFERENCE = Path(molecules.__file__).with_name("moses_test_fcd.safetensors")
 _SYMBOLS = (
@@ -190,6 +201,61 @@ def score(smiles: Sequence[str], *, known: Collection[str] = (), device: str = "
         novelty=sum(s not in known for s in distinct) / max(1, len(distinct)),
         fcd=fcd(features) if len(valid) > 1 else float("inf"),
     )
+
+
+class MoleculeScore:
+    """What a search of schedules measures, and how it scores them.
+
+    A molecule's measures are its 512 features and two numbers that tell molecules apart (24 bits
+    each of a hash of its canonical SMILES, exact in float32); a string that is none has NaN.
+
+    Args:
+        device: where ChemNet runs.
+
+    Raises:
+        AssetError: rdkit or the pinned `fcd_torch` wheel is absent.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        canonical(["C"])
+        self._device = device
+        _chemnet()
+
+    def measure(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> measures (B, 514), float64."""
+        smiles = canonical(molecules.decode(tokens.cpu()))
+        at = [i for i, s in enumerate(smiles) if s is not None]
+        valid = [s for s in smiles if s is not None]
+        rows = torch.full((len(smiles), 514), float("nan"), dtype=torch.float64)
+        if valid:
+            features = chemnet_features(valid, device=self._device).cpu()
+            names = [hashlib.sha256(s.encode()).digest() for s in valid]
+            marks = [[int.from_bytes(d[:3]), int.from_bytes(d[3:6])] for d in names]
+            rows[at] = torch.cat([features, torch.tensor(marks, dtype=torch.float64)], dim=1)
+        return rows
+
+    def distance(self, measures: NDArray[np.float64]) -> float:
+        """FCD of the molecules whose measures these are, (N, 514), N >= 2."""
+        return fcd(torch.from_numpy(measures[:, :512]))
+
+    def facts(self, measures: NDArray[np.float64]) -> dict[str, float]:
+        """Validity and uniqueness of all strings' measures (N, 514)."""
+        valid = measures[~np.isnan(measures[:, 0])]
+        distinct = len(np.unique(valid[:, 512:], axis=0))
+        shares = {"validity": len(valid) / len(measures)}
+        return shares | {"uniqueness": distinct / max(1, len(valid))}
+
+    def picture(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> drawings (B, 150, 150, 3) in 0..1; blank where there is none."""
+        from rdkit import Chem
+        from rdkit.Chem import Draw
+
+        to_image: Any = Draw.MolToImage  # its stubs do not type it
+        drawn = []
+        for smiles in canonical(molecules.decode(tokens.cpu())):
+            picture = to_image(Chem.MolFromSmiles(smiles or ""), size=(150, 150))
+            drawn.append(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+        return torch.from_numpy(np.stack(drawn))
 
 
 def draw_molecules(samples: int, *, seed: int = 0, batch: int = 250) -> list[str]:

@@ -184,6 +184,10 @@ def ratio_interval(
         resamples: number of resamples.
         seed: of the resampling.
         score: (measures, chosen samples) -> score; default the mean of column 0 over the chosen.
+            Resamples that have no score, because too few samples have measures, are left out.
+
+    Raises:
+        StudyError: no resample has a score.
     """
     rng = np.random.default_rng(seed)
     n = len(a)
@@ -194,6 +198,10 @@ def ratio_interval(
         ratios = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(float).tiny)
     else:
         picks = [rng.integers(0, n, size=n) for _ in range(min(resamples, 500))]
-        ratios = np.array([score(a, p) / max(score(b, p), np.finfo(float).tiny) for p in picks])
+        both = np.array([(score(a, p), score(b, p)) for p in picks])
+        both = both[np.isfinite(both).all(1)]
+        if not len(both):
+            raise StudyError("too few samples have a measure to compare: raise final.samples")
+        ratios = both[:, 0] / np.maximum(both[:, 1], np.finfo(float).tiny)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)

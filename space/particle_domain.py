@@ -127,6 +127,11 @@ class ParticleDomain:
         pure = float(self.noise.alpha(start)) == 0
         return tuple(m for m in self.integrators if m != "euler" or not pure)
 
+    @property
+    def _log_zeta(self) -> tuple[float, float]:
+        low, high = (round(math.log(v), _DIGITS) for v in self.zeta)
+        return low, high
+
     def _lam(self, times: Sequence[float]) -> list[float]:
         values: list[float] = self.noise.lam(torch.tensor(times, dtype=torch.float64)).tolist()
         return [round(min(max(v, LAM_FLOOR), LAM_CEILING), _LAM_DIGITS) for v in values]
@@ -144,7 +149,7 @@ class ParticleDomain:
         if len(self._moves) > 1:
             choices: tuple[Value, ...] = self._moves
             found.append(Parameter("integrator", "choice", choices=choices, neutral=choices[0]))
-        logs = math.log(self.zeta[0]), math.log(self.zeta[1])
+        logs = self._log_zeta
         for i in range(self.nfe):
             if i > 0:
                 found.append(
@@ -228,7 +233,7 @@ class ParticleDomain:
 
     def from_params(self, values: Mapping[str, Any]) -> ParticleSchedule:
         """The member nearest to any values: missing ones are neutral, times keep their gaps."""
-        low, high = (math.log(v) for v in self.zeta)
+        low, high = self._log_zeta
         moves = values.get("integrator", self._moves[0])
         given = [float(v) for k, v in values.items() if k.startswith("lam_")]
         inner = fit_times(given, self.nfe - 1, *self.lam_range, self.min_gap)

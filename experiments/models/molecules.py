@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.experiments.models.assets import read_member
+from fewstep.samplers import MaskedProblem, fingerprint, from_subs
 
 __all__ = [
     "LENGTH",
@@ -51,6 +52,7 @@ __all__ = [
     "learn_pieces",
     "load_net",
     "load_smiles",
+    "problem",
     "save_net",
     "tokenize",
 ]
@@ -325,3 +327,33 @@ def load_net(path: Path | str = WEIGHTS, *, device: str = "cpu") -> MoleculeNet:
         net = MoleculeNet(NetConfig(**json.loads(metadata["config"])))
         net.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
     return net.to(device).eval()
+
+
+def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedProblem:
+    """The study factory: schedules that draw molecules, scored by Frechet ChemNet Distance.
+
+    Strings that are no molecule are left out of the distance; the shares of valid strings and of
+    distinct molecules among them are reported beside it. Needs rdkit and the `fcd_torch` wheel.
+
+    Args:
+        path: weights of the network; by default those shipped.
+        device: where the network runs.
+
+    Raises:
+        StudyError: rdkit or the pinned wheel is absent; the message says how to get it.
+    """
+    from fewstep.experiments.metrics_molecules import MoleculeScore
+
+    net = load_net(WEIGHTS if path is None else path, device=device)
+    score = MoleculeScore(device)
+    return MaskedProblem(
+        denoiser=from_subs(net, MASK, length=LENGTH),
+        length=LENGTH,
+        objective="fcd",
+        measure=score.measure,
+        score=score.distance,
+        facts=score.facts,
+        prompt=lambda indices: torch.full((len(indices), LENGTH), MASK, device=device),
+        fingerprint=fingerprint(net, "molecules"),
+        picture=score.picture,
+    )
