@@ -143,8 +143,9 @@ def show(
 ) -> None:
     """Explain a schedule step by step; neutral values are greyed."""
     from fewstep.experiments import explain
+    from fewstep.space import load_schedule
 
-    schedule = _load_ode(file)
+    schedule = load_schedule(file)
     console = _console()
     for line in explain.headline(schedule):
         console.print(line, highlight=False, soft_wrap=True)
@@ -191,8 +192,9 @@ def compare(
 ) -> None:
     """Say what differs between two schedules and, with a study, how their scores compare."""
     from fewstep.experiments import explain
+    from fewstep.space import load_schedule
 
-    a, b = _load_ode(first), _load_ode(second)
+    a, b = load_schedule(first), load_schedule(second)
     lines = explain.differences(a, b)
     for line in lines or ["the same sampler"]:
         print(line)
@@ -208,7 +210,7 @@ def compare(
     config = load_study(study, settings or [])
     with tempfile.TemporaryDirectory() as cache:
         rows = compare_scores([(str(first), a), (str(second), b)], config, samples, Path(cache))
-    table = Table(title=f"{config.objective.name}, {samples} samples, same noise")
+    table = Table(title=f"{rows[0].objective}, {samples} samples, same noise")
     for head in ("schedule", "NFE", "mean", "median", "ratio to A", "95%"):
         table.add_column(head, no_wrap=True)
     for row in rows:
@@ -264,8 +266,9 @@ def export(
 ) -> None:
     """Write a schedule in the form of another tool."""
     from fewstep.experiments.exporting import export as write
+    from fewstep.space import load_schedule
 
-    for path in write(_load_ode(file), form, folder, file.stem):
+    for path in write(load_schedule(file), form, folder, file.stem):
         print(path)
 
 
@@ -360,15 +363,6 @@ def report(
     console = _console()
     console.print(pages.named_table(rows))
     console.print(pages.results_table(rows, data["objective"]))
-
-
-def _load_ode(file: Path) -> Any:
-    from fewstep.space import load_schedule
-
-    schedule = load_schedule(file)
-    if schedule.kind != "ode":
-        raise StudyError(f"{file} is a schedule of kind {schedule.kind!r}: this needs kind 'ode'")
-    return schedule
 
 
 def _noise(text: str) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def sheet(path: Path, x: Tensor, problem: AnyProblem, label: str) -> Path:
 class Compared:
     """A schedule's score, and its ratio to the first one's with a 95% interval."""
 
+    objective: str
     name: str
     nfe: int
     score: float
@@ -120,5 +121,5 @@ def compare_scores(
         )
         median = None if result.per_sample is None else float(np.median(result.per_sample))
         ratio = result.score / base.score if base.score > 0 else 1.0
-        rows.append(Compared(name, nfe, result.score, median, ratio, interval))
+        rows.append(Compared(objective.name, name, nfe, result.score, median, ratio, interval))
     return rows

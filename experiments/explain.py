@@ -6,16 +6,29 @@ neutral in every step is left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from fewstep.space.masked import CallSpec, MaskedSchedule
+from fewstep.space.particles import ParticleSchedule, ParticleStep
 from fewstep.space.program import ProgramSchedule
-from fewstep.space.schedule import OdeSchedule, StepSpec
+from fewstep.space.schedule import Frozen, OdeSchedule, StepSpec
 
-Loaded = OdeSchedule | ProgramSchedule
-_ALWAYS = ("order", "formulation", "basis", "corrector")
+Explained = OdeSchedule | MaskedSchedule | ParticleSchedule
+Loaded = Explained | ProgramSchedule
+_ALWAYS = (
+    *("order", "formulation", "basis", "corrector"),
+    *("count", "mode", "positions"),
+    *("zeta", "resample", "weight"),
+)
+_WHOLE = {  # choices of a whole schedule
+    "ode": ("first", "compensation_order", "compensation_variable", "shift_keeps", "options"),
+    "masked": ("length", "variable"),
+    "particles": ("integrator", "solver"),
+}
 _NAMES = {
     "relaxation_coefficient": "c",
     "corrector_relaxation": "corr. relaxation",
@@ -32,11 +45,20 @@ def headline(schedule: Loaded) -> list[str]:
     ]
     if isinstance(schedule, ProgramSchedule):
         lines.append("program only: it can be replayed and compared, not explained")
+    elif isinstance(schedule, MaskedSchedule):
+        lines.append(
+            f"{schedule.length} positions; extrapolation is linear in {schedule.variable}"
+        )
+    elif isinstance(schedule, ParticleSchedule):
+        moved = "a solver" if schedule.solver is not None else schedule.integrator
+        lines.append(f"weighted particles, moved by {moved}; calls are per particle and model")
     elif schedule.first != "network":
         lines.append(f"analytical first step: {schedule.first}")
     origin = schedule.provenance
     if "baseline" in origin:
         lines.append(f"named solver {origin['baseline']}")
+    if "policy" in origin:
+        lines.append(f"policy {origin['policy']}")
     if "score" in origin:
         low, high = origin.get("interval", (float("nan"), float("nan")))
         best = min(origin.get("baselines", {"?": float("nan")}).items(), key=lambda kv: kv[1])
@@ -52,27 +74,40 @@ def headline(schedule: Loaded) -> list[str]:
 
 
 def steps_table(schedule: Loaded) -> Table:
-    """One row per step; of a file with only a program, one row per network call."""
+    """One row per step; of masked schedules and programs, one per network call."""
     if isinstance(schedule, ProgramSchedule):
         return _program_table(schedule)
-    defaults = StepSpec()
+    word, parts = _parts(schedule)
+    defaults = type(parts[0])()
     shown = [
         name
-        for name in StepSpec.model_fields
-        if name in _ALWAYS
-        or any(getattr(s, name) != getattr(defaults, name) for s in schedule.steps)
+        for name in type(defaults).model_fields
+        if name in _ALWAYS or any(getattr(s, name) != getattr(defaults, name) for s in parts)
     ]
+    heads, rows = [word], [[str(i)] for i in range(len(parts))]
+    if isinstance(schedule, MaskedSchedule):
+        heads.append("still masked")
+        left = schedule.length
+        for row, call in zip(rows, schedule.calls, strict=True):
+            row.append(str(left))
+            left -= call.count
+    else:
+        heads += ["t", "to", "lam", "h"]
+        lam = schedule.noise.lam(torch.tensor(schedule.times, dtype=torch.float64)).tolist()
+        for i, row in enumerate(rows):
+            row += [f"{schedule.times[i]:.5g}", f"{schedule.times[i + 1]:.5g}"]
+            row += [f"{lam[i]:.3f}", f"{lam[i + 1] - lam[i]:.3f}"]
+    if isinstance(schedule, OdeSchedule):
+        heads.append("calls")
+        for row, count in zip(rows, _calls(schedule), strict=True):
+            row.append(str(count))
     table = Table(box=None, pad_edge=False)
-    for head in ("step", "t", "to", "lam", "h", "calls"):
+    for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for name in shown:
         table.add_column(_NAMES.get(name, name.replace("_", " ")), no_wrap=True)
-    lam = schedule.noise.lam(torch.tensor(schedule.times, dtype=torch.float64)).tolist()
-    calls = _calls(schedule)
-    for i, step in enumerate(schedule.steps):
-        cells = [str(i), f"{schedule.times[i]:.5g}", f"{schedule.times[i + 1]:.5g}"]
-        cells += [f"{lam[i]:.3f}", f"{lam[i + 1] - lam[i]:.3f}", str(calls[i])]
-        table.add_row(*cells, *(_cell(step, name, defaults) for name in shown))
+    for row, part in zip(rows, parts, strict=True):
+        table.add_row(*row, *(_cell(part, name, defaults) for name in shown))
     return table
 
 
@@ -92,8 +127,8 @@ def _stages(tableau: str) -> int:
     return len(TABLEAUS[tableau].c)
 
 
-def _cell(step: StepSpec, name: str, defaults: StepSpec) -> str:
-    value, neutral = getattr(step, name), getattr(defaults, name)
+def _cell(part: Frozen, name: str, defaults: Frozen) -> str:
+    value, neutral = getattr(part, name), getattr(defaults, name)
     text = _text(value)
     return f"[dim]{text}[/dim]" if value == neutral else text
 
@@ -125,6 +160,8 @@ def differences(a: Loaded, b: Loaded) -> list[str]:
     """What differs between two schedules, a line each; empty if they are the same sampler."""
     if a.digest == b.digest:
         return []
+    if a.kind != b.kind:
+        return [f"kind: {a.kind} and {b.kind}"]
     lines = []
     if a.noise != b.noise:
         lines.append("noise schedule: another")
@@ -132,18 +169,28 @@ def differences(a: Loaded, b: Loaded) -> list[str]:
         lines.append(f"network calls: {a.nfe} and {b.nfe}")
     if isinstance(a, ProgramSchedule) or isinstance(b, ProgramSchedule):
         return lines or ["the programs differ"]
-    for name in ("first", "compensation_order", "compensation_variable", "shift_keeps", "options"):
-        if getattr(a, name) != getattr(b, name):
-            lines.append(f"{name}: {getattr(a, name)} and {getattr(b, name)}")
-    if a.times != b.times:
-        pair = [" ".join(f"{t:.4g}" for t in s.times) for s in (a, b)]
+    for name in _WHOLE[a.kind]:
+        x, y = getattr(a, name), getattr(b, name)
+        if x != y:
+            lines.append(f"{name}: {x} and {y}")
+    times = [getattr(s, "times", ()) for s in (a, b)]
+    if times[0] != times[1]:
+        pair = [" ".join(f"{t:.4g}" for t in each) for each in times]
         lines.append(f"times: {pair[0]}  and  {pair[1]}")
-    if a.n_steps != b.n_steps:
-        return [*lines, f"steps: {a.n_steps} and {b.n_steps}"]
-    for i, (x, y) in enumerate(zip(a.steps, b.steps, strict=True)):
-        for name in StepSpec.model_fields:
+    (word, first), (_, second) = _parts(a), _parts(b)
+    if len(first) != len(second):
+        return [*lines, f"{word}s: {len(first)} and {len(second)}"]
+    for i, (x, y) in enumerate(zip(first, second, strict=True)):
+        for name in type(x).model_fields:
             if getattr(x, name) != getattr(y, name):
                 lines.append(
-                    f"step {i}, {name}: {_text(getattr(x, name))} and {_text(getattr(y, name))}"
+                    f"{word} {i}, {name}: {_text(getattr(x, name))} and {_text(getattr(y, name))}"
                 )
     return lines
+
+
+def _parts(schedule: Explained) -> tuple[str, Sequence[StepSpec | CallSpec | ParticleStep]]:
+    """What a schedule consists of, and the word for it."""
+    if isinstance(schedule, MaskedSchedule):
+        return "call", schedule.calls
+    return "step", schedule.steps

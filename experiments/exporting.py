@@ -12,6 +12,11 @@ import torch
 
 from fewstep.experiments.explain import Loaded
 from fewstep.space.errors import FewstepError, StudyError
+from fewstep.space.masked import MaskedSchedule
+from fewstep.space.particles import ParticleSchedule
+
+_OF_KIND = {"masked": ("csv",), "particles": ("csv", "sigmas")}
+"""The forms of kinds that have no program."""
 
 
 def export(schedule: Loaded, form: str, folder: Path, stem: str) -> list[Path]:
@@ -31,6 +36,11 @@ def export(schedule: Loaded, form: str, folder: Path, stem: str) -> list[Path]:
     """
     if form not in FORMS:
         raise StudyError(f"--to {form!r} is unknown: use one of {', '.join(FORMS)}")
+    if form not in _OF_KIND.get(schedule.kind, FORMS):
+        raise StudyError(
+            f"--to {form}: a schedule of kind {schedule.kind!r} has no such form: use "
+            f"{' or '.join(_OF_KIND[schedule.kind])}"
+        )
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"{folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +51,7 @@ def _sigmas(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
     """The grid alone: what tools take that bring their own solver."""
     from fewstep.search.record import write_text
 
+    assert not isinstance(schedule, MaskedSchedule)
     noise = schedule.noise
     t = torch.tensor(schedule.times, dtype=torch.float64)
     columns: dict[str, list[float]] = {
@@ -61,9 +72,11 @@ def _finite(x: float) -> float | None:
 
 
 def _csv(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
-    """The program, a line per network call."""
+    """The program, a line per network call; of other kinds the choices of every call."""
     from fewstep.search.record import write_text
 
+    if isinstance(schedule, MaskedSchedule | ParticleSchedule):
+        return [write_text(folder / f"{stem}.csv", _choices(schedule))]
     program = schedule.program
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -73,6 +86,19 @@ def _csv(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
         numbers = [repr(float(getattr(program, name)[c])) for name in names]
         writer.writerow([c, *numbers, *(repr(v) for v in program.b[c].tolist())])
     return [write_text(folder / f"{stem}.csv", buffer.getvalue())]
+
+
+def _choices(schedule: MaskedSchedule | ParticleSchedule) -> str:
+    masked = isinstance(schedule, MaskedSchedule)
+    parts = schedule.calls if isinstance(schedule, MaskedSchedule) else schedule.steps
+    names = list(type(parts[0]).model_fields)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["call", *names] if masked else ["step", "t", "t_next", *names])
+    for i, part in enumerate(parts):
+        times = [] if isinstance(schedule, MaskedSchedule) else list(schedule.times[i : i + 2])
+        writer.writerow([i, *times, *(getattr(part, name) for name in names)])
+    return buffer.getvalue()
 
 
 def _diffusers(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
