@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import StudyError
 from fewstep.space.protocol import Domain
 
@@ -91,7 +92,8 @@ def make(name: str, domain: Domain, **options: Any) -> Strategy:
     """
     if name not in STRATEGIES:
         raise StudyError(f"strategy {name!r} is unknown: use one of {', '.join(STRATEGIES)}")
-    module, _, cls = STRATEGIES[name].partition(".")
+    plain = name == "s3" and not isinstance(domain, OdeDomain)
+    module, _, cls = ("plain.PlainS3" if plain else STRATEGIES[name]).partition(".")
     factory = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
     known = [f.name for f in fields(factory) if f.name not in ("domain", "name")]
     for option in options:

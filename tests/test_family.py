@@ -1,0 +1,299 @@
+"""Searches of masked and particle schedules: the same driver, files, log and command line."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from fewstep.experiments.__main__ import main
+from fewstep.search import run
+from fewstep.search.config import load_study
+from fewstep.search.evaluate import Evaluator
+from fewstep.search.family import family_of
+from fewstep.search.final import Row
+from fewstep.search.run import evaluator_spec
+from fewstep.space import FewstepError, StudyError, load_schedule
+from tests.drawn_studies import STUDY, write_drawn
+from tests.studies import trial_table
+
+KINDS = ("masked", "particles")
+STRATEGIES = ("random", "evolution", "tpe", "s3")
+
+
+def _search(folder, kind, out, *overrides, **options):
+    return run.search(load_study(write_drawn(folder, kind), overrides), out, **options)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return request.param, _search(folder, request.param, folder / "out", "search.nfe=[2,3]")
+
+
+def test_a_search_leaves_what_every_search_leaves(finished):
+    kind, outcome = finished
+    out = outcome.out
+    for name in ("results.json", "study.json", "study.journal", "curves.png", "report.html"):
+        assert (out / name).stat().st_size > 0
+    assert (out / "pareto.png").stat().st_size > 0
+    assert not (out / "samples.png").exists()  # neither problem has a picture
+    schedule = load_schedule(out / "schedules" / "nfe03.json")
+    assert (schedule.kind, schedule.nfe) == (kind, 3)
+    origin = schedule.provenance
+    assert set(origin) >= {"model", "objective", "score", "interval", "baselines", "seeds"}
+    assert "teacher" not in origin
+    assert json.loads((out / "study.json").read_text())["objective"]["name"] == outcome.objective
+
+
+def test_results_compare_with_the_best_named_and_hold_the_facts(finished):
+    kind, outcome = finished
+    data = json.loads((outcome.out / "results.json").read_text())
+    for row in data["rows"]:
+        assert row["teacher_self_error"] is None
+        assert row["ratio"] == pytest.approx(row["found_score"] / row["best_named_score"])
+        assert row["best_named_score"] == min(s["score"] for s in row["named"])
+        (fact,) = row["facts"]
+        assert fact == {"masked": "measured", "particles": "least_ess"}[kind]
+        assert json.loads(json.dumps(Row.from_dict(row).to_dict())) == row
+    assert data["objective"] == outcome.objective
+    assert fact in (outcome.out / "report.html").read_text()
+
+
+def test_the_named_schedules_are_told_first_and_trials_have_parameters(finished):
+    kind, outcome = finished
+    rows = trial_table(outcome.out)
+    first = {"masked": "uniform", "particles": "target_score/logsnr/euler"}[kind]
+    assert rows[0][-1]["source"] == first
+    assert len(rows) == 70
+    searched = [row for row in rows if row[-1]["generation"] > 0]
+    key = {"masked": "count_0", "particles": "log_zeta_0"}[kind]
+    assert all(key in row[3] for row in searched)
+
+
+def test_calls_are_those_of_every_sequence_or_particle(finished):
+    kind, outcome = finished
+    paid = [row[-1]["calls"] for row in trial_table(outcome.out)]
+    each = 32 * 3 * (16 if kind == "particles" else 1)
+    assert set(paid) <= {0, each}
+    assert next(r for r in outcome.rows if r.nfe == 3).calls_spent == sum(paid)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, kind, strategy):
+    settings = (f"search.strategy={strategy}", "search.samples=8", "final.samples=16")
+    whole = _search(tmp_path, kind, tmp_path / "whole", *settings)
+    log = (whole.out / "log.jsonl").read_bytes()
+    for share in (0.02, 0.55, 0.97):
+        out = tmp_path / f"cut{share}"
+        out.mkdir()
+        (out / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        resumed = _search(tmp_path, kind, out, *settings, resume=True)
+        assert trial_table(out) == trial_table(whole.out)
+        assert resumed.rows == whole.rows
+
+
+def test_a_finished_search_resumed_does_nothing_again(finished, tmp_path):
+    kind, outcome = finished
+    if kind == "masked":
+        pytest.skip("features are not kept: an objective of all samples draws its verdict again")
+    shutil.copytree(outcome.out, tmp_path / "copy")
+    again = _search(tmp_path, kind, tmp_path / "copy", "search.nfe=[2,3]", resume=True)
+    assert again.rows == outcome.rows
+    assert (tmp_path / "copy" / "log.jsonl").read_bytes() == (
+        outcome.out / "log.jsonl"
+    ).read_bytes()
+
+
+def test_a_small_space_is_searched_whole_and_its_best_is_kept(tmp_path):
+    settings = ("search.strategy=random", "budget.candidates=60", "final.top=1")
+    outcome = _search(tmp_path, "masked", tmp_path / "out", *settings)
+    table = trial_table(outcome.out)
+    told = {
+        tuple(row[3][f"count_{k}"] for k in range(3)) for row in table if row[-1]["generation"] > 0
+    }
+    assert told == {(a, b, 5 - a - b) for a in range(1, 4) for b in range(1, 5 - a)}
+    (row,) = outcome.rows
+    assert row.found_search_score == min(values[0] for _, _, values, _, _ in table)
+
+
+@pytest.mark.slow
+def test_more_calls_are_better_and_token_by_token_is_the_floor(tmp_path):
+    settings = ("search.nfe=[1,3,5]", "final.samples=8192", "search.block=[4,4096]")
+    outcome = _search(tmp_path, "masked", tmp_path / "out", "budget.candidates=16", *settings)
+    scores = [row.best_named_score for row in outcome.rows]
+    assert all(a > b for a, b in pairwise(scores))
+
+
+@pytest.mark.slow
+def test_evolution_finds_particles_better_than_every_policy(tmp_path):
+    more = ("budget.candidates=200", "final.samples=512", "search.samples=128")
+    outcome = _search(tmp_path, "particles", tmp_path / "out", "search.nfe=[4]", *more)
+    assert outcome.rows[0].interval[1] < 1
+
+
+def test_particles_race_and_their_facts_survive(tmp_path):
+    settings = ("search.race=[8,16]", "final.samples=16", "search.block=[4,8]")
+    outcome = _search(tmp_path, "particles", tmp_path / "out", *settings)
+    samples = {row[-1]["samples"] for row in trial_table(outcome.out)}
+    assert samples > {8}
+    assert 0 < outcome.rows[0].facts["least_ess"][0] <= 1
+
+
+def test_samples_without_a_measure_are_left_out_and_counted(tmp_path):
+    outcome = _search(tmp_path, "masked", tmp_path / "out", "model.broken='gaps'")
+    found, named = outcome.rows[0].facts["measured"]
+    assert 0.2 < found < 1
+    assert 0.2 < named < 1
+    assert np.isfinite(outcome.rows[0].interval).all()
+
+
+def test_a_prompt_leaves_fewer_positions_to_decide(tmp_path):
+    outcome = _search(tmp_path, "masked", tmp_path / "out", "model.given=2", "search.nfe=[2]")
+    schedule = load_schedule(outcome.out / "schedules" / "nfe02.json")
+    assert schedule.length == 3
+
+
+def test_blocks_of_another_size_give_masked_sequences_the_same_scores(tmp_path):
+    spec = evaluator_spec(load_study(write_drawn(tmp_path, "masked")))
+    evaluator = Evaluator.from_spec(spec)
+    family = family_of(evaluator.problem)
+    schedule = family.named(3)["linear"]
+    (chunk,) = family.chunks([schedule], 1)
+    parts = {
+        block: np.concatenate([evaluator.run(t).values[0] for t in chunk.tasks("x", 24, block)])
+        for block in (24, 5)
+    }
+    assert np.array_equal(parts[24], parts[5])
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_a_result(tmp_path):
+    one = _search(tmp_path, "particles", tmp_path / "one", "budget.candidates=56")
+    two = _search(
+        tmp_path, "particles", tmp_path / "two", "budget.candidates=56", "search.workers=1"
+    )
+    assert one.rows == two.rows
+
+
+def test_mlflow_holds_the_curve_and_the_facts(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/ml/mlflow.db"
+    settings = ("tracking.enabled=true", f"tracking.uri={uri}")
+    _search(tmp_path, "masked", tmp_path / "out", "budget.candidates=20", *settings)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("fewstep")
+    runs = client.search_runs([experiment.experiment_id])
+    (child,) = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert {"best_total_variation", "measured", "ratio"} <= set(child.data.metrics)
+    assert child.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("masked", ("teacher.nfe=64",), "teacher: a MaskedProblem has no teacher"),
+        ("particles", ("refine.top=1",), "refine: a ParticleProblem has no teacher"),
+        ("masked", ("search.strategy=evolution+refine",), "cannot be refined: use evolution"),
+        ("masked", ("search.strategy=refine",), "cannot be refined: use s3"),
+        ("masked", ("objective.name=frechet",), "brings its own, 'total_variation'"),
+        ("masked", ("objective.features=a:b",), "objective.features"),
+        ("masked", ("search.race=[8]",), "total_variation cannot"),
+        ("masked", ("space.orders=[1]",), "space.orders is an unknown key"),
+        ("masked", ("space.modes=['sideways']",), "modes must be out of"),
+        ("masked", ("search.nfe=[6]",), "nfe 6 must lie in 1..5"),
+        ("masked", ("model.given=5",), "leaves no position"),
+        ("masked", ("model.broken='nan'",), "NaN"),
+        ("masked", ("model.broken='shape'",), "(B, K) is needed"),
+        ("particles", ("space.zeta=[2.0, 3.0]",), "around 1"),
+        ("particles", ("space.resample=['ess']",), "must hold 'never'"),
+        ("particles", ("model.broken='reward'",), "not finite"),
+        ("particles", ("search.nfe=[900]",), "do not fit"),
+        ("particles", ("search.strategy=magic",), "strategy 'magic' is unknown"),
+    ],
+)
+def test_a_wrong_study_is_one_line(tmp_path, kind, settings, message):
+    with pytest.raises(FewstepError) as error:
+        _search(tmp_path, kind, tmp_path / "out", *settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_open_strategy_is_s3_without_refinement(tmp_path):
+    study = write_drawn(tmp_path, "masked", STUDY.replace('strategy = "evolution"\n', ""))
+    outcome = run.search(load_study(study, ["budget.candidates=30"]), tmp_path / "out")
+    assert json.loads((outcome.out / "study.json").read_text())["search"]["strategy"] == "s3"
+
+
+def _run(capsys, *arguments):
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return leaving.value.code, out, err
+
+
+def test_the_command_line_reads_every_kind(finished, tmp_path, capsys):
+    kind, outcome = finished
+    files = [outcome.out / "schedules" / f"nfe0{n}.json" for n in (2, 3)]
+    study = write_drawn(tmp_path, kind)
+    word = {"masked": "count", "particles": "zeta"}[kind]
+    code, out, _ = _run(capsys, "show", files[1])
+    assert (code, word in out, outcome.objective in out) == (0, True, True)
+    code, out, _ = _run(capsys, "lint", *files)
+    assert (code, out.count(f"ok, {kind}")) == (0, 2)
+    code, out, _ = _run(capsys, "compare", *files, "--study", study, "-n", 16)
+    assert code == 0
+    assert f"{outcome.objective}, 16 samples" in out
+    code, out, _ = _run(capsys, "export", files[1], tmp_path, "--to", "csv")
+    assert (code, len((tmp_path / "nfe03.csv").read_text().splitlines())) == (0, 4)
+    code, _, err = _run(capsys, "export", files[1], tmp_path, "--to", "diffusers")
+    assert (code, "has no such form" in err) == (2, True)
+    code, _, err = _run(capsys, "sample", files[1], "--study", study, "--out", tmp_path / "a.png")
+    assert (code, "a picture" in err) == (2, True)
+
+
+def test_a_schedule_of_another_kind_or_length_is_refused_in_one_line(finished, tmp_path, capsys):
+    kind, outcome = finished
+    file = outcome.out / "schedules" / "nfe03.json"
+    other = write_drawn(tmp_path, "particles" if kind == "masked" else "masked")
+    code, _, err = _run(capsys, "compare", file, file, "--study", other)
+    assert (code, err.count("\n"), "needs kind" in err) == (2, 1, True)
+    if kind == "masked":
+        given = ("--set", "model.given=1")
+        code, _, err = _run(capsys, "compare", file, file, "--study",
+                            write_drawn(tmp_path, "masked"), *given)  # fmt: skip
+        assert (code, "4 free ones" in err) == (2, True)
+
+
+def test_samples_with_a_picture_are_drawn(tmp_path, capsys):
+    settings = ("model.score='surprise'", "budget.candidates=16", "final.samples=16")
+    outcome = _search(tmp_path, "masked", tmp_path / "out", *settings)
+    assert (outcome.out / "samples.png").stat().st_size > 0
+    file = outcome.out / "schedules" / "nfe03.json"
+    study, picture = write_drawn(tmp_path, "masked"), tmp_path / "drawn.png"
+    more = ("--set", "model.score='surprise'", "--n", 3, "--out", picture)
+    code, _, err = _run(capsys, "sample", file, "--study", study, *more)
+    assert code == 0, err
+    assert picture.stat().st_size > 0
+
+
+def test_a_schedule_that_fails_is_a_row(tmp_path):
+    """An exception in one candidate is its status; the others are scored."""
+    evaluator = Evaluator.from_spec(evaluator_spec(load_study(write_drawn(tmp_path, "masked"))))
+    family = family_of(evaluator.problem)
+    fine = family.named(3)["uniform"]
+    long = type(fine).from_counts([2, 2, 2])
+    (chunk,) = family.chunks([fine, long], 2)
+    (task,) = chunk.tasks("x", 8, 8)
+    result = evaluator.run(task)
+    assert result.status == ("ok", "error")
+    assert "free positions" in result.message[1]
+
+
+def test_a_factory_of_something_else_is_told_what_a_problem_is(tmp_path):
+    study = write_drawn(tmp_path, "joint")
+    with pytest.raises(StudyError, match="returned Tensor: it must return a Problem, MaskedProb"):
+        Evaluator.from_spec(evaluator_spec(load_study(study)))
