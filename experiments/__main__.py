@@ -341,28 +341,74 @@ def import_(
         print("note: its first step needs the data mean: call with_constant(m) before sampling")
 
 
-@app.command(epilog="Example:  fewstep report runs/demo")
+@app.command(
+    epilog="Examples:  fewstep report runs/demo   |   "
+    "fewstep report nfe05.json --study experiments/digits.toml"
+)
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder of a search.", metavar="DIR")],
+    what: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a search, or a schedule file.", metavar="DIR|FILE", show_default=False
+        ),
+    ],
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            help="Study file: for a schedule file; for a folder whose model's module lies beside "
+            "the study file.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=2, help="Fresh samples of each score.")
+    ] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="PNG to write; default decisions.png, in the folder.",
+            show_default=False,
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--decisions/--no-decisions", help="Score decisions, or only tables.")
+    ] = True,
+    settings: Settings = None,
 ) -> None:
-    """Print the closing tables of a finished search again."""
-    import json
-
+    """Say what a search found, and which decisions of its schedules mattered at which step."""
+    from fewstep.experiments import reporting
+    from fewstep.search import decisions
     from fewstep.search import report as pages
-    from fewstep.search.final import Row
+    from fewstep.search.display import Terminal
 
-    try:
-        data = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        rows = [Row.from_dict(row) for row in data["rows"]]
-    except OSError:
-        raise StudyError(f"{out} holds no results.json: finish the search with --resume") from None
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise StudyError(
-            f"{out / 'results.json'} is damaged: write it anew with --resume"
-        ) from None
+    if out is not None and out.is_dir():
+        raise StudyError(f"--out {out} is a folder: name a PNG file")
     console = _console()
-    console.print(pages.named_table(rows))
-    console.print(pages.results_table(rows, data["objective"]))
+    folder = what if not what.is_file() else None
+    if folder is None:
+        found = reporting.of_file(what, study, settings or [], samples, Terminal())
+    else:
+        if settings:
+            raise StudyError("--set goes with a schedule file: a search's settings are its own")
+        rows, objective = reporting.rows_of(folder)
+        console.print(pages.named_table(rows))
+        console.print(pages.results_table(rows, objective))
+        if not explain:
+            return
+        found = reporting.of_folder(folder, rows, study, samples, Terminal())
+        if not found:
+            return
+    for explained in found:
+        console.print(decisions.decisions_table(explained))
+    picture = decisions.decisions_picture(out or (folder or Path()) / "decisions.png", found)
+    if folder is not None:
+        decisions.add_section(folder / "report.html", found, picture)
+    for explained in found:
+        for line in decisions.words(explained):
+            console.print(line, highlight=False, soft_wrap=True)
+    console.print(str(picture), highlight=False, soft_wrap=True)
 
 
 def _noise(text: str) -> dict[str, Any]:

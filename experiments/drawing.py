@@ -17,10 +17,7 @@ from fewstep.search import report
 from fewstep.search.config import StudyConfig
 from fewstep.search.evaluate import Evaluator
 from fewstep.search.family import family_of
-from fewstep.search.objective import ratio_interval
-from fewstep.search.pool import SerialPool
-from fewstep.search.run import evaluator_spec
-from fewstep.search.teacher import Teacher
+from fewstep.search.rescore import load_evaluator, rescore
 from fewstep.space.errors import StudyError
 
 COLUMNS = 8
@@ -80,46 +77,16 @@ def compare_scores(
         samples: how many samples.
         cache: folder of computed references.
     """
-    from fewstep.search.evaluate import assemble
-
-    spec = evaluator_spec(config)
-    evaluator = Evaluator.from_spec(spec)
-    family, objective = family_of(evaluator.problem), evaluator.objective
+    evaluator = load_evaluator(config)
+    listed = [schedule for _, schedule in schedules]
     for name, schedule in schedules:
-        family.check(schedule, name)
-    pool = SerialPool(spec, evaluator)
-    block = config.search.block[1]
-    seed = config.search.seed
-    reference = np.zeros((samples, 0))
-    if family.taught:
-        teacher = Teacher(evaluator.ode, config.teacher, pool, cache, seed=seed, block=block)
-        endpoints = teacher.reference("compare", samples).samples
-        pool.share("compare", endpoints)
-        reference = np.asarray(objective.measure(endpoints[None], endpoints)[0])
-    found = []
-    for name, schedule in schedules:
-        (chunk,) = family.chunks([schedule], 1)
-        parts = [evaluator.run(task) for task in chunk.tasks("compare", samples, block)]
-        (result,) = assemble(parts, objective, reference)
+        family_of(evaluator.problem).check(schedule, name)
+    scored = rescore(listed, evaluator, config, samples, cache, stream="compare")
+    objective, rows = evaluator.objective.name, []
+    for i, ((name, schedule), result) in enumerate(zip(schedules, scored.results, strict=True)):
         if result.measures is None:
             raise StudyError(f"{name} could not be scored: {result.status} ({result.message})")
-        found.append((name, schedule.nfe, result))
-    base = found[0][2]
-    rows = []
-    for name, nfe, result in found:
-        assert result.measures is not None
-        assert base.measures is not None
-        score = None
-        if not objective.per_sample:
-            score = lambda m, p: objective.score(m[p], reference[p])  # noqa: E731
-        interval = ratio_interval(
-            result.measures,
-            base.measures,
-            resamples=config.final.resamples,
-            seed=seed,
-            score=score,
-        )
         median = None if result.per_sample is None else float(np.median(result.per_sample))
-        ratio = result.score / base.score if base.score > 0 else 1.0
-        rows.append(Compared(objective.name, name, nfe, result.score, median, ratio, interval))
+        ratio, interval = scored.ratio(i, 0)
+        rows.append(Compared(objective, name, schedule.nfe, result.score, median, ratio, interval))
     return rows

@@ -224,6 +224,8 @@ def _clear(out: Path, log: Path) -> None:
         "report.html",
         "study.json",
         "cpr.json",
+        "decisions.json",
+        "decisions.png",
     )
     for name in names:
         (out / name).unlink(missing_ok=True)

@@ -130,7 +130,7 @@ def contact_sheet(
             -0.15, 0.5, label, transform=axes[r, 0].transAxes, ha="right", va="center", fontsize=8
         )
     figure.subplots_adjust(left=2.5 / (2.6 + 0.62 * count), right=0.995, top=0.99, bottom=0.01)
-    return _save(figure, path, dpi=110)
+    return save_figure(figure, path, dpi=110)
 
 
 def curves(
@@ -157,7 +157,7 @@ def curves(
         axis.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel(f"{objective} (search noise)")
     axes[0].legend(fontsize=8, frameon=False)
-    return _save(figure, path, dpi=110)
+    return save_figure(figure, path, dpi=110)
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
@@ -193,10 +193,11 @@ def pareto_picture(path: Path, rows: Sequence[Row], objective: str) -> Path:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize=8, frameon=False)
-    return _save(figure, path, dpi=110)
+    return save_figure(figure, path, dpi=110)
 
 
-def _save(figure: Any, path: Path, dpi: int) -> Path:
+def save_figure(figure: Any, path: Path, dpi: int) -> Path:
+    """Write a figure as a PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -183,6 +183,23 @@ class StepSpec(Frozen):
         """Order of the corrector: outputs it uses, the new one included."""
         return self.corrector_order or self.order + 1
 
+    def with_history(self, older: int, compensation_order: int) -> StepSpec:
+        """The step where it has only `older` points before the newest.
+
+        Order, corrector, start, weights and compensation are capped by them.
+        """
+        order = min(self.order, older + 1)
+        changes: dict[str, Any] = {"order": order, "start": min(self.start, older)}
+        changes["weights"] = self.weights[:older]
+        if self.slope_points is not None and self.slope_points >= order:
+            changes["slope_points"] = None
+        if self.corrector != "none":
+            changes["corrector_order"] = min(self.points_corrector, older + 2)
+            changes["corrector_slope_points"] = None
+        if older < compensation_order:
+            changes["compensation"] = 1.0
+        return self.model_copy(update=changes)
+
 
 class Timed(Frozen):
     """What schedules along a noise schedule share: the noise schedule and N+1 times.
@@ -359,19 +376,9 @@ class OdeSchedule(Timed):
         """
         _need(0 <= k < self.n_steps, f"step {k} is not one of {self.n_steps}")
         _need(self.nfe == self.n_steps, "a start in the middle needs steps of one call each")
-        steps = []
-        for i, step in enumerate(self.steps[k:]):
-            order = min(step.order, i + 1)
-            changes: dict[str, Any] = {"order": order, "start": min(step.start, i)}
-            changes["weights"] = step.weights[:i]
-            if step.slope_points is not None and step.slope_points >= order:
-                changes["slope_points"] = None
-            if step.corrector != "none":
-                changes["corrector_order"] = min(step.points_corrector, i + 2)
-                changes["corrector_slope_points"] = None
-            if i < self.compensation_order:
-                changes["compensation"] = 1.0
-            steps.append(step.model_copy(update=changes))
+        steps = [
+            step.with_history(i, self.compensation_order) for i, step in enumerate(self.steps[k:])
+        ]
         return self.model_copy(update={"times": self.times[k:], "steps": tuple(steps)})
 
     @property

@@ -1,6 +1,7 @@
 """The command line: one clear line for every mistake, and the commands for schedule files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from fewstep.experiments.__main__ import main
 from fewstep.space import load_schedule, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
-from tests.studies import STUDY, write_study
+from tests.studies import STUDY, fewstep, write_study
 
 
 def _run(capsys, *arguments):
@@ -154,6 +155,65 @@ def test_a_small_search_prints_its_cost_and_its_table(capsys, tmp_path):
     assert "network evaluations" in err
     assert "found / named" in out
     assert _run(capsys, "report", tmp_path / "out")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.raises(SystemExit):
+        main(["search", str(write_study(folder)), "--out", str(folder / "out"), "-q"])
+    return folder / "out"
+
+
+def test_report_says_which_decisions_mattered_and_keeps_it(capsys, searched):
+    code, text, _ = _run(capsys, "report", searched, "-n", 8)
+    assert code == 0
+    assert "found / named" in text
+    assert "on 8 fresh samples" in text
+    assert (searched / "decisions.png").stat().st_size > 0
+    kept = (searched / "decisions.json").read_bytes()
+    assert _run(capsys, "report", searched, "-n", 8)[1] == text
+    assert (searched / "decisions.json").read_bytes() == kept
+    assert (searched / "report.html").read_text().count('<section id="decisions">') == 1
+    assert "on 12 fresh samples" in _run(capsys, "report", searched, "--samples", 12)[1]
+    assert "decision" not in _run(capsys, "report", searched, "--no-decisions")[1]
+
+
+def test_report_of_a_schedule_file_needs_its_study(capsys, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = write_study(tmp_path)
+    picture = tmp_path / "deep" / "p.png"
+    code, text, _ = _run(capsys, "report", file, "--study", study, "-n", 8, "-o", picture)
+    assert code == 0
+    assert "s: the error is" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "--study" in _fails(capsys, "report", file)
+    assert "is a folder" in _fails(capsys, "report", file, "--study", study, "-o", tmp_path)
+    assert "another" in _fails(capsys, "report", file, "--study", study, "--set", "model.edm=true")
+    assert "samples" in _fails(capsys, "report", file, "--study", study, "-n", 1)
+
+
+def test_report_of_a_damaged_folder_is_one_line(capsys, searched, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(searched, out)
+    (out / "decisions.json").unlink(missing_ok=True)
+    assert "--set goes with" in _fails(capsys, "report", out, "--set", "search.seed=1")
+    (out / "schedules" / "nfe03.json").unlink()
+    assert "no such file" in _fails(capsys, "report", out)
+    (out / "study.json").write_text("{")
+    assert "study.json is absent or damaged" in _fails(capsys, "report", out)
+    (out / "results.json").write_text("[]")
+    assert "results.json is damaged" in _fails(capsys, "report", out)
+
+
+def test_a_folder_whose_model_lies_beside_the_study_asks_for_it(searched):
+    (searched / "decisions.json").unlink(missing_ok=True)
+    alone = fewstep("report", str(searched), "-n", "8", cwd=searched)
+    assert alone.returncode == 2
+    assert alone.stderr.count("\n") == 1
+    assert "--study" in alone.stderr
+    study = str(searched.parent / "study.toml")
+    assert fewstep("report", ".", "--study", study, "-n", "8", cwd=searched).returncode == 0
 
 
 def test_help_answers_without_the_search_libraries(capsys):

@@ -1,0 +1,122 @@
+"""Schedules scored side by side, in this process, on the same samples: paired comparisons.
+
+The evaluator, the noise, the conditions and the teacher are the search's own, so on the stream
+"fresh" with the search's block a score is the one that its results name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.search.config import StudyConfig
+from fewstep.search.display import Display, Silent
+from fewstep.search.evaluate import Evaluator, Result, TaskResult, assemble
+from fewstep.search.family import family_of
+from fewstep.search.objective import Array, Objective, ratio_interval
+from fewstep.search.pool import SerialPool
+from fewstep.search.run import evaluator_spec
+from fewstep.search.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Results of several schedules on the same samples.
+
+    Args:
+        results: in the order of the schedules.
+        reference: the teacher's measures.
+        objective: what was measured.
+        resamples: bootstrap resamples of an interval.
+        seed: of the resampling.
+    """
+
+    results: list[Result]
+    reference: Array
+    objective: Objective
+    resamples: int
+    seed: int
+
+    def ratio(self, a: int, b: int) -> tuple[float, tuple[float, float]]:
+        """score(a) / score(b) and its 95% interval, paired; inf where `a` failed."""
+        one, other = self.results[a], self.results[b]
+        if one.measures is None or other.measures is None:
+            return float("inf"), (float("inf"), float("inf"))
+        score = None
+        if not self.objective.per_sample:
+            score = lambda m, p: self.objective.score(m[p], self.reference[p])  # noqa: E731
+        interval = ratio_interval(
+            one.measures, other.measures, resamples=self.resamples, seed=self.seed, score=score
+        )
+        return (one.score / other.score if other.score > 0 else 1.0), interval
+
+
+def rescore(
+    schedules: Sequence[Any],
+    evaluator: Evaluator,
+    config: StudyConfig,
+    samples: int,
+    cache: Path,
+    *,
+    stream: str,
+    held: int | None = None,
+    display: Display | None = None,
+) -> Rescored:
+    """Score schedules of any NFE and kind with a study's model and objective.
+
+    Args:
+        schedules: what to score.
+        evaluator: the study's, see `load_evaluator`.
+        config: the study.
+        samples: how many samples.
+        cache: folder of computed references.
+        stream: which noise.
+        held: take the first `samples` of a reference of this many, which the cache may hold; None
+            is `samples`.
+        display: shows network evaluations done.
+
+    Raises:
+        FewstepError: a schedule of another noise schedule, or a model that gives nothing finite.
+    """
+    display = display or Silent()
+    family, objective, seed = family_of(evaluator.problem), evaluator.objective, config.search.seed
+    members, block = config.search.block
+    pool = SerialPool(evaluator_spec(config), evaluator)
+    held = samples if held is None else max(held, samples)
+    weight = family.per_sample
+    total = weight * samples * sum(s.nfe for s in schedules)
+    work = family.chunks(schedules, members)
+    reference = np.zeros((samples, 0))
+    if family.taught:
+        teacher = Teacher(evaluator.ode, config.teacher, pool, cache, seed=seed, block=block)
+        display.total(teacher.cost(held) + total)
+        display.stage(f"teacher, {config.teacher.nfe} calls")
+        endpoints = teacher.reference(stream, held, display.advance).samples[:samples]
+        pool.share(stream, endpoints)
+        reference = np.asarray(objective.measure(endpoints[None], endpoints)[0].cpu())
+    else:
+        display.total(total)
+    display.stage(f"{len(schedules)} schedules")
+    found: dict[int, Result] = {}
+    for chunk in work:
+        parts: list[TaskResult] = []
+        for task in chunk.tasks(stream, samples, block):
+            pool.submit(task)
+            parts.append(pool.collect()[1])
+            display.advance(weight * task.candidates * (task.stop - task.start) * chunk.nfe)
+        found |= dict(zip(chunk.members, assemble(parts, objective, reference), strict=True))
+    results = [found[i] for i in range(len(schedules))]
+    return Rescored(results, reference, objective, config.final.resamples, seed)
+
+
+def load_evaluator(config: StudyConfig) -> Evaluator:
+    """The study's model and objective, in this process.
+
+    Raises:
+        StudyError: a model that cannot be loaded.
+    """
+    return Evaluator.from_spec(evaluator_spec(config))
