@@ -174,7 +174,8 @@ class OdeDomain:
     def place(self, first: str, steps: Sequence[StepSpec] = ()) -> Place:
         """Where the step after `steps` stands."""
         calls = self.nfe + (first != "network") - sum(_calls(step) for step in steps)
-        return Place(len(steps), calls, *self._infinite_ends)
+        reused = bool(steps) and steps[-1].corrector == "reuse"
+        return Place(len(steps), calls, *self._infinite_ends, reused)
 
     def from_params(self, values: Mapping[str, Any]) -> OdeSchedule:
         """The member nearest to any values.

@@ -30,6 +30,7 @@ PRIOR: dict[str, dict[Value, float]] = {
     "corrector": {"none": 0.45, "reuse": 0.45, "reeval": 0.1},
     "basis": {"lam": 0.4, "adams": 0.2, "t": 0.2, "rho": 0.2, "power": 0.2},
     "relaxation": {"none": 0.4, "linear": 0.2},
+    "start": {0: 0.6, 1: 0.3},
     "first": {"network": 0.3, "zero": 0.3, "mean": 0.4},
 }
 # Probability, per step, that a decision is proposed anew ("lam": moved; "relocate": one time of
@@ -48,7 +49,7 @@ RATES: dict[str, float] = {
     "first": 0.3,
 }
 COEFFICIENT_STEP = 0.03  # standard deviation of a move of c, USF's
-_TIED = ("order", "slope", "relaxation", "coefficient")  # a derivative estimate is inherited whole
+_TIED = ("order", "slope", "relaxation", "coefficient", "start")  # inherited whole
 
 
 @cache
@@ -199,7 +200,7 @@ def crossover(
 
 def _key(name: str) -> str:
     stem, _ = split(name)
-    return "order" if stem in _TIED else "corrector" if stem == "corrector_relaxation" else stem
+    return "order" if stem in _TIED else "corrector" if stem.startswith("corrector") else stem
 
 
 def neighbours(

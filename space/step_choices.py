@@ -1,13 +1,13 @@
 """The choices of one solver step, as named parameters with a canonical form.
 
-A step's fields are not independent: relaxations act in the lam basis only, a slope of fewer points
-needs order 3, order 1 without a corrector is DDIM in every formulation. `settle` maps any
-combination to the valid, canonical step nearest to it (fields that do not matter are neutral),
-`active` lists the parameters that matter for a canonical step. So every combination of values
-means a schedule, equal steps are equal values, and a search never meets a crash. Identities used:
-order 1 is DDIM in every formulation and basis; EDM's Heun is the order-1 predictor with the
-order-2 corrector of the rho basis, evaluated again (USF, arXiv 2312.07243 section 3, names that
-corrector "implicit").
+A step's fields are not independent: relaxations act in the lam basis only, a slope of fewer
+points needs order 3, order 1 without a corrector is DDIM in the data and in the noise form (but
+after a reuse corrector, see `corrector_orders`). `settle` maps any combination to the valid,
+canonical step nearest to it (fields that do not matter are neutral), `active` lists the parameters
+that matter for a canonical step. So every combination of values means a schedule, equal steps are
+equal values, and a search never meets a crash. Identities used: order 1 is DDIM in every basis;
+EDM's Heun is the order-1 predictor with the order-2 corrector of the rho basis, evaluated again
+(USF, arXiv 2312.07243 section 3, names that corrector "implicit").
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from fewstep.space import refusals
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import StepSpec
 
@@ -68,17 +69,21 @@ class Place:
         calls: calls that remain for this step and the following ones, >= 1.
         clean_end: the schedule ends on clean data (lam = inf).
         pure_start: the schedule starts at alpha = 0 (lam = -inf).
+        corrected: the step before reuses its call for a corrector, so the state here is not the
+            one the network saw: D and eps no longer recombine to it.
     """
 
     index: int
     calls: int
     clean_end: bool = False
     pure_start: bool = False
+    corrected: bool = False
 
     def after(self, step: StepSpec) -> Place:
         """Where the next step stands."""
         calls = self.calls - (2 if step.corrector == "reeval" else 1)
-        return Place(self.index + 1, calls, self.clean_end, self.pure_start)
+        reused = step.corrector == "reuse"
+        return Place(self.index + 1, calls, self.clean_end, self.pure_start, reused)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,11 @@ class StepChoices:
         weights: number of extra weights on older outputs.
         weights_bound: their largest absolute value.
         compensation_order: older points a compensation other than 1 needs.
+        starts: how many points back a step may start, 0..3: singlestep methods (orders from 2 on,
+            not in the adams basis, which is uniform from the newest point).
+        corrector_orders: whether correctors are as free as USF's: a corrector chooses its points
+            and those of its first derivative (otherwise order + 1), and after a reuse corrector a
+            step of order 1 its formulation (otherwise data).
     """
 
     orders: tuple[int, ...] = (1, 2, 3, 4)
@@ -121,8 +131,12 @@ class StepChoices:
     weights: int = 0
     weights_bound: float = 0.5
     compensation_order: int = 2
+    starts: int = 0
+    corrector_orders: bool = False
 
     def __post_init__(self) -> None:
+        if self.starts not in (0, 1, 2, 3):
+            raise ScheduleError(f"domain: starts {self.starts!r} must be 0 (newest only) to 3")
         for name, allowed in _OPTIONS.items():
             given = getattr(self, name)
             if not given:
@@ -175,7 +189,7 @@ class StepChoices:
             basis = "t" if "t" in self.bases else "adams"
         if place.clean_end and last_call:
             order = 1
-        if basis == "adams" and corrector != "none":
+        if basis == "adams" and corrector != "none" and not self.corrector_orders:
             order = min(order, 3)  # Adams-Moulton weights end at 4 points
         if place.pure_start:
             formulation, basis, order = _from_pure_noise(formulation, basis, order, i)
@@ -195,10 +209,11 @@ class StepChoices:
             fields |= {"formulation": formulation, "basis": basis}
         if basis == "lam" and order > 1:
             fields |= self._relaxed(values, order)
-        if basis == "lam" and corrector != "none":
-            name = str(values.get("corrector_relaxation", "none"))
-            open_ = name in CORRECTOR_RELAXATIONS and (name in self.relaxations)
-            fields["corrector_relaxation"] = name if open_ else "none"
+        if corrector != "none":
+            fields |= self._corrected(values, place, order, formulation, basis)
+        start = min(round(float(values.get("start", 0))), self._oldest_start(order, basis, place))
+        if start > 0:
+            fields["start"] = start
         for name, low, high in self.extras:
             if self._extra_open(name, fields, place):
                 neutral = StepSpec.model_fields[name].default
@@ -212,7 +227,10 @@ class StepChoices:
             extra = tuple(
                 min(max(float(values.get(f"weight{k}", 0.0)), -bound), bound) for k in range(count)
             )
-            fields["weights"] = extra if any(extra) else ()
+            if any(extra):
+                fields |= {"weights": extra, "formulation": formulation}
+        if place.corrected and self.corrector_orders:
+            fields["formulation"] = formulation
         return _step(tuple(fields.items()))
 
     def _relaxed(self, values: Mapping[str, Any], order: int) -> dict[str, Any]:
@@ -232,6 +250,31 @@ class StepChoices:
             fields["slope_points"] = slope
         return fields | {"relaxation": name}
 
+    def _corrected(
+        self, values: Mapping[str, Any], place: Place, order: int, formulation: str, basis: str
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        points = order + 1
+        if self.corrector_orders:
+            wanted = values.get("corrector_order")
+            points = points if wanted is None else round(float(wanted))
+            points = min(max(points, 2), _most_points(formulation, basis, place))
+            fields |= {"corrector_order": points} if points != order + 1 else {}
+        if basis == "lam":
+            name = str(values.get("corrector_relaxation", "none"))
+            open_ = name in CORRECTOR_RELAXATIONS and (name in self.relaxations)
+            fields["corrector_relaxation"] = name if open_ else "none"
+            slope = round(float(values.get("corrector_slope", 0)))
+            if self.corrector_orders and self.slopes and 1 <= slope <= points - 2:
+                fields["corrector_slope_points"] = slope
+        return fields
+
+    def _oldest_start(self, order: int, basis: str, place: Place) -> int:
+        """Points back from which the step may start; never the one at alpha = 0."""
+        if order == 1 or basis == "adams":
+            return 0
+        return min(self.starts, place.index - place.pure_start)
+
     def _extra_open(self, name: str, fields: Mapping[str, Any], place: Place) -> bool:
         if name == "compensation":
             return place.index >= self.compensation_order
@@ -249,18 +292,27 @@ class StepChoices:
             yield "order", step.order
         if place.calls > 1 and len(self.correctors) > 1:
             yield "corrector", step.corrector
+        if step.corrector != "none" and self.corrector_orders and place.index > 0:
+            yield "corrector_order", step.points_corrector
+        if len(self.formulations) > 1 and self._formulated(step, place):
+            yield "formulation", step.formulation
         if step.order > 1 or step.corrector != "none":
-            if len(self.formulations) > 1:
-                yield "formulation", step.formulation
             if len(self.bases) > 1:
                 yield "basis", step.basis
             if step.basis == "lam":
                 yield from self._active_in_lam(step)
+        if self._oldest_start(step.order, step.basis, place) > 0:
+            yield "start", step.start
         for name, _, _ in self.extras:
             if self._extra_open(name, {"basis": step.basis}, place):
                 yield name, getattr(step, name)
         for k in range(min(self.weights, place.index)):
             yield f"weight{k}", step.weights[k] if step.weights else 0.0
+
+    def _formulated(self, step: StepSpec, place: Place) -> bool:
+        """Whether the step's formulation is chosen."""
+        plain = step.order == 1 and step.corrector == "none" and not any(step.weights)
+        return not plain or (place.corrected and self.corrector_orders)
 
     def _active_in_lam(self, step: StepSpec) -> Iterator[tuple[str, Value]]:
         if step.order > 1 and len(self.relaxations) > 1:
@@ -271,6 +323,12 @@ class StepChoices:
             yield "slope", step.slope_points or 0
         if step.corrector != "none" and len(self._corrector_relaxations) > 1:
             yield "corrector_relaxation", step.corrector_relaxation
+        if step.corrector != "none" and self._corrector_slopes and step.points_corrector > 2:
+            yield "corrector_slope", step.corrector_slope_points or 0
+
+    @property
+    def _corrector_slopes(self) -> bool:
+        return self.corrector_orders and self.slopes
 
     @property
     def _corrector_relaxations(self) -> tuple[str, ...]:
@@ -282,7 +340,7 @@ class StepChoices:
 
     def parameters(self, i: int) -> Iterator[Parameter]:
         """Every parameter step i may have, in a fixed order."""
-        top = self._top(i)
+        top, corrects = self._top(i), set(self.correctors) != {"none"}
         if top > 1:
             yield Parameter(f"order_{i}", "int", 1, top, neutral=1)
         for field, options in (
@@ -292,6 +350,8 @@ class StepChoices:
         ):
             if len(options) > 1:
                 yield Parameter(f"{field}_{i}", "choice", choices=options, neutral=options[0])
+            if field == "corrector" and corrects and self.corrector_orders and i > 0:
+                yield Parameter(f"corrector_order_{i}", "int", 2, min(5, i + 2), neutral=2)
         if "lam" in self.bases:
             if top > 1 and len(self.relaxations) > 1:
                 yield Parameter(
@@ -302,11 +362,15 @@ class StepChoices:
                 yield Parameter(f"coefficient_{i}", "float", -bound, bound)
             if top > 2 and self.slopes:
                 yield Parameter(f"slope_{i}", "int", 0, top - 2, neutral=0)
-            if set(self.correctors) != {"none"} and len(self._corrector_relaxations) > 1:
+            if corrects and len(self._corrector_relaxations) > 1:
                 choices = self._corrector_relaxations
                 yield Parameter(
                     f"corrector_relaxation_{i}", "choice", choices=choices, neutral="none"
                 )
+            if corrects and self._corrector_slopes and i > 0:
+                yield Parameter(f"corrector_slope_{i}", "int", 0, min(3, i), neutral=0)
+        if self.starts and top > 1 and set(self.bases) != {"adams"}:
+            yield Parameter(f"start_{i}", "int", 0, min(self.starts, i), neutral=0)
         for name, low, high in self.extras:
             if name == "compensation" and i < self.compensation_order:
                 continue
@@ -319,73 +383,8 @@ class StepChoices:
             yield Parameter(f"weight{k}_{i}", "float", -self.weights_bound, self.weights_bound)
 
     def refuses(self, step: StepSpec, place: Place) -> str | None:
-        """Why a step is outside these choices, or None.
-
-        Written apart from `settle`, so that each checks the other.
-        """
-        if step.order not in self.orders:
-            return f"order {step.order} is not among {self.orders}"
-        if step.corrector not in self.correctors:
-            return f"corrector {step.corrector!r} is not among {self.correctors}"
-        if step.corrector != "none" and step.points_corrector != step.order + 1:
-            return f"corrector_order {step.corrector_order} is not order + 1"
-        matters = step.order > 1 or step.corrector != "none"
-        if matters and step.formulation not in self.formulations:
-            return f"formulation {step.formulation!r} is not among {self.formulations}"
-        if matters and step.basis not in self.bases:
-            return f"basis {step.basis!r} is not among {self.bases}"
-        if matters and step.formulation == "velocity" and step.basis not in ("t", "adams"):
-            return f"formulation velocity has no basis {step.basis}"
-        if step.basis == "adams" and step.corrector != "none" and step.order > 3:
-            return "the adams basis has no corrector of 5 points"
-        in_lam = matters and step.basis == "lam"
-        if in_lam and step.order > 1 and step.relaxation not in self.relaxations:
-            return f"relaxation {step.relaxation!r} is not among {self.relaxations}"
-        if (
-            in_lam
-            and step.relaxation == "linear"
-            and abs(step.relaxation_coefficient) > self.coefficient_bound
-        ):
-            return f"{step.relaxation_coefficient=} is beyond {self.coefficient_bound}".replace(
-                "step.", ""
-            )
-        if (
-            in_lam
-            and step.slope_points is not None
-            and step.slope_points < step.order - 1
-            and not self.slopes
-        ):
-            return "slope_points is not open"
-        if (
-            in_lam
-            and step.corrector != "none"
-            and step.corrector_relaxation not in self._corrector_relaxations
-        ):
-            return f"corrector_relaxation {step.corrector_relaxation!r} is not open"
-        return self._refuses_fixed(step, place)
-
-    def _refuses_fixed(self, step: StepSpec, place: Place) -> str | None:
-        for name in ("start", "tableau", "eta"):
-            if getattr(step, name) != StepSpec.model_fields[name].default:
-                return f"{name} is {getattr(step, name)!r}, which is not searched"
-        bounds = {name: (low, high) for name, low, high in self.extras}
-        for name in ("compensation", "dt_query", "dt_start", "dt_land", "guidance"):
-            value, neutral = getattr(step, name), StepSpec.model_fields[name].default
-            low, high = bounds.get(name, (neutral, neutral))
-            if value != neutral and (name not in bounds or not low <= value <= high):
-                return f"{name} {value} is not open or outside its bounds"
-        if len(step.weights) > self.weights or any(
-            abs(w) > self.weights_bound for w in step.weights
-        ):
-            return f"weights {step.weights} are not open or outside +-{self.weights_bound}"
-        if (
-            place.pure_start
-            and place.index == 0
-            and step.corrector != "none"
-            and step.basis not in ("lam", "adams")
-        ):
-            return f"basis {step.basis} cannot start at alpha = 0"
-        return None
+        """Why a step is outside these choices, or None; see `space.refusals`."""
+        return refusals.refuses(self, step, place)
 
 
 @lru_cache(maxsize=8192)
@@ -394,17 +393,25 @@ def _step(fields: tuple[tuple[str, Any], ...]) -> StepSpec:
     return StepSpec(**dict(fields))
 
 
+def _most_points(formulation: str, basis: str, place: Place) -> int:
+    """Points the corrector of a step can use."""
+    if basis == "adams":
+        return min(4, place.index + 2)
+    if place.pure_start and basis in ("t", "rho", "power") and formulation != "velocity":
+        return min(5, place.index + 1)
+    return min(5, place.index + 2)
+
+
 def _from_pure_noise(formulation: str, basis: str, order: int, i: int) -> tuple[str, str, int]:
     """What a start at alpha = 0 allows.
 
-    No noise form at step 0, and no t or rho interpolation through that point.
+    No noise form at step 0, and no t or rho interpolation through that point; in the velocity
+    form, integrated in t, everything there is finite.
     """
+    if formulation == "velocity":
+        return formulation, basis, order
     if i == 0:
-        return (
-            ("data" if formulation == "noise" else formulation),
-            ("lam" if basis in ("t", "rho", "power") else basis),
-            1,
-        )
+        return "data", ("lam" if basis in ("t", "rho", "power") else basis), 1
     return formulation, basis, (min(order, i) if basis in ("t", "rho", "power") else order)
 
 
@@ -421,4 +428,5 @@ def step_values(step: StepSpec) -> dict[str, Any]:
     """A step's fields under the parameters' names, for `StepChoices.settle`."""
     values: dict[str, Any] = {name: getattr(step, name) for name in StepSpec.model_fields}
     values |= {"coefficient": step.relaxation_coefficient, "slope": step.slope_points or 0}
+    values |= {"corrector_slope": step.corrector_slope_points or 0}
     return values | {f"weight{k}": w for k, w in enumerate(step.weights)}

@@ -138,7 +138,7 @@ def _dpm(method: str, noise, times, case) -> OdeSchedule:
     else:
         options = {}
     if case.get("step_kind") == "singlestep":
-        return _singlestep(formulation, noise, times, case["order"])
+        return singlestep(formulation, noise, times, case["order"])
     taylor = case.get("solver_type") in ("taylor", "heun")
     second = case.get("second_difference_factor", 1) == 2
     spec = (
@@ -150,7 +150,7 @@ def _dpm(method: str, noise, times, case) -> OdeSchedule:
     return schedule.model_copy(update={"options": options})
 
 
-def _singlestep(formulation: str, noise, times, order: int) -> OdeSchedule:
+def singlestep(formulation: str, noise, times, order: int) -> OdeSchedule:
     """Blocks of 1, 2 or 3 calls; a block's later steps start from its first point."""
     n = len(times) - 1
     blocks = [order] * (n // order) + ([n % order] if n % order else [])

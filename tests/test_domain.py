@@ -1,14 +1,20 @@
 """The search space: every move stays inside, every view inverts every other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
+from fewstep.experiments.importing import import_usf
 from fewstep.space import OdeSchedule, StepSpec
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import EDM, RectifiedFlow, VPCosine, VPDiscrete, VPLinear
 from fewstep.space.step_choices import StepChoices
+from tests.oracles import REFERENCE
+from tests.replay import singlestep
 
 NOISES = [
     VPLinear(),
@@ -30,6 +36,13 @@ EVERYTHING = StepChoices(
     ),
     weights=2,
 )
+USF = StepChoices(starts=3, corrector_orders=True)
+SPACES = {
+    "default": StepChoices(),
+    "usf": USF,
+    "open": replace(EVERYTHING, extras=EVERYTHING.extras[4:], starts=2, corrector_orders=True),
+    "no-slopes": replace(USF, slopes=False, starts=1),
+}
 
 
 def name(noise: object) -> str:
@@ -264,3 +277,159 @@ def test_unknown_choices_are_refused():
         StepChoices(bases=("cosine",))
     with pytest.raises(ScheduleError, match="must hold 1"):
         StepChoices(orders=(2, 3))
+
+
+# --- starts of older points, and correctors as free as USF's -----------------------------------
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("nfe", [2, 6])
+def test_wider_spaces_keep_every_promise(noise, nfe, space):
+    domain = OdeDomain(noise, nfe, SPACES[space], first=("network", "zero"))
+    distributions, order = domain.distributions(), [p.name for p in domain.parameters]
+    for schedule in population(domain, seed=3, count=3):
+        assert domain.contains(schedule) is None
+        assert schedule.program.nfe == nfe
+        params = domain.params(schedule)
+        assert domain.from_params(params) == schedule
+        assert domain.decode(domain.encode(schedule)) == schedule
+        assert list(params) == [n for n in order if n in params]
+        for key, value in params.items():
+            assert distributions[key]._contains(distributions[key].to_internal_repr(value))
+
+
+def test_moves_reach_every_start_and_every_corrector_order():
+    domain = OdeDomain(VPLinear(), 8, USF)
+    members = population(domain, count=60)
+    steps = [step for s in members for step in s.steps]
+    assert {s.start for s in steps} == {0, 1, 2, 3}
+    assert all(s.order > 1 and s.basis != "adams" for s in steps if s.start)
+    corrected = {s.points_corrector - s.order for s in steps if s.corrector != "none"}
+    assert corrected >= {-2, -1, 0, 1, 2}
+    assert {s.corrector_slope_points for s in steps} >= {None, 1, 2}
+    one = domain.sample(np.random.default_rng(4))
+    near = [domain.params(s) for s in domain.neighbours(one)]
+    here = domain.params(one)
+    for name in here:
+        if name.startswith(("start", "corrector_order", "corrector_slope")):
+            assert any(p.get(name, here[name]) != here[name] for p in near)
+
+
+def test_a_space_that_is_not_opened_is_what_it_was():
+    """Closed decisions add no parameter, so encodings and random streams stay."""
+    for noise in NOISES:
+        names = {p.name.rpartition("_")[0] for p in OdeDomain(noise, 6).parameters}
+        assert not names & {"start", "corrector_order", "corrector_slope"}
+    opened = OdeDomain(VPLinear(), 6, USF).parameters
+    closed = OdeDomain(VPLinear(), 6).parameters
+    assert [p for p in opened if p in closed] == list(closed)
+
+
+FIELDS = {
+    "order": (1, 2, 3, 4),
+    "formulation": ("data", "noise", "velocity"),
+    "basis": ("lam", "t", "rho", "adams", "power"),
+    "relaxation": ("none", "bh1", "bh2", "exp", "half_second", "linear"),
+    "slope_points": (None, 1, 2),
+    "start": (0, 1, 2, 3),
+    "corrector": ("none", "reuse", "reeval"),
+    "corrector_order": (None, 2, 3, 4, 5),
+    "corrector_relaxation": ("none", "bh1", "exp"),
+    "corrector_slope_points": (None, 1, 2),
+    "weights": ((), (0.1,)),
+    "dt_query": (0.0, 1e-5),
+    "eta": (0.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_what_is_called_a_member_is_the_same_sampler_in_canonical_form(noise, space):
+    """`refuses` against `settle`: any step at all is refused, or settling it changes nothing."""
+    wide = OdeDomain(noise, 5, SPACES["open"], first=("network", "zero"))
+    domain = OdeDomain(noise, 5, SPACES[space], first=("network", "zero"))
+    rng = np.random.default_rng(0)
+    told = {True: 0, False: 0}
+    for k in range(100):
+        schedule = (domain if k % 2 else wide).sample(rng)
+        i = rng.integers(schedule.n_steps)
+        names = rng.choice(list(FIELDS), size=rng.integers(3), replace=False)
+        change = {n: FIELDS[n][rng.integers(len(FIELDS[n]))] for n in names}
+        try:
+            steps = list(schedule.steps)
+            steps[i] = steps[i].model_copy(update=change)
+            schedule = schedule.model_copy(update={"steps": tuple(steps)})
+            program = schedule.program
+        except ScheduleError:
+            continue  # no schedule at all
+        member = domain.contains(schedule) is None
+        told[member] += 1
+        if member:
+            canonical = domain.canonical(schedule)
+            canonical.program.require_equal(program, 1e-6)
+            assert domain.canonical(canonical) == canonical
+    assert min(told.values()) > 5
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (StepSpec(order=2, start=2), "beyond starts = 1"),
+        (StepSpec(order=1, start=1), "newest output unused"),
+        (StepSpec(order=2, start=1, basis="adams", formulation="noise"), "no adams weights"),
+        (StepSpec(order=4, basis="adams", corrector="reuse"), "no corrector of 5 points"),
+        (StepSpec(order=3, corrector="reuse", corrector_slope_points=1), "slopes is false"),
+        (StepSpec(order=2, formulation="velocity"), "velocity"),
+    ],
+)
+def test_what_stays_outside_wider_spaces_says_why(step, reason):
+    domain = OdeDomain(VPLinear(), 5, SPACES["no-slopes"])
+    base = baseline("ddim/time", domain.noise, 5)
+    steps = (*base.steps[:3], step, base.steps[4])
+    assert reason in str(domain.contains(base.model_copy(update={"steps": steps})))
+
+
+def test_order_one_after_a_reuse_corrector_has_a_formulation():
+    """There D and eps do not recombine to the corrected state: data and noise form differ."""
+    noise = VPLinear()
+    base = baseline("ddim/logsnr", noise, 4)
+    steps = [StepSpec(corrector="reuse"), StepSpec(formulation="noise"), *base.steps[2:]]
+    schedule = base.model_copy(update={"steps": tuple(steps)})
+    assert "after a reuse corrector" in str(OdeDomain(noise, 4).contains(schedule))
+    domain = OdeDomain(noise, 4, USF)
+    assert domain.params(schedule)["formulation_1"] == "noise"
+    domain.canonical(schedule).program.require_equal(schedule.program, 1e-8)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("formulation", ["data", "noise"])
+def test_singlestep_solvers_are_members_where_starts_are_open(formulation, order):
+    noise = VPLinear()
+    times = baseline("ddim/logsnr", noise, 6).times
+    schedule = singlestep(formulation, noise, times, order)
+    domain = OdeDomain(noise, 6, StepChoices(starts=order - 1))
+    canonical = domain.canonical(schedule)
+    canonical.program.require_equal(schedule.program, 1e-8)
+    assert max(s.start for s in canonical.steps) == order - 1
+    assert "start" in str(OdeDomain(noise, 6).contains(schedule))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REFERENCE / "usf_schedules").glob("*.json")), ids=lambda p: p.stem
+)
+def test_every_published_usf_schedule_is_a_member_of_usfs_space(path):
+    schedule = import_usf(path, v3="identity")
+    noise, end = schedule.noise, schedule.times[-1]
+    domain = OdeDomain(
+        noise,
+        schedule.nfe,
+        StepChoices(corrector_orders=True),
+        first=("network", "zero", "mean"),
+        start_band=(0.9 * noise.t_range[0], noise.t_range[0]),
+        end_band=(end - 1e-3 * abs(end) - 1e-5, 1.5 * end + 1e-2),
+        min_gap=0.005,
+        constant=torch.zeros(1),
+    )
+    canonical = domain.canonical(schedule)
+    canonical.program.require_equal(schedule.program, 1e-7)  # times on the grid of 1e-9 in lam
+    assert domain.canonical(canonical) == canonical
+    assert domain.decode(domain.encode(canonical)) == canonical
