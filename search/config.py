@@ -95,6 +95,8 @@ class SearchTable(_Table):
         ladder: whether an NFE's strategy also sees the results of the NFEs searched before it.
         lag: generation g sees the results of generations up to g - lag; 1 waits for each, 2 keeps
             one in flight.
+        warm: schedule files of any number of calls, relative to the study file, that join the
+            first candidates (`search.warm`).
         seed: of the noise of the samples and of the strategy.
         samples: samples a candidate is scored on.
         race: smaller numbers of samples, ascending, at which the losers of a paired test against
@@ -113,6 +115,7 @@ class SearchTable(_Table):
     generation: Annotated[int, Field(ge=1)] = 32
     ladder: bool = True
     lag: Annotated[int, Field(ge=1)] = 1
+    warm: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0)] = 0
     samples: Annotated[int, Field(ge=2)] = 256
     race: tuple[Annotated[int, Field(ge=8)], ...] = ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,10 +36,11 @@ from fewstep.search.refining import HELD, TRAIN, refine_cost, refine_rungs
 from fewstep.search.results import write_results
 from fewstep.search.rung import SEARCH, Progress, Rung, best_so_far
 from fewstep.search.scoring import Scorer
-from fewstep.search.strategies import Strategy
+from fewstep.search.strategies import Proposal, Strategy
 from fewstep.search.study import TrialTable, open_storage, study_name
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
+from fewstep.search.warm import load_warm, warm_start
 from fewstep.space.errors import StudyError
 from fewstep.space.protocol import Domain
 
@@ -123,6 +125,7 @@ class _Search:
         self._begun = time.monotonic() - record.elapsed
         self._references: dict[str, Array] = {}
         self._endpoints: dict[str, Tensor] = {}
+        self._warm: dict[int, list[Proposal]] = {}
 
     def clock(self) -> float:
         """Seconds the search has run, earlier sessions included."""
@@ -138,6 +141,9 @@ class _Search:
         strategies = {nfe: make_strategy(config, domain) for nfe, domain in domains.items()}
         per_call = _speed(evaluator, config, family)
         solvers = {nfe: family.named(nfe) for nfe in config.search.nfe}
+        begin = [nfe for nfe in config.search.nfe if self._first_time(nfe)]
+        files = load_warm(config, family) if begin else {}
+        self._warm = {n: warm_start(files, domains[n], solvers[n].values()) for n in begin}
         storage = open_storage(config.search.storage, self.out)
         tracker: Tracker = NoTracker()
         if config.tracking.enabled:
@@ -226,7 +232,10 @@ class _Search:
             )
             return
         if config.base_strategy is None:
-            candidates = {nfe: min(n, len(solvers)) for nfe, n in candidates.items()}
+            candidates = {
+                nfe: min(n, len(solvers) + len(self._warm.get(nfe, ())))
+                for nfe, n in candidates.items()
+            }
         trials = config.search.samples * sum(nfe * n for nfe, n in candidates.items())
         total = weight * trials + reference + verdict + self._refining()
         self.display.total(total)
@@ -302,7 +311,10 @@ class _Search:
                 limit=None if limits is None else limits[nfe],
                 deadline=self._deadline(k),
                 told=self._teller(nfe, tracker),
+                warm=self._warm.get(nfe, ()),
             )
+            for name, made in Counter(p.source for p in self._warm.get(nfe, ())).items():
+                self.display.note(f"NFE {nfe}: {made} candidates from {name}")
             self.display.stage(f"NFE {nfe}: named solvers")
             rung.run()
             self._say_rung(nfe, rung, time.monotonic() - begun)

@@ -1,8 +1,8 @@
 """The search at one NFE: generations proposed, scored, told in the order proposed.
 
-Generation 0 is the named solvers. Generation g is proposed from the results of generations up to g
-- lag, with random numbers of f(seed, nfe, g); the log holds what was proposed, so a resumed search
-proposes nothing twice and the trial table grows identically.
+Generation 0 is the named solvers and the warm start. Generation g is proposed from the results of
+generations up to g - lag, with random numbers of f(seed, nfe, g); the log holds what was proposed,
+so a resumed search proposes nothing twice and the trial table grows identically.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Rung:
         limit: candidates that the budget pays for; None for a budget in seconds.
         deadline: clock at which to stop proposing, for a budget in seconds.
         told: called after each generation.
+        warm: candidates that join the named solvers in generation 0, after them.
     """
 
     def __init__(
@@ -94,10 +95,11 @@ class Rung:
         limit: int | None,
         deadline: float | None,
         told: Callable[[Progress], None],
+        warm: Sequence[Proposal] = (),
     ) -> None:
         self.nfe, self._config, self._named, self._strategy = nfe, config, named, strategy
         self._domain, self._scorer, self._record, self._table = domain, scorer, record, table
-        self._earlier = list(earlier)
+        self._earlier, self._warm = list(earlier), list(warm)
         self._clock, self._deadline, self._told = clock, deadline, told
         self._limit = limit
         self._proposed = self._named_count = 0
@@ -134,8 +136,10 @@ class Rung:
     def _proposals(self, number: int) -> list[Proposal]:
         size = self._config.search.generation
         if number == 0:
-            size = len(self._named)
-            self._named_count = size if self._limit is None else min(size, self._limit)
+            size = self._named_count = len(self._named)
+            if self._limit is not None:
+                self._named_count = min(size, self._limit)
+            size += len(self._warm)
         if self._limit is not None:
             size = min(size, self._limit - self._proposed)
         if size <= 0 or (number > 0 and self._strategy is None):
@@ -148,7 +152,8 @@ class Rung:
         if number > 0 and self._calls is not None and sum(self.costs) >= self._calls:
             return []
         if number == 0:
-            proposals = [Proposal(schedule, name) for name, schedule in self._named.items()][:size]
+            named = [Proposal(schedule, name) for name, schedule in self._named.items()]
+            proposals = [*named, *self._warm][:size]
         elif self._strategy is not None:
             rng = np.random.default_rng([self._config.search.seed, self.nfe, number])
             known = [*self._earlier, *self.known]

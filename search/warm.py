@@ -1,0 +1,82 @@
+"""Warm starts: schedule files that join a search's first generation, after the named solvers.
+
+An ODE schedule of any number of calls serves every NFE, one of another kind only its own. Where
+an ODE schedule is no member of the space as it stands, the members next to it join
+(`OdeDomain.adopt`: steps inserted or deleted, closed decisions neutral, times inside the space's
+own), and a note says why. At its own NFE a schedule is also scored as it stands, like a named
+solver outside the space: a refined schedule given back loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.search.config import StudyConfig
+from fewstep.search.family import Family
+from fewstep.search.strategies import Proposal
+from fewstep.space.domain import OdeDomain
+from fewstep.space.errors import FewstepError, StudyError
+from fewstep.space.files import load_schedule
+from fewstep.space.protocol import Domain
+from fewstep.space.schedule import OdeSchedule
+
+
+def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
+    """The schedules of search.warm by name, paths relative to the study file's folder.
+
+    Raises:
+        StudyError: a file that cannot be read, is not for this model (another kind or another
+            noise schedule), or can serve no NFE of the study; one line.
+    """
+    found: dict[str, Any] = {}
+    for name in config.search.warm:
+        try:
+            schedule = load_schedule(Path(config.folder) / name)
+            family.check(schedule, name)
+        except FewstepError as error:
+            raise StudyError(f"search.warm: {error}") from None
+        if not isinstance(schedule, OdeSchedule) and schedule.nfe not in config.search.nfe:
+            raise StudyError(
+                f"search.warm: {name} makes {schedule.nfe} calls, which a "
+                f"{type(schedule).__name__} cannot change, and search.nfe names others: leave it "
+                "out"
+            )
+        stem = Path(name).stem
+        found[name if stem in found else stem] = schedule
+    return found
+
+
+def warm_start(
+    schedules: Mapping[str, Any], domain: Domain, taken: Iterable[Any]
+) -> list[Proposal]:
+    """The candidates that schedules give at one NFE, each once.
+
+    Args:
+        schedules: by name, see `load_warm`.
+        domain: the space at one NFE.
+        taken: schedules that are candidates already.
+
+    Returns:
+        Candidates of source "import:NAME". Where the schedule is no member, a note says why: under
+        "outside" of the schedule itself, under "adopted" of members made from it.
+    """
+    seen = {schedule.digest for schedule in taken}
+    found = []
+    for name, schedule in schedules.items():
+        reason = domain.contains(schedule)
+        source, note = f"import:{name}", {} if reason is None else {"adopted": reason}
+        made = []
+        if isinstance(domain, OdeDomain):
+            made = [Proposal(member, source, note) for member in domain.adopt(schedule)]
+        elif reason is None:
+            made = [Proposal(schedule, source)]
+        lacks = getattr(schedule, "first", None) == "mean" and schedule.constant is None
+        if reason is not None and schedule.nfe == domain.nfe and not lacks:
+            made.insert(0, Proposal(schedule, source, {"outside": reason}))
+        for proposal in made:
+            if proposal.schedule.digest not in seen:
+                seen.add(proposal.schedule.digest)
+                found.append(proposal)
+    return found

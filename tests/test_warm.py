@@ -1,0 +1,141 @@
+"""Warm starts: schedule files that join a search's first generation."""
+
+import json
+
+import pytest
+
+from fewstep.search import run
+from fewstep.search.config import load_study
+from fewstep.search.family import family_of
+from fewstep.search.rescore import load_evaluator
+from fewstep.search.warm import load_warm, warm_start
+from fewstep.space import OdeSchedule, StepSpec, StudyError, load_schedule, save_schedule
+from fewstep.space.baselines import baseline, named
+from fewstep.space.domain import OdeDomain
+from fewstep.space.masked_domain import MaskedDomain
+from fewstep.space.noise import EDM, VPLinear
+from tests.studies import STUDY, trial_table, write_study
+
+NOISE = VPLinear()
+
+
+def moved(nfe: int, share: float = 0.3) -> OdeSchedule:
+    """A member that is no named solver."""
+    plain = baseline("dpmpp2m/logsnr", NOISE, nfe)
+    times = list(plain.times)
+    times[1] += share * (times[0] - times[1])
+    return plain.model_copy(update={"times": tuple(times)})
+
+
+def search(folder, out, warm, *overrides):
+    text = STUDY.replace("nfe = [3]", f"nfe = [3]\nwarm = {json.dumps(warm)}")
+    return run.search(load_study(write_study(folder, text), overrides), out)
+
+
+def test_a_member_joins_after_the_named_solvers_and_is_none_of_them(tmp_path):
+    given = moved(3)
+    save_schedule(given, tmp_path / "files" / "mine.json")
+    settings = ("budget.candidates=150",)
+    outcome = search(tmp_path, tmp_path / "out", ["files/mine.json"], *settings)
+    table = [row[-1] for row in trial_table(outcome.out)]
+    sources = [a["source"] for a in table]
+    at = sources.index("import:mine")
+    solvers = named(NOISE, 3)
+    assert at == len(solvers)
+    assert sources[:at] == list(solvers)
+    assert {a["generation"] for a in table[: at + 1]} == {0}
+    assert sources.count("import:mine") == 1
+    assert "adopted" not in table[at]
+    assert "lam_1" in trial_table(outcome.out)[at][3]
+    (row,) = outcome.rows
+    assert not any(s.name.startswith("import") for s in row.named)
+    assert table[at + 1]["generation"] == 1
+
+
+def test_the_budget_counts_the_warm_start_and_its_files_change_the_search(tmp_path):
+    save_schedule(moved(3), tmp_path / "mine.json")
+    few = len(named(NOISE, 3)) + 1
+    settings = (f"budget.candidates={few}", "search.strategy=refine", "refine.steps=3")
+    with_it = search(tmp_path, tmp_path / "a", ["mine.json"], *settings)
+    assert sum(r[-1]["source"] == "import:mine" for r in trial_table(with_it.out)) == 1
+    fewer = (f"budget.candidates={few - 1}", *settings[1:])
+    without = search(tmp_path, tmp_path / "b", ["mine.json"], *fewer)
+    assert not any(r[-1]["source"] == "import:mine" for r in trial_table(without.out))
+
+
+def test_a_log_cut_after_the_first_generation_resumes_without_the_files(tmp_path):
+    path = save_schedule(moved(3), tmp_path / "mine.json")
+    text = STUDY.replace("nfe = [3]", 'nfe = [3]\nwarm = ["mine.json"]')
+    config = load_study(write_study(tmp_path, text), ["budget.candidates=150"])
+    whole = run.search(config, tmp_path / "whole")
+    log = (whole.out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(log) if b'"generation":0' in line)
+    out = tmp_path / "cut"
+    out.mkdir()
+    (out / "log.jsonl").write_bytes(b"".join(log[: first + 2]))
+    path.unlink()
+    assert run.search(config, out, resume=True).rows == whole.rows
+    assert trial_table(out) == trial_table(whole.out)
+
+
+@pytest.mark.parametrize("nfe", [2, 3, 4, 7])
+def test_files_of_any_nfe_give_members_and_say_how_they_were_changed(nfe):
+    domain = OdeDomain(NOISE, 4)
+    given = {"x": moved(nfe)}
+    found = warm_start(given, domain, [])
+    assert found
+    assert all(domain.contains(p.schedule) is None for p in found)
+    assert all(p.source == "import:x" for p in found)
+    if nfe == 4:
+        assert [p.note for p in found] == [{}]
+    else:
+        assert {p.note["adopted"] for p in found} == {f"it makes {nfe} calls, not 4"}
+    assert len({p.schedule.digest for p in found}) == len(found)
+    assert warm_start(given, domain, [p.schedule for p in found]) == []
+
+
+def test_what_is_outside_the_space_is_scored_as_it_is_and_as_the_member_next_to_it():
+    steps = (StepSpec(), StepSpec(order=2, weights=(0.2,), dt_land=0.01), StepSpec(order=2))
+    given = baseline("dpmpp2m/logsnr", NOISE, 3).model_copy(update={"steps": steps})
+    domain = OdeDomain(NOISE, 3)
+    itself, member = warm_start({"refined": given}, domain, [])
+    assert itself.schedule == given
+    assert "dt_land" in itself.note["outside"]
+    assert "dt_land" in member.note["adopted"]
+    assert domain.contains(member.schedule) is None
+    mean = given.model_copy(update={"first": "mean", "steps": (*steps, StepSpec())[:3]})
+    assert all("outside" not in p.note for p in warm_start({"m": mean}, domain, []))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.json", "no such file"),
+        ("damaged.json", "not valid JSON"),
+        ("edm.json", "another (vp_linear)"),
+        ("program.json", "makes 4 calls, which a ProgramSchedule cannot change"),
+        ("masked.json", "kind 'masked'"),
+    ],
+)
+def test_a_wrong_file_is_one_line_before_anything_is_searched(tmp_path, name, message):
+    (tmp_path / "damaged.json").write_text("{")
+    save_schedule(baseline("ddim/logsnr", EDM(), 3), tmp_path / "edm.json")
+    save_schedule(next(iter(MaskedDomain(8, 3).baselines().values())), tmp_path / "masked.json")
+    data = baseline("ddim/logsnr", NOISE, 4).to_dict()
+    del data["steps"]
+    (tmp_path / "program.json").write_text(json.dumps(data))
+    with pytest.raises(StudyError) as error:
+        search(tmp_path, tmp_path / "out", [name])
+    assert message in str(error.value)
+    assert "search.warm" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_files_of_one_name_keep_apart(tmp_path):
+    for folder, nfe in (("a", 3), ("b", 4)):
+        save_schedule(moved(nfe), tmp_path / folder / "s.json")
+    text = STUDY.replace("nfe = [3]", 'nfe = [3]\nwarm = ["a/s.json", "b/s.json"]')
+    config = load_study(write_study(tmp_path, text))
+    found = load_warm(config, family_of(load_evaluator(config).problem))
+    assert list(found) == ["s", "b/s.json"]
+    assert found["s"] == load_schedule(tmp_path / "a" / "s.json")
