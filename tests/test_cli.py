@@ -11,6 +11,7 @@ from fewstep.experiments.__main__ import main
 from fewstep.space import load_schedule, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
+from tests.drawn_studies import write_drawn
 from tests.studies import STUDY, fewstep, write_study
 
 
@@ -191,6 +192,17 @@ def test_report_of_a_schedule_file_needs_its_study(capsys, file, tmp_path, monke
     assert "is a folder" in _fails(capsys, "report", file, "--study", study, "-o", tmp_path)
     assert "another" in _fails(capsys, "report", file, "--study", study, "--set", "model.edm=true")
     assert "samples" in _fails(capsys, "report", file, "--study", study, "-n", 1)
+
+
+def test_report_of_schedules_without_a_solver_is_the_tables(capsys, tmp_path):
+    study = write_drawn(tmp_path, "masked")
+    assert _run(capsys, "search", study, "--out", tmp_path / "out", "-q")[0] == 0
+    code, text, _ = _run(capsys, "report", tmp_path / "out")
+    assert code == 0
+    assert "found / named" in text
+    assert not (tmp_path / "out" / "decisions.png").exists()
+    file = tmp_path / "out" / "schedules" / "nfe03.json"
+    assert "no solver's steps" in _fails(capsys, "report", file, "--study", study)
 
 
 def test_report_of_a_damaged_folder_is_one_line(capsys, searched, tmp_path):

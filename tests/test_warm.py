@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from fewstep.search import run
@@ -14,6 +15,8 @@ from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.noise import EDM, VPLinear
+from tests.drawn_studies import STUDY as DRAWN
+from tests.drawn_studies import write_drawn
 from tests.studies import STUDY, trial_table, write_study
 
 NOISE = VPLinear()
@@ -139,3 +142,19 @@ def test_two_files_of_one_name_keep_apart(tmp_path):
     found = load_warm(config, family_of(load_evaluator(config).problem))
     assert list(found) == ["s", "b/s.json"]
     assert found["s"] == load_schedule(tmp_path / "a" / "s.json")
+
+
+@pytest.mark.parametrize("kind", ["masked", "particles"])
+def test_schedules_of_other_kinds_start_their_own_nfe(tmp_path, kind):
+    text = DRAWN.replace("nfe = [3]", 'nfe = [3]\nwarm = ["mine.json"]')
+    config = load_study(write_drawn(tmp_path, kind, text))
+    family = family_of(load_evaluator(config).problem)
+    domain = family.domain(config, 3)
+    given = domain.sample(np.random.default_rng(5))
+    save_schedule(given, tmp_path / "mine.json")
+    (proposal,) = warm_start(load_warm(config, family), domain, [])
+    assert proposal.schedule.digest == given.digest
+    assert proposal.source == "import:mine"
+    save_schedule(domain.with_nfe(4).sample(np.random.default_rng(5)), tmp_path / "mine.json")
+    with pytest.raises(StudyError, match="makes 4 calls"):
+        load_warm(config, family)
