@@ -52,7 +52,10 @@ _STEPS = (
     "relaxation",
     "coefficient",
     "slope",
+    "start",
     "corrector",
+    "corrector_order",
+    "corrector_slope",
     "corrector_relaxation",
 )
 
