@@ -4,7 +4,8 @@
     python -m fewstep.experiments.bench_compensation refined
     python -m fewstep.experiments.bench_compensation refined --nfe 7 --guidance 3 6 7.5
     python -m fewstep.experiments.bench_compensation refined --nfe 5 8 --guidance 6
-    python -m fewstep.experiments.bench_compensation cpr
+    python -m fewstep.experiments.bench_compensation cpr      # polynomials of the refined cells
+    python -m fewstep.experiments.bench_compensation joint    # polynomials fitted end to end
     python -m fewstep.experiments.bench_compensation table
 
 A cell is one (NFE, guidance): choose the best named solvers on TUNE noise, search on SEARCH noise
@@ -38,8 +39,9 @@ from fewstep.search.strategies.compensation import (
     as_published,
     compensate,
 )
+from fewstep.search.strategies.joint import Family, Joint, Request, Setting, fit_joint, gram
 from fewstep.search.strategies.targets import aligned_targets, published_targets
-from fewstep.space import OdeSchedule
+from fewstep.space import OdeSchedule, stack
 from fewstep.space.baselines import baseline
 
 TUNE, SEARCH, ORIGINAL, REFINE, TEST = 1000, 2000, 3000, 4000, 9000  # seeds of the noise
@@ -180,19 +182,32 @@ def load_cells(kind: str, out: Path) -> dict[tuple[int, float], dict[str, Any]]:
     return {(c["nfe"], c["guidance"]): c for c in found}
 
 
-def run_cpr(a: argparse.Namespace) -> None:
-    """Fit on the refined cells without NFE 7 and guidance 6; predict those, on TEST noise."""
+def run_cpr(kind: str, a: argparse.Namespace) -> None:
+    """Fit without NFE 7 and guidance 6; predict those cells, on TEST noise.
+
+    "cpr" is a ridge regression on the refined cells, "joint" is fitted end to end.
+    """
     cells = load_cells("refined", a.out)
-    train = [
-        (n, g, OdeSchedule.from_dict(c["schedules"]["refined"]))
-        for (n, g), c in cells.items()
-        if n != LEFT_NFE and g != LEFT_GUIDANCE
-    ]
-    model = fit(train, TEMPLATE)
-    model.save(a.out / "cpr.json")
+    kept = {k: c for k, c in cells.items() if k[0] != LEFT_NFE and k[1] != LEFT_GUIDANCE}
+    begun, spent = time.perf_counter(), 0
+    if kind == "cpr":
+        train = [(*k, OdeSchedule.from_dict(c["schedules"]["refined"])) for k, c in kept.items()]
+        model = fit(train, TEMPLATE)
+        errors_left = {
+            name: {"penalty": r.penalty, "nfe": r.error_nfe, "guidance": r.error_guidance}
+            for name, r in model.regressions.items()
+        }
+    else:
+        made, spent = fit_cells(list(kept), a)
+        model = made.model
+        errors_left = {
+            axis: {f"{s.nfe}@{s.guidance:g}": v for s, v in each.items()}
+            for axis, each in made.left_out.items()
+        }
+    model.save(a.out / f"{kind}.json")
     found = []
     for (n, g), c in cells.items():
-        if (n == LEFT_NFE or g == LEFT_GUIDANCE) and model.trusts(n, g):
+        if (n, g) not in kept and model.trusts(n, g):
             each = errors(problem(g), model.predict(n, g), stream(TEST, a.test, g))
             ends = {k: np.array(c["errors"][k][: a.test]) for k in ("named", "refined")}
             found.append(
@@ -203,18 +218,41 @@ def run_cpr(a: argparse.Namespace) -> None:
                     "named": float(ends["named"].mean()),
                     "refined": float(ends["refined"].mean()),
                     "predicted": float(each.mean()),
+                    "medians": float(np.median(each) / np.median(ends["refined"])),
                     "to_refined": ratio_interval(each, ends["refined"], resamples=2000),
                     "to_named": ratio_interval(each, ends["named"], resamples=2000),
                 }
             )
-    left_out = {
-        name: {"penalty": r.penalty, "nfe": r.error_nfe, "guidance": r.error_guidance}
-        for name, r in model.regressions.items()
+    result = {
+        "rows": found,
+        "left_out": errors_left,
+        "train": [f"{n}@{g:g}" for n, g in kept],
+        "calls": spent,
+        "seconds": time.perf_counter() - begun,
     }
-    settings = [f"{n}@{g:g}" for n, g, _ in train]
-    (a.out / "cpr_result.json").write_text(
-        json.dumps({"rows": found, "left_out": left_out, "train": settings})
-    )
+    (a.out / f"{kind}_result.json").write_text(json.dumps(result))
+
+
+def fit_cells(cells: Sequence[tuple[int, float]], a: argparse.Namespace) -> tuple[Joint, int]:
+    """The template fitted to cells end to end, and the sample-calls spent."""
+    p, spent = problem(1.0), 0
+
+    def look(requests: Sequence[Request]) -> list[np.ndarray]:
+        nonlocal spent
+        found = []
+        for r in requests:
+            n = a.held if r.held else a.train
+            s = stream(REFINE + r.held, n, r.setting.guidance)
+            shared: dict[str, Any] = {"cond": s.cond, "guidance": s.guidance}
+            program = stack([schedule.program for schedule in r.schedules])
+            found.append(gram(program, p.denoiser, s.x_T, s.target, **shared))
+            spent += len(r.schedules) * n * r.setting.nfe
+        return found
+
+    settings = [Setting(*cell) for cell in cells]
+    family = Family(p.denoiser.noise, TEMPLATE, settings, ("gap", "query", "compensation"))
+    told = lambda k, e: print(f"round {k}: mean log error {e:.4f}, {spent} calls", flush=True)  # noqa: E731
+    return fit_joint(family, look, rounds=a.rounds, told=told), spent
 
 
 def ratio(x: Sequence[float], y: Sequence[float]) -> str:
@@ -229,7 +267,8 @@ def table(a: argparse.Namespace) -> str:
     lines = [
         "# Compensation and CPR on the digits model",
         "",
-        "`python -m fewstep.experiments.bench_compensation compensated | refined | cpr | table`",
+        "`python -m fewstep.experiments.bench_compensation",
+        "compensated | refined | cpr | joint | table`",
         f"(seeds: tune {TUNE}, search {SEARCH}, original {ORIGINAL}, refine {REFINE},",
         f"test {TEST}).",
         "Mean squared error of the end point per element on fresh noise; ratios with 95 % paired",
@@ -253,42 +292,50 @@ def table(a: argparse.Namespace) -> str:
             f"| {ratio(e['ours'], e['unipc'])} | {ratio(e['original'], e['unipc'])} "
             f"| {ratio(e['ours'], e['original'])} | {last} | {' / '.join(spent)} |"
         )
-    result = a.out / "cpr_result.json"
-    if result.exists():
-        found = json.loads(result.read_text())
-        lines += [
-            "",
-            f"CPR: trained on {', '.join(found['train'])} (NFE@w), asked where NFE is {LEFT_NFE} "
-            f"or w is {LEFT_GUIDANCE:g}.",
-            "",
-            "| w | NFE | best named | refined there | predicted | predicted / refined "
-            "| predicted / named |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for r in found["rows"]:
-            there, named = r["to_refined"], r["to_named"]
-            lines.append(
-                f"| {r['guidance']:g} | {r['nfe']} | {r['named']:.3g} ({r['name']}) "
-                f"| {r['refined']:.3g} | {r['predicted']:.3g} "
-                f"| {r['predicted'] / r['refined']:.2f} [{there[0]:.2f}, {there[1]:.2f}] "
-                f"| {r['predicted'] / r['named']:.2f} [{named[0]:.2f}, {named[1]:.2f}] |"
-            )
-        lines += [
-            "",
-            "| decision | penalty | rms, NFE left out | rms, w left out |",
-            "|---|---|---|---|",
-        ]
-        lines += [
+    for kind, how in (("cpr", "ridge on the refined cells"), ("joint", "fitted end to end")):
+        result = a.out / f"{kind}_result.json"
+        if result.exists():
+            lines += cpr_table(json.loads(result.read_text()), how)
+    return "\n".join(lines) + "\n"
+
+
+def cpr_table(found: dict[str, Any], how: str) -> list[str]:
+    """Predictions where nothing was fitted, and what leaving out costs."""
+    lines = [
+        "",
+        f"CPR, {how}: {', '.join(found['train'])} (NFE@w), asked where NFE is {LEFT_NFE} or w is "
+        f"{LEFT_GUIDANCE:g}; {found['calls']} sample-calls.",
+        "",
+        "| w | NFE | best named | refined there | predicted | predicted / refined | medians "
+        "| predicted / named |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(found["rows"], key=lambda r: (r["guidance"], r["nfe"])):
+        there, named = r["to_refined"], r["to_named"]
+        lines.append(
+            f"| {r['guidance']:g} | {r['nfe']} | {r['named']:.3g} ({r['name']}) "
+            f"| {r['refined']:.3g} | {r['predicted']:.3g} "
+            f"| {r['predicted'] / r['refined']:.2f} [{there[0]:.2f}, {there[1]:.2f}] "
+            f"| {r['medians']:.2f} "
+            f"| {r['predicted'] / r['named']:.2f} [{named[0]:.2f}, {named[1]:.2f}] |"
+        )
+    if how.startswith("ridge"):
+        lines += ["", "| decision | penalty | rms, NFE left out | rms, w left out |"]
+        lines += ["|---|---|---|---|"]
+        return lines + [
             f"| {k} | {v['penalty']:g} | {v['nfe']:.3g} | {v['guidance']:.3g} |"
             for k, v in found["left_out"].items()
         ]
-    return "\n".join(lines) + "\n"
+    for axis, each in found["left_out"].items():
+        text = ", ".join(f"{k} {v:.2f}" for k, v in each.items())
+        lines += ["", f"Error with a cell's {axis} left out / with it (held-out noise): {text}."]
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("compensated", "refined", "cpr", "table"))
+    parser.add_argument("what", choices=("compensated", "refined", "cpr", "joint", "table"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench_compensation"))
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 6, 8, 10])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0, 7.5])
@@ -296,12 +343,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--steps", type=int, default=80, help="of refinement")
     parser.add_argument("--batch", type=int, default=24, help="of refinement")
+    parser.add_argument("--rounds", type=int, default=6, help="of the joint fit")
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
     if a.what in ("compensated", "refined"):
         run_cells(a.what, a)
-    elif a.what == "cpr":
-        run_cpr(a)
+    elif a.what in ("cpr", "joint"):
+        run_cpr(a.what, a)
     else:
         print(table(a))
 

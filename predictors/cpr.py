@@ -26,7 +26,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,12 @@ from fewstep.space.schedule import OdeSchedule
 Array = NDArray[np.float64]
 FORMAT, VERSION = "fewstep.cpr", 1
 PENALTIES = tuple(10.0**k for k in range(-7, 2))
+_GLOBALS: dict[str, Any] = {
+    "first": "network",
+    "compensation_variable": "t",
+    "shift_keeps": "eps",
+    "options": {},
+}
 _SHIFTS = {"query": "dt_query", "start": "dt_start", "land": "dt_land"}
 _CONTINUOUS = {"compensation", "weights", "guidance", *_SHIFTS.values()}
 
@@ -87,6 +93,7 @@ class CPR:
         guidance: (least, most) guidance scale fitted.
         regressions: by decision (module docstring).
         compensation_order: K of the family.
+        provenance: where it comes from; free JSON.
     """
 
     noise: NoiseSchedule
@@ -95,6 +102,7 @@ class CPR:
     guidance: tuple[float, float]
     regressions: Mapping[str, Regression]
     compensation_order: int = 2
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def trusts(self, nfe: int, guidance: float) -> bool:
         """True inside the fitted box."""
@@ -109,15 +117,12 @@ class CPR:
         for name, r in self.regressions.items():
             degrees = tuple(d - 1 for d in r.coefficients.shape)
             steps = np.arange(1, nfe + 1)
-            basis = features(_unit(steps / nfe, 0.0, 1.0), self._place(nfe, guidance), degrees)
+            basis = design(steps / nfe, guidance, nfe, (self.nfe, self.guidance), degrees)
             value = r.neutral + basis @ r.coefficients.ravel()
             value = np.clip(value, r.low, r.high)
             value[: r.first] = r.neutral
             found[name] = value.tolist() if inside else [r.neutral] * nfe
         return found
-
-    def _place(self, nfe: int, guidance: float) -> tuple[float, float]:
-        return float(_unit(guidance, *self.guidance)), float(_unit(nfe, *self.nfe))
 
     def predict(
         self, nfe: int, guidance: float, *, outside: Literal["refuse", "neutral"] = "refuse"
@@ -170,6 +175,7 @@ class CPR:
                 }
                 for name, r in self.regressions.items()
             },
+            "provenance": dict(self.provenance),
         }
 
     @classmethod
@@ -190,6 +196,7 @@ class CPR:
                 (float(data["guidance"][0]), float(data["guidance"][1])),
                 regressions,
                 int(data["compensation_order"]),
+                dict(data.get("provenance") or {}),
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, StudyError):
@@ -249,12 +256,28 @@ def features(x: Array, place: tuple[Any, Any], degrees: Sequence[int]) -> Array:
     return product.reshape(len(x), -1)
 
 
+def design(
+    x: Array,
+    guidance: Any,
+    nfe: Any,
+    box: tuple[tuple[int, int], tuple[float, float]],
+    degrees: Sequence[int],
+) -> Array:
+    """`features` of steps x = i/NFE of settings within a box ((NFE), (guidance))."""
+    return features(_unit(x, 0.0, 1.0), (_unit(guidance, *box[1]), _unit(nfe, *box[0])), degrees)
+
+
 def decisions(schedule: OdeSchedule, base: OdeSchedule, guidance: float) -> dict[str, list[float]]:
     """The continuous decisions of a schedule, relative to its template.
 
     Raises:
         StudyError: the schedule differs from the template in a discrete choice.
     """
+    if schedule.n_steps != base.n_steps:
+        raise StudyError(
+            f"CPR: {schedule.n_steps} steps, the template has {base.n_steps}: fit schedules of "
+            "one family"
+        )
     for i, (step, plain) in enumerate(zip(schedule.steps, base.steps, strict=True)):
         for name in type(step).model_fields:
             if name not in _CONTINUOUS and getattr(step, name) != getattr(plain, name):
@@ -265,10 +288,10 @@ def decisions(schedule: OdeSchedule, base: OdeSchedule, guidance: float) -> dict
     gaps, plain_gaps = _gaps(schedule), _gaps(base)
     found = {"gap": np.log(gaps / plain_gaps).tolist()}
     noise, times = schedule.noise, schedule.times
-    for name, field in _SHIFTS.items():
+    for name, offset in _SHIFTS.items():
         at = times[1:] if name == "land" else times[:-1]
         t = torch.tensor(at, dtype=torch.float64)
-        moved = t + torch.tensor([getattr(s, field) for s in schedule.steps], dtype=torch.float64)
+        moved = t + torch.tensor([getattr(s, offset) for s in schedule.steps], dtype=torch.float64)
         change = torch.where(moved == t, torch.zeros_like(t), noise.lam(moved) - noise.lam(t))
         found[name] = change.tolist()
     found["compensation"] = [s.compensation for s in schedule.steps]
@@ -300,11 +323,11 @@ def assemble(
     depth = sum(name.startswith("weight") for name in values)
     for i, step in enumerate(base.steps):
         changes: dict[str, Any] = {}
-        for name, field in _SHIFTS.items():
+        for name, offset in _SHIFTS.items():
             shift = values[name][i] if name in values else 0.0
             t = times[i + 1] if name == "land" else times[i]
             if shift != 0.0 and bool(torch.isfinite(noise.lam(t))):
-                changes[field] = float(noise.t_of_lam(noise.lam(t) + shift) - t)
+                changes[offset] = float(noise.t_of_lam(noise.lam(t) + shift) - t)
         if "compensation" in values and i >= order:
             changes["compensation"] = values["compensation"][i]
         weights = tuple(values[f"weight{k}"][i] for k in range(min(depth, i)))
@@ -349,24 +372,32 @@ def fit(
     for nfe, guidance, schedule in schedules:
         if schedule.noise != noise or schedule.compensation_order != order:
             raise StudyError("CPR: schedules of one noise schedule and compensation order only")
+        for name, plain in _GLOBALS.items():
+            if getattr(schedule, name) != plain:
+                raise StudyError(f"CPR: {name} {getattr(schedule, name)!r} is not the template's")
         try:
             base = baseline(template, noise, nfe)
         except ScheduleError as error:
             raise StudyError(f"CPR: the template does not exist at NFE {nfe}: {error}") from None
         for name, each in decisions(schedule, base, guidance).items():
-            for i in range(_first(name, order), nfe):
+            for i in range(first_step(name, order), nfe):
                 rows.setdefault(name, []).append(((i + 1) / nfe, guidance, nfe, each[i]))
     limited = (degrees[0], min(degrees[1], len(scales) - 1), min(degrees[2], len(nfes) - 1))
     found = {}
     for name, listed in rows.items():
-        neutral = 1.0 if name == "compensation" else 0.0
+        neutral, first = neutral_value(name), first_step(name, order)
         table = np.array(listed)
         if np.abs(table[:, 3] - neutral).max() > 1e-9:
-            found[name] = _regress(table, neutral, _first(name, order), box, limited, penalties)
+            found[name] = _regress(table, neutral, first, box, limited, penalties)
     return CPR(noise, template, *box, found, order)
 
 
-def _first(name: str, order: int) -> int:
+def neutral_value(name: str) -> float:
+    """The value at which a decision changes nothing."""
+    return 1.0 if name == "compensation" else 0.0
+
+
+def first_step(name: str, order: int) -> int:
     """First step at which a decision may differ from neutral."""
     if name == "compensation":
         return order
@@ -388,8 +419,7 @@ def _regress(
     from sklearn.preprocessing import FunctionTransformer
 
     def basis(X: Array) -> Array:
-        places = _unit(X[:, 1], *box[1]), _unit(X[:, 2], *box[0])
-        return features(_unit(X[:, 0], 0.0, 1.0), places, degrees)
+        return design(X[:, 0], X[:, 1], X[:, 2], box, degrees)
 
     def model(penalty: float) -> Any:
         return make_pipeline(FunctionTransformer(basis), Ridge(penalty, fit_intercept=False))
