@@ -115,7 +115,7 @@ def search(
     config = load_study(study, overrides)
     if resume and overwrite:
         raise StudyError("--resume and --overwrite contradict each other: give one")
-    from fewstep.search import report as pages
+    from fewstep.experiments import explain
     from fewstep.search import run
     from fewstep.search.display import Silent, Terminal, duration
 
@@ -125,9 +125,8 @@ def search(
         config, folder, resume=resume, overwrite=overwrite, address=address, display=display
     )
     console = _console()
-    if not quiet:
-        console.print(pages.named_table(outcome.rows))
-    console.print(pages.results_table(outcome.rows, outcome.objective))
+    closing = explain.closing(outcome.rows, outcome.objective, folder, named=not quiet)
+    console.print(*closing, sep="\n", highlight=False)
     console.print(
         f"{duration(outcome.seconds)}; schedules, pictures and report.html are in {outcome.out}",
         highlight=False,
@@ -239,7 +238,7 @@ def sample(
     from fewstep.experiments import drawing
     from fewstep.search.config import load_study
     from fewstep.search.evaluate import Evaluator
-    from fewstep.search.run import evaluator_spec
+    from fewstep.search.preparing import evaluator_spec
     from fewstep.space import load_schedule
 
     if out.is_dir():
@@ -255,20 +254,54 @@ def sample(
 
 @app.command(
     epilog="Examples:  fewstep export FILE --to diffusers my_pipeline/scheduler   |   "
-    "fewstep export FILE --to csv tables"
+    "fewstep export FILE --to csv tables   |   "
+    "fewstep export --cpr runs/mine/cpr.json --nfe 7 --guidance 6 --out nfe07_w6.json"
 )
 def export(
     file: Annotated[
-        Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)
-    ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write into.", metavar="DIR")],
-    form: Annotated[str, typer.Option("--to", help="diffusers, sigmas or csv.")],
+        Path | None, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to write into.", metavar="DIR", show_default=False),
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--to", help="diffusers, sigmas or csv.", show_default=False)
+    ] = None,
+    cpr: Annotated[
+        Path | None,
+        typer.Option("--cpr", help="Instead of FILE: predict with it.", show_default=False),
+    ] = None,
+    nfe: Annotated[
+        int | None, typer.Option("--nfe", min=1, help="With --cpr: calls.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="With --cpr: guidance scale.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="With --cpr: schedule file.", show_default=False),
+    ] = None,
+    outside: Annotated[
+        str, typer.Option(help="Beyond what --cpr was fitted to: refuse, or neutral.")
+    ] = "refuse",
 ) -> None:
-    """Write a schedule in the form of another tool."""
-    from fewstep.experiments.exporting import export as write
+    """Write a schedule in the form of another tool, or one that nobody searched."""
+    from fewstep.experiments import exporting
     from fewstep.space import load_schedule
 
-    for path in write(load_schedule(file), form, folder, file.stem):
+    if cpr is not None:
+        if file is not None or form is not None:
+            raise StudyError("--cpr takes the place of FILE, DIR and --to: give --out FILE")
+        for line in exporting.predict(cpr, nfe, guidance, out, outside):
+            print(line)
+        return
+    if nfe is not None or guidance is not None or out is not None:
+        raise StudyError("--nfe, --guidance and --out need --cpr FILE")
+    if file is None or folder is None or form is None:
+        raise StudyError("give FILE --to FORM DIR, or --cpr FILE --nfe N --out FILE")
+    for path in exporting.export(load_schedule(file), form, folder, file.stem):
         print(path)
 
 
@@ -293,6 +326,7 @@ def baseline(
     ] = None,
 ) -> None:
     """Write a named solver as a schedule file."""
+    from fewstep.experiments.importing import noise_settings
     from fewstep.space import baselines, save_schedule
     from fewstep.space.noise import noise_from_dict
 
@@ -300,7 +334,7 @@ def baseline(
         print("solvers:", ", ".join(baselines.SOLVERS))
         print("grids:  ", ", ".join(baselines.GRIDS))
         return
-    schedule = baselines.baseline(name, noise_from_dict(_noise(noise)), nfe)
+    schedule = baselines.baseline(name, noise_from_dict(noise_settings(noise)), nfe)
     path = save_schedule(schedule, out or Path(f"{name.replace('/', '-')}-nfe{nfe:02d}.json"))
     print(path)
 
@@ -372,15 +406,14 @@ def report(
             show_default=False,
         ),
     ] = None,
-    explain: Annotated[
+    mattered: Annotated[
         bool, typer.Option("--decisions/--no-decisions", help="Score decisions, or only tables.")
     ] = True,
     settings: Settings = None,
 ) -> None:
     """Say what a search found, and which decisions of its schedules mattered at which step."""
-    from fewstep.experiments import reporting
+    from fewstep.experiments import explain, reporting
     from fewstep.search import decisions
-    from fewstep.search import report as pages
     from fewstep.search.display import Terminal
 
     if out is not None and out.is_dir():
@@ -393,9 +426,11 @@ def report(
         if settings:
             raise StudyError("--set goes with a schedule file: a search's settings are its own")
         rows, objective = reporting.rows_of(folder)
-        console.print(pages.named_table(rows))
-        console.print(pages.results_table(rows, objective))
-        if not explain:
+        console.print(*explain.closing(rows, objective, folder), sep="\n", highlight=False)
+        if not mattered:
+            return
+        if len({row.guidance for row in rows}) > 1:
+            print(f"which decisions mattered: fewstep report {folder}/w{rows[-1].guidance:g}")
             return
         found = reporting.of_folder(folder, rows, study, samples, Terminal())
         if not found:
@@ -409,29 +444,6 @@ def report(
         for line in decisions.words(explained):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(str(picture), highlight=False, soft_wrap=True)
-
-
-def _noise(text: str) -> dict[str, Any]:
-    """{"type": ..., ...} from JSON or from type:key=value,key=value."""
-    import json
-
-    if text.lstrip().startswith("{"):
-        try:
-            data: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise StudyError(f"--noise is not valid JSON: {error}") from None
-        return data
-    kind, _, rest = text.partition(":")
-    values: dict[str, Any] = {"type": kind}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        try:
-            values[key.strip()] = float(value) if equals else None
-        except ValueError:
-            values[key.strip()] = value.strip()
-        if not equals:
-            raise StudyError(f"--noise {text!r}: write type:key=value,key=value")
-    return values
 
 
 def _console() -> Any:

@@ -7,18 +7,25 @@ neutral in every step is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 
+from fewstep.predictors.cpr import CPR
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.particles import ParticleSchedule, ParticleStep
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import Frozen, OdeSchedule, StepSpec
 
+if TYPE_CHECKING:
+    from fewstep.search.final import Row
+
 Explained = OdeSchedule | MaskedSchedule | ParticleSchedule
 Loaded = Explained | ProgramSchedule
+_LEFT = ("without_its_nfe", "without_its_guidance")
 _ALWAYS = (
     *("order", "formulation", "basis", "corrector"),
     *("count", "mode", "positions"),
@@ -52,11 +59,15 @@ def headline(schedule: Loaded) -> list[str]:
     elif isinstance(schedule, ParticleSchedule):
         moved = "a solver" if schedule.solver is not None else schedule.integrator
         lines.append(f"weighted particles, moved by {moved}; calls are per particle and model")
-    elif schedule.first != "network":
-        lines.append(f"analytical first step: {schedule.first}")
+    else:
+        lines += _globals(schedule)
     origin = schedule.provenance
     if "baseline" in origin:
         lines.append(f"named solver {origin['baseline']}")
+    if "cpr" in origin:
+        asked = origin["cpr"]
+        where = f"NFE {asked['nfe']}, guidance {asked['guidance']:g}"
+        lines.append(f"its numbers predicted for {where}, by a CPR")
     if "policy" in origin:
         lines.append(f"policy {origin['policy']}")
     if "score" in origin:
@@ -70,6 +81,21 @@ def headline(schedule: Loaded) -> list[str]:
     for key in ("study", "strategy", "source", "mlflow_run", "fewstep"):
         if origin.get(key):
             lines.append(f"{key}: {origin[key]}")
+    return lines
+
+
+def _globals(schedule: OdeSchedule) -> list[str]:
+    """What holds for the schedule as a whole."""
+    lines = []
+    if schedule.first != "network":
+        lines.append(f"analytical first step: {schedule.first}")
+    if any(step.compensation != 1 for step in schedule.steps):
+        lines.append(
+            "compensation: a step's newest output is replaced for good by its interpolation "
+            f"through {schedule.compensation_order + 1} points in "
+            f"{schedule.compensation_variable}, at ratio x this time + (1 - ratio) x the one "
+            "before; 1 is off"
+        )
     return lines
 
 
@@ -153,6 +179,60 @@ def _program_table(schedule: ProgramSchedule) -> Table:
         numbers = [float(getattr(program, n)[c]) for n in ("t", "label", "r", "e", "k")]
         row = " ".join(f"{v:.4g}" for v in program.b[c, : c + 1].tolist())
         table.add_row(str(c), *(f"{v:.5g}" for v in numbers), row)
+    return table
+
+
+def closing(
+    rows: Sequence[Row], objective: str, out: Path, *, named: bool = True
+) -> list[RenderableType]:
+    """The closing tables of a search: a pair for each guidance scale, and its regression's.
+
+    Args:
+        rows: of results.json.
+        objective: its name.
+        out: the search's folder.
+        named: with the table of every named solver.
+    """
+    from fewstep.search import report as pages
+
+    found: list[RenderableType] = []
+    for scale in dict.fromkeys(row.guidance for row in rows):
+        part = [row for row in rows if row.guidance == scale]
+        if scale is not None:
+            found.append(f"[bold]guidance {scale:g}[/bold]")
+        if named:
+            found.append(pages.named_table(part))
+        found.append(pages.results_table(part, objective))
+    if (out / "cpr.json").exists():
+        found.append(cpr_table(CPR.load(out / "cpr.json")))
+    return found
+
+
+def cpr_table(model: CPR) -> Table:
+    """How good a regression is: held-out errors at the settings it was fitted to."""
+    name = model.template
+    table = Table(
+        title=f"CPR on {name}, NFE {model.nfe[0]} to {model.nfe[1]}, guidance "
+        f"{model.guidance[0]:g} to {model.guidance[1]:g}: held-out error"
+    )
+    table.caption = (
+        "last columns: error when the setting's NFE (guidance) is left out of the fit, over the "
+        "error with it; at the edges that is extrapolation"
+    )
+    heads = ("NFE", "guidance", "start", "found", "CPR", "CPR / found", "no NFE", "no guidance")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in model.provenance.get("settings", []):
+        found, fitted = row["found"], row["fitted"]
+        table.add_row(
+            str(row["nfe"]),
+            f"{row['guidance']:g}",
+            f"{row['start']:.4g}",
+            "–" if found is None else f"{found:.4g}",
+            f"{fitted:.4g}",
+            "–" if not found else f"{fitted / found:.2f}",
+            *("–" if row[k] is None else f"{row[k]:.2f}" for k in _LEFT),
+        )
     return table
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -45,6 +47,51 @@ def export(schedule: Loaded, form: str, folder: Path, stem: str) -> list[Path]:
         raise StudyError(f"{folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     return FORMS[form](schedule, folder, stem)
+
+
+def predict(
+    cpr: Path, nfe: int | None, guidance: float | None, out: Path | None, outside: str
+) -> list[str]:
+    """Write the schedule that a regression predicts for a setting.
+
+    Args:
+        cpr: file of a regression (`predictors.cpr`), such as a search's OUT/cpr.json.
+        nfe: network calls.
+        guidance: guidance scale; None where the regression was fitted to one only.
+        out: schedule file to write; None is named after the setting, in this folder.
+        outside: beyond the fitted box "refuse", or "neutral": the template, with a warning.
+
+    Returns:
+        What to tell, a line each; the file first.
+
+    Raises:
+        StudyError: no such file, a setting that is missing, or one outside the box.
+    """
+    from fewstep.predictors.cpr import CPR, OutsideTrustRegion
+    from fewstep.space.files import save_schedule
+
+    if outside not in ("refuse", "neutral"):
+        raise StudyError(f"--outside {outside}: use refuse or neutral")
+    if not cpr.is_file():
+        raise StudyError(f"--cpr {cpr}: no such file; a search over several settings writes one")
+    model = CPR.load(cpr)
+    if nfe is None:
+        raise StudyError(f"--nfe is missing: {cpr} knows {model.nfe[0]} to {model.nfe[1]}")
+    low, high = model.guidance
+    if guidance is None:
+        if low != high:
+            raise StudyError(f"--guidance is missing: {cpr} knows {low:g} to {high:g}")
+        guidance = low
+    how: Literal["refuse", "neutral"] = "neutral" if outside == "neutral" else "refuse"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", OutsideTrustRegion)
+        made = model.predict(nfe, guidance, outside=how)
+    notes: dict[str, object] = {"guidance": guidance}
+    notes |= {k: model.provenance[k] for k in ("model", "study") if k in model.provenance}
+    made = made.model_copy(update={"provenance": {**made.provenance, **notes}})
+    path = save_schedule(made, out or Path(f"nfe{nfe:02d}_w{guidance:g}.json"))
+    lines = [f"{path}: {nfe} network calls, to be sampled with guidance {guidance:g}"]
+    return lines + [f"warning: {w.message}" for w in caught]
 
 
 def _sigmas(schedule: Loaded, folder: Path, stem: str) -> list[Path]:

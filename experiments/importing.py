@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.experiments.usf import from_usf
-from fewstep.space import OdeSchedule, ScheduleError
+from fewstep.space import OdeSchedule, ScheduleError, StudyError
 
 # What the released files say nothing of: each family's noise schedule, from its sampler code.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -95,3 +95,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
+
+
+def noise_settings(text: str) -> dict[str, Any]:
+    """{"type": ..., ...} from JSON or from type:key=value,key=value.
+
+    Raises:
+        StudyError: neither.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            data: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise StudyError(f"--noise is not valid JSON: {error}") from None
+        return data
+    kind, _, rest = text.partition(":")
+    values: dict[str, Any] = {"type": kind}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        try:
+            values[key.strip()] = float(value) if equals else None
+        except ValueError:
+            values[key.strip()] = value.strip()
+        if not equals:
+            raise StudyError(f"--noise {text!r}: write type:key=value,key=value")
+    return values

@@ -14,6 +14,7 @@ from fewstep.search.display import Display
 from fewstep.search.family import family_of
 from fewstep.search.final import Row
 from fewstep.search.rescore import load_evaluator
+from fewstep.search.results import schedule_path
 from fewstep.space import OdeSchedule, load_schedule
 from fewstep.space.errors import StudyError
 
@@ -57,7 +58,7 @@ def of_folder(
     config = _study_of(out, study)
     schedules = []
     for row in rows:
-        file = out / "schedules" / f"nfe{row.nfe:02d}.json"
+        file = schedule_path(out, row.nfe, row.guidance)
         schedules.append((f"NFE {row.nfe}", load_schedule(file)))
         if not isinstance(schedules[-1][1], OdeSchedule):
             return []

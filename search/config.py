@@ -14,8 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from fewstep.search.tables import CompensationTable, CprTable, Table
 from fewstep.space.errors import StudyError
 
 RUN_ONLY = (
@@ -30,8 +37,8 @@ RUN_ONLY = (
 """Settings that a resumed search may change: they decide speed and place, never a score."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+STAGES = ("refine", "compensation")
+"""What a strategy may end in: "NAME+refine", or "refine" alone."""
 
 
 class ModelTable(BaseModel):
@@ -58,7 +65,7 @@ class ModelTable(BaseModel):
         return dict(self.model_extra or {})
 
 
-class BudgetTable(_Table):
+class BudgetTable(Table):
     """[budget]: exactly one of these.
 
     Args:
@@ -83,13 +90,16 @@ class BudgetTable(_Table):
         return self
 
 
-class SearchTable(_Table):
+class SearchTable(Table):
     """[search].
 
     Args:
         nfe: the numbers of network calls to find schedules for.
-        strategy: name of a strategy (`fewstep.search.strategies`); with "+refine" at the end its
-            best candidates are refined; "refine" alone refines the best named solvers.
+        guidance: scales to find schedules for, each with its own search and teacher; one search of
+            all NFEs runs for each. None is the problem's own scale.
+        strategy: name of a strategy (`fewstep.search.strategies`); with "+refine" or
+            "+compensation" at the end its best candidates are refined or compensated; "refine" and
+            "compensation" alone take the named solvers.
         options: keyword arguments of the strategy.
         generation: candidates proposed at a time.
         ladder: whether an NFE's strategy also sees the results of the NFEs searched before it.
@@ -110,8 +120,9 @@ class SearchTable(_Table):
     """
 
     nfe: tuple[Annotated[int, Field(ge=1, le=1000)], ...]
+    guidance: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     strategy: str = "s3+refine"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     generation: Annotated[int, Field(ge=1)] = 32
     ladder: bool = True
     lag: Annotated[int, Field(ge=1)] = 1
@@ -132,6 +143,10 @@ class SearchTable(_Table):
             raise ValueError("nfe is empty: name at least one number of network calls")
         if len(set(self.nfe)) != len(self.nfe):
             raise ValueError(f"nfe {list(self.nfe)} names a number twice")
+        if self.guidance is not None and len(set(self.guidance)) != max(len(self.guidance), 1):
+            raise ValueError(
+                f"guidance {list(self.guidance)} is empty or names a scale twice: name each once"
+            )
         if any(a >= b for a, b in pairwise(self.levels)):
             raise ValueError(
                 f"race {list(self.race)} must ascend and stay below samples = {self.samples}"
@@ -144,7 +159,7 @@ class SearchTable(_Table):
         return (*self.race, self.samples)
 
 
-class RefineTable(_Table):
+class RefineTable(Table):
     """[refine]: the continuous stage of strategies that end in "refine".
 
     Args:
@@ -174,7 +189,7 @@ class RefineTable(_Table):
     checkpointed: bool = False
 
 
-class TeacherTable(_Table):
+class TeacherTable(Table):
     """[teacher]: the reference end points, from many calls on a uniform log-SNR grid.
 
     Args:
@@ -191,7 +206,7 @@ class TeacherTable(_Table):
     cache: str | None = None
 
 
-class ObjectiveTable(_Table):
+class ObjectiveTable(Table):
     """[objective]: what is minimised.
 
     Args:
@@ -205,7 +220,7 @@ class ObjectiveTable(_Table):
     features: str | None = None
 
 
-class FinalTable(_Table):
+class FinalTable(Table):
     """[final]: the re-scoring on fresh seeds.
 
     Args:
@@ -224,7 +239,7 @@ class FinalTable(_Table):
     pictures: Annotated[int, Field(ge=1, le=64)] = 16
 
 
-class TrackingTable(_Table):
+class TrackingTable(Table):
     """[tracking]: MLflow.
 
     Args:
@@ -238,7 +253,7 @@ class TrackingTable(_Table):
     experiment: str = "fewstep"
 
 
-class StudyConfig(_Table):
+class StudyConfig(Table):
     """A whole study file.
 
     Args:
@@ -251,23 +266,59 @@ class StudyConfig(_Table):
     model: ModelTable
     budget: BudgetTable
     search: SearchTable
-    space: dict[str, Any] = {}
+    space: dict[str, Any] = Field(default_factory=dict)
     teacher: TeacherTable = TeacherTable()
     objective: ObjectiveTable = ObjectiveTable()
     refine: RefineTable = RefineTable()
+    compensation: CompensationTable = CompensationTable()
+    cpr: CprTable = CprTable()
     final: FinalTable = FinalTable()
     tracking: TrackingTable = TrackingTable()
 
     @property
     def base_strategy(self) -> str | None:
-        """The strategy that proposes candidates; None where only named solvers are refined."""
-        name = self.search.strategy.removesuffix("refine").removesuffix("+")
-        return name or None
+        """The strategy that proposes candidates; None where only named solvers are improved."""
+        first, _, last = self.search.strategy.rpartition("+")
+        return (first or None) if last in STAGES else self.search.strategy
 
     @property
-    def refines(self) -> bool:
-        """Whether the best candidates are refined."""
-        return self.search.strategy == "refine" or self.search.strategy.endswith("+refine")
+    def finish(self) -> str | None:
+        """The stage that improves the best candidates: one of `STAGES`, or None."""
+        last = self.search.strategy.rpartition("+")[2]
+        return last if last in STAGES else None
+
+    @property
+    def scale(self) -> float | None:
+        """The guidance scale of this search; None is the problem's own.
+
+        Raises:
+            StudyError: the study lists several.
+        """
+        scales = self.search.guidance
+        if scales is None:
+            return None
+        if len(scales) > 1:
+            raise StudyError(
+                f"search.guidance lists {len(scales)} scales: choose one, e.g. --set "
+                f"'search.guidance=[{scales[-1]:g}]'"
+            )
+        return scales[0]
+
+    def at_guidance(self, scale: float) -> StudyConfig:
+        """The part of this study at one of its guidance scales; budgets are shared evenly."""
+        scales, given = self.search.guidance or (scale,), self.budget
+        changes: dict[str, Any] = {}
+        if given.calls is not None:
+            changes["calls"] = max(1, given.calls // len(scales))
+        if given.seconds is not None:
+            changes["seconds"] = given.seconds / len(scales)
+        return self.model_copy(
+            update={
+                "name": f"{self.name}-w{scale:g}",
+                "search": self.search.model_copy(update={"guidance": (scale,)}),
+                "budget": given.model_copy(update=changes),
+            }
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as JSON."""

@@ -119,7 +119,7 @@ class Terminal:
 
     def total(self, evaluations: int | None) -> None:
         """See `Display`."""
-        self._progress.update(self._task, total=evaluations)
+        self._progress.reset(self._task, total=evaluations)
 
     def stage(self, text: str) -> None:
         """See `Display`."""

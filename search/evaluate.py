@@ -84,6 +84,7 @@ class Task:
         options: run-time options of the executor, the same for all M.
         constant: the constant image of an analytical first step, or None.
         strict: raise at the first thing that is not finite, instead of recording it.
+        guidance: scale where the program sets none; None is the problem's.
     """
 
     program: Program
@@ -94,6 +95,7 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     constant: Tensor | None = None
     strict: bool = False
+    guidance: float | None = None
 
     @property
     def candidates(self) -> int:
@@ -121,7 +123,7 @@ class Task:
             generator = torch.Generator().manual_seed(
                 sample_seed(evaluator.seed, f"{self.stream}/steps", self.start)
             )
-        denoiser = _Counted(problem.denoiser)
+        denoiser = Counted(problem.denoiser)
         try:
             with torch.no_grad():
                 x = run(
@@ -129,7 +131,7 @@ class Task:
                     denoiser,
                     z,
                     cond=conditions(problem, indices),
-                    guidance=problem.guidance,
+                    guidance=problem.guidance if self.guidance is None else self.guidance,
                     m=self.constant,
                     generator=generator,
                     options=self.options,
@@ -169,13 +171,14 @@ class TaskResult:
     seconds: float
 
 
-class _Counted:
+class Counted:
     """A denoiser that counts the images it is asked for."""
 
     def __init__(self, inner: Denoiser) -> None:
         self.inner, self.noise, self.evaluations = inner, inner.noise, 0
 
     def __call__(self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None) -> Tensor:
+        """See `Denoiser`."""
         self.evaluations += len(x)
         return self.inner(x, t, cond=cond, guidance=guidance)
 

@@ -281,14 +281,16 @@ def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> Stu
         raise StudyError(f"objective.features: a {kind} measures its samples itself: leave it out")
     if config.search.race and family.problem.score is not None:
         raise StudyError(f"search.race compares sample by sample, which {own} cannot: remove race")
-    for table in ("teacher", "refine"):
+    if config.search.guidance is not None:
+        raise StudyError(f"search.guidance: a {kind} has no guidance scale: leave it out")
+    for table in ("teacher", "refine", "compensation", "cpr"):
         if table in config.model_fields_set:
             raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
-    if config.refines:
+    if config.finish is not None:
         if "strategy" in config.search.model_fields_set:
             raise StudyError(
                 f"search.strategy {config.search.strategy}: schedules of kind {family.kind!r} "
-                f"cannot be refined: use {config.base_strategy or 's3'}"
+                f"cannot be refined or compensated: use {config.base_strategy or 's3'}"
             )
         search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
         config = config.model_copy(update={"search": search})

@@ -58,6 +58,7 @@ class Row:
         samples: fresh samples.
         named: every named solver on its best grid, best first.
         facts: further numbers by name, (found, best named); empty where the objective has none.
+        guidance: the scale, where the study lists scales.
     """
 
     nfe: int
@@ -79,6 +80,7 @@ class Row:
     samples: int
     named: tuple[Scored, ...] = field(default=())
     facts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    guidance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,19 @@ from fewstep.space.errors import FewstepError, StudyError
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How to build the problem anywhere: factory, keyword arguments, its module's folder."""
+    """How to build the problem anywhere.
+
+    Args:
+        factory: "module.path:function".
+        arguments: its keyword arguments.
+        folder: where its module may lie.
+        guidance: scale that replaces the problem's; None keeps it.
+    """
 
     factory: str
     arguments: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
+    guidance: float | None = None
 
     def load(self) -> AnyProblem:
         """Import the factory and call it.
@@ -48,6 +56,8 @@ class ModelSpec:
             raise StudyError(
                 f"model.factory {self.factory} failed: {type(error).__name__}: {_line(error)}"
             ) from error
+        if isinstance(problem, Problem) and self.guidance is not None:
+            return replace(problem, guidance=self.guidance)
         if isinstance(problem, Problem | MaskedProblem | ParticleProblem):
             return problem
         raise StudyError(

@@ -1,14 +1,13 @@
 """Refinement inside a search: the best few candidates of every NFE, on the workers, all at once.
 
 One task refines one schedule on noise of its own ("train", "held"), which neither ranks candidates
-nor reports results. What comes back is proposed like any other candidate: scored on the search's
-noise, told to the study, judged on fresh seeds.
+nor reports results. What becomes of it: `finishing`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,10 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.ode import start_scale
-from fewstep.search.config import RefineTable, StudyConfig
-from fewstep.search.display import Display
+from fewstep.search.config import RefineTable
 from fewstep.search.evaluate import Evaluator, TaskResult
-from fewstep.search.pool import Pool
 from fewstep.search.problem import conditions, noise_of
-from fewstep.search.rung import Rung
-from fewstep.search.strategies import Evaluated, Proposal
+from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.knobs import open_knobs
 from fewstep.search.strategies.refine import Batch, Settings, refine
 from fewstep.space import OdeSchedule, load_schedule
@@ -105,50 +101,6 @@ class RefineTask:
         cond = conditions(problem, indices) or {}
         target = evaluator.reference(stream)[:size]
         return Batch(scale * z, target.to(torch.float32), cond, problem.guidance)
-
-
-def refine_rungs(
-    config: StudyConfig, pool: Pool, rungs: Mapping[int, Rung], display: Display
-) -> dict[int, int]:
-    """Refine the best candidates of every NFE and tell the results; network evaluations by NFE."""
-    tickets: dict[int, tuple[int, Evaluated]] = {}
-    for nfe, rung in rungs.items():
-        if rung.refined_before:
-            continue
-        for start in best_starts(rung.known, config.refine.top):
-            task = RefineTask(
-                {k: v for k, v in start.schedule.to_dict().items() if k != "provenance"},
-                start.schedule.constant,
-                config.refine,
-                config.search.seed,
-                config.objective.name == "frechet",
-            )
-            tickets[pool.submit(task)] = (nfe, start)
-    proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
-    for k in range(len(tickets)):
-        display.stage(f"refining {len(tickets)} schedules, {k} done")
-        ticket, result = pool.collect()
-        nfe, start = tickets[ticket]
-        display.advance(result.evaluations)
-        if isinstance(result, RefineResult) and result.schedule is not None:
-            schedule = load_schedule(result.schedule)
-            if start.schedule.constant is not None:
-                schedule = schedule.with_constant(start.schedule.constant)
-            source = f"refine:{start.source}"
-            proposals[nfe][ticket] = Proposal(schedule, source, dict(result.note))
-        else:
-            display.note(f"NFE {nfe}: refining {start.source} failed ({result.message[0]})")
-    spent: dict[int, int] = {}
-    for nfe, rung in rungs.items():
-        display.stage(f"NFE {nfe}: scoring the refined schedules")
-        told = rung.extend([proposals[nfe][t] for t in sorted(proposals[nfe])])
-        spent[nfe] = sum(int(p.note.get("refine_calls", 0)) for p in told)
-        for p in told:
-            display.note(
-                f"NFE {nfe}: {p.source} {p.note['refine_before']:.4g} -> "
-                f"{p.note['refine_after']:.4g} (held-out noise)"
-            )
-    return spent
 
 
 def best_starts(known: Sequence[Evaluated], top: int) -> list[Evaluated]:

@@ -19,7 +19,7 @@ from fewstep.search.evaluate import Evaluator, Result, TaskResult, assemble
 from fewstep.search.family import family_of
 from fewstep.search.objective import Array, Objective, ratio_interval
 from fewstep.search.pool import SerialPool
-from fewstep.search.run import evaluator_spec
+from fewstep.search.preparing import evaluator_spec
 from fewstep.search.teacher import Teacher
 
 

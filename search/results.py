@@ -62,7 +62,7 @@ def write_results(
         nfe = verdict.row.nfe
         provenance = _provenance(config, verdict.row, problem, runs)
         schedule = verdict.found.model_copy(update={"provenance": provenance})
-        path = save_schedule(schedule, out / "schedules" / f"nfe{nfe:02d}.json")
+        path = save_schedule(schedule, schedule_path(out, nfe, config.scale))
         tracker.file(nfe, path, "schedules")
         tracker.file(None, path, "schedules")
     results = {
@@ -110,6 +110,12 @@ def write_results(
         tracker.numbers(row.nfe, values | {"calls_spent": row.calls_spent, "failed": row.failed})
         tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
     return rows
+
+
+def schedule_path(out: Path, nfe: int, guidance: float | None) -> Path:
+    """Where the schedule of a setting lies: schedules/nfe05.json, or schedules/nfe05_w7.5.json."""
+    scale = "" if guidance is None else f"_w{guidance:g}"
+    return out / "schedules" / f"nfe{nfe:02d}{scale}.json"
 
 
 def _sheet(

@@ -9,11 +9,10 @@ a killed search goes on where it stopped and ends as if it had not been.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +23,26 @@ import torch
 from torch import Tensor
 
 from fewstep.search.config import StudyConfig
+from fewstep.search.cpr_stage import cpr_cost, regress, wanted
 from fewstep.search.display import Display, Silent, count, duration
-from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Want
-from fewstep.search.family import Family, family_of
+from fewstep.search.evaluate import Evaluator
+from fewstep.search.family import family_of
 from fewstep.search.final import FRESH, SELECT, Judge, Row, Verdict, final_cost
+from fewstep.search.finishing import finish_cost, finish_rungs
+from fewstep.search.guided import regress_all, search_each
 from fewstep.search.objective import Array
-from fewstep.search.pool import Pool, cpus, make_pool
-from fewstep.search.problem import ModelSpec
-from fewstep.search.record import Record, prepare_out, write_text
-from fewstep.search.refining import HELD, TRAIN, refine_cost, refine_rungs
+from fewstep.search.pool import Pool, cpus
+from fewstep.search.preparing import (
+    check_names,
+    evaluator_spec,
+    freeze,
+    make_strategy,
+    open_pool,
+    speed,
+    starters,
+)
+from fewstep.search.record import Record, prepare_out
+from fewstep.search.refining import HELD, TRAIN
 from fewstep.search.results import write_results
 from fewstep.search.rung import SEARCH, Progress, Rung, best_so_far
 from fewstep.search.scoring import Scorer
@@ -41,7 +51,6 @@ from fewstep.search.study import TrialTable, open_storage, study_name
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
 from fewstep.search.warm import load_warm, warm_start
-from fewstep.space.errors import StudyError
 from fewstep.space.protocol import Domain
 
 log = logging.getLogger(__name__)
@@ -55,31 +64,6 @@ class Outcome:
     rows: tuple[Row, ...]
     out: Path
     seconds: float
-
-
-def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
-    """What workers need to know of a study."""
-    model = ModelSpec(config.model.factory, config.model.arguments, config.folder)
-    return EvaluatorSpec(
-        model, config.objective.name, config.objective.features, config.search.seed
-    )
-
-
-def make_strategy(config: StudyConfig, domain: Domain) -> Strategy | None:
-    """The strategy that a study names, on a domain; None for "refine", which needs none.
-
-    Raises:
-        StudyError: an unknown name or option.
-    """
-    from fewstep.search import strategies
-
-    if config.base_strategy is None:
-        return None
-    try:
-        made: Strategy = strategies.make(config.base_strategy, domain, **config.search.options)
-    except TypeError as error:
-        raise StudyError(f"search.options of {config.search.strategy}: {error}") from None
-    return made
 
 
 def search(
@@ -107,8 +91,28 @@ def search(
     Raises:
         FewstepError: a study, a model or a folder that cannot be used.
     """
+    display = display or Silent()
     with Record(prepare_out(out, resume=resume, overwrite=overwrite)) as record:
-        return _Search(config, out, record, display or Silent(), address).run()
+        if len(config.search.guidance or ()) < 2:
+            return _Search(config, out, record, display, address).run()
+        freeze(config, out, record)
+        seconds, objective = 0.0, ""
+
+        def one(part: StudyConfig, folder: Path, begun: bool) -> Sequence[Row]:
+            nonlocal seconds, objective
+            going = begun and not overwrite
+            found = search(
+                part, folder, resume=going, overwrite=overwrite, address=address, display=display
+            )
+            seconds, objective = seconds + found.seconds, found.objective
+            return found.rows
+
+        rows = search_each(config, out, one, display)
+        begun = time.monotonic()
+        if wanted(config):
+            regress_all(config, out, rows, address, display)
+        seconds += time.monotonic() - begun
+        return Outcome(objective, tuple(rows), out, seconds)
 
 
 class _Search:
@@ -136,11 +140,12 @@ class _Search:
         evaluator = Evaluator.from_spec(spec)
         self.family = family = family_of(evaluator.problem)
         self.config = config = family.settle(self.config)
-        self._freeze()
+        freeze(config, self.out, self.record)
         domains = {nfe: family.domain(config, nfe) for nfe in config.search.nfe}
         strategies = {nfe: make_strategy(config, domain) for nfe, domain in domains.items()}
-        per_call = _speed(evaluator, config, family)
-        solvers = {nfe: family.named(nfe) for nfe in config.search.nfe}
+        check_names(config, family)
+        solvers = {nfe: starters(config, family, nfe) for nfe in config.search.nfe}
+        per_call = speed(evaluator, config, family)
         begin = [nfe for nfe in config.search.nfe if self._first_time(nfe)]
         files = load_warm(config, family) if begin else {}
         self._warm = {n: warm_start(files, domains[n], solvers[n].values()) for n in begin}
@@ -153,15 +158,7 @@ class _Search:
         with self.display, ThreadPoolExecutor(1) as background:
             self.display.stage("starting workers")
             opening = background.submit(self._open_tracker, tracker)
-            pool = make_pool(
-                spec,
-                workers=config.search.workers,
-                address=self.address,
-                timeout=config.search.timeout,
-                retries=config.search.retries,
-                gpus=config.search.gpus,
-                evaluator=evaluator,
-            )
+            pool = open_pool(config, spec, evaluator, self.address)
             status = "FAILED"
             try:
                 runs = opening.result()
@@ -177,21 +174,6 @@ class _Search:
             finally:
                 pool.close()
                 tracker.close(status)
-
-    def _freeze(self) -> None:
-        """Keep the resolved study in the folder; a resumed one must ask the same."""
-        identity = json.loads(json.dumps(self.config.identity()))
-        kept = self.record.notes.get("study")
-        if kept is None:
-            self.record.note(study=identity)
-        elif kept != identity:
-            keys = sorted(k for k in {*kept, *identity} if kept.get(k) != identity.get(k))
-            was, now = kept.get(keys[0]), identity.get(keys[0])
-            raise StudyError(
-                f"--resume: {keys[0]} is {now!r} but the search in {self.out} began with {was!r}: "
-                "set it back, or --overwrite"
-            )
-        write_text(self.out / "study.json", json.dumps(self.config.resolved(), indent=1) + "\n")
 
     def _open_tracker(self, tracker: Tracker) -> dict[str, str]:
         runs = tracker.open(
@@ -213,7 +195,7 @@ class _Search:
         at_once = max(1, min(pool.workers, cpus()) if self.address is None else pool.workers)
         where = f"{pool.workers} workers" if pool.workers else "this process"
         if candidates is None and config.budget.calls is not None:
-            total = config.budget.calls + reference + verdict + self._refining()
+            total = config.budget.calls + reference + verdict + self._last()
             self.display.total(total)
             self.display.note(
                 f"{config.name}: {count(config.budget.calls)} network evaluations of racing "
@@ -237,7 +219,7 @@ class _Search:
                 for nfe, n in candidates.items()
             }
         trials = config.search.samples * sum(nfe * n for nfe, n in candidates.items())
-        total = weight * trials + reference + verdict + self._refining()
+        total = weight * trials + reference + verdict + self._last()
         self.display.total(total)
         asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in candidates.items())
         each, most = f"each on {config.search.samples} samples", ""
@@ -250,13 +232,10 @@ class _Search:
             "and the strategy's own time"
         )
 
-    def _refining(self) -> int:
-        """Network evaluations of refining at all NFEs, at most."""
-        config = self.config
-        if not config.refines:
-            return 0
-        noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
-        return noise + sum(refine_cost(config.refine, nfe) for nfe in config.search.nfe)
+    def _last(self) -> int:
+        """Network evaluations of the last stages, at most."""
+        fitting = cpr_cost(self.config, 1) if wanted(self.config) else 0
+        return finish_cost(self.config) + fitting
 
     def _work(
         self,
@@ -319,10 +298,11 @@ class _Search:
             rung.run()
             self._say_rung(nfe, rung, time.monotonic() - begun)
         extra: dict[int, int] = {}
-        if config.refines:
+        if config.finish == "refine":
             for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
                 self._refer(teacher, evaluator, pool, stream, size)
-            extra = refine_rungs(config, pool, rungs, self.display)
+        if config.finish is not None:
+            extra = finish_rungs(config, pool, rungs, self.display)
         for stream in (SELECT, FRESH):
             self._refer(teacher, evaluator, pool, stream, config.final.samples)
         own_error = None
@@ -335,15 +315,15 @@ class _Search:
         verdicts: list[Verdict] = []
         for nfe in config.search.nfe:
             self.display.stage(f"NFE {nfe}: fresh seeds")
-            verdicts.append(
-                judge.verdict(
-                    nfe,
-                    rungs[nfe].known,
-                    len(rungs[nfe].named_known()),
-                    teacher_self_error=own_error,
-                    calls_spent=sum(rungs[nfe].costs) + extra.get(nfe, 0),
-                )
+            verdict = judge.verdict(
+                nfe,
+                rungs[nfe].known,
+                len(rungs[nfe].named_known()),
+                teacher_self_error=own_error,
+                calls_spent=sum(rungs[nfe].costs) + extra.get(nfe, 0),
             )
+            row = replace(verdict.row, guidance=config.scale)
+            verdicts.append(replace(verdict, row=row))
         self.display.stage("writing")
         rows = write_results(
             config,
@@ -358,6 +338,10 @@ class _Search:
             named={nfe: len(rung.named_known()) for nfe, rung in rungs.items()},
             endpoints=self._endpoints.get(FRESH),
         )
+        if wanted(config):
+            path = regress(config, self.out, rows, evaluator.ode, pool, self.display)
+            if path is not None:
+                tracker.file(None, path)
         return Outcome(config.objective.name or "", rows, self.out, self.clock())
 
     def _teacher(self, evaluator: Evaluator, pool: Pool) -> Teacher:
@@ -417,23 +401,3 @@ class _Search:
         if named_points:
             text += f", best named {named_points[-1][1]:.4g} (search noise)"
         self.display.note(f"{text}, {duration(seconds)}")
-
-
-def _speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> float:
-    """Seconds of one network evaluation in a block, one thread; raises what the model raises.
-
-    A problem's own measure is part of it.
-    """
-    size, samples = config.search.block[0], min(config.search.block[1], config.search.samples)
-    schedules = list(family.named(min(2, *config.search.nfe)).values())[:size]
-    want: Want = "samples" if family.taught else "measures"
-    (task,) = family.chunks(schedules, size)[0].tasks("timing", samples, samples, want)
-    task = replace(task, strict=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        evaluator.run(task.only(0))  # warm-up, and the first look at the model
-        result = evaluator.run(task)
-    finally:
-        torch.set_num_threads(threads)
-    return result.seconds / max(result.evaluations, 1)

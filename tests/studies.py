@@ -34,7 +34,10 @@ class Mixture:
         v = torch.tensor([0.09, 0.16])
         spread = alpha**2 * v + sigma**2
         square = ((x[:, None] - alpha[:, None] * means) ** 2).sum(-1)
-        r = torch.softmax(-x.shape[1] / 2 * torch.log(spread) - square / (2 * spread), dim=1)
+        logits = -x.shape[1] / 2 * torch.log(spread) - square / (2 * spread)
+        if guidance is not None:  # towards the likelier mode
+            logits = logits * torch.as_tensor(guidance).to(x).reshape(-1, 1)
+        r = torch.softmax(logits, dim=1)
         gain = (v * alpha / spread)[..., None]
         each = means + gain * (x[:, None] - alpha[:, None] * means)
         out = (r[..., None] * each).sum(1)
@@ -52,12 +55,13 @@ class Mixture:
         return out
 
 
-def problem(dim=2, broken="", edm=False):
+def problem(dim=2, broken="", edm=False, guidance=None):
     noise = EDM(sigma_max=20.0, sigma_min=0.01) if edm else VPLinear()
     return Problem(
         Mixture(noise, broken),
         (dim,),
         cond=lambda i: {"shift": (i % 3).to(torch.float32)},
+        guidance=guidance,
         fingerprint=f"tiny{dim}{edm}",
         features=lambda x: torch.cat([x, x**2], dim=1),
     )

@@ -13,7 +13,7 @@ from fewstep.search.config import load_study
 from fewstep.search.evaluate import Evaluator
 from fewstep.search.family import family_of
 from fewstep.search.final import Row
-from fewstep.search.run import evaluator_spec
+from fewstep.search.preparing import evaluator_spec
 from fewstep.space import FewstepError, StudyError, load_schedule
 from tests.drawn_studies import STUDY, write_drawn
 from tests.studies import trial_table

@@ -1,10 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from fewstep.search.config import load_study, study_from_dict
 from fewstep.space import StudyError
 from tests.studies import STUDY, write_study
+
+STUDIES = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
 
 
 def _data(**tables):
@@ -82,3 +85,22 @@ def test_a_budget_that_pays_for_nothing_is_refused():
     config = study_from_dict({**_data(), "budget": {"calls": 10}})
     with pytest.raises(StudyError, match="does not pay for one candidate"):
         config.candidates()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_the_studies_that_are_shipped_can_be_read(path):
+    config = load_study(path)
+    assert config.name == path.stem
+    assert config.candidates() is not None
+    scales = config.search.guidance or ()
+    names = {config.at_guidance(scale).name for scale in scales}
+    assert len(names) == len(scales)
+
+
+def test_a_budget_is_shared_evenly_by_the_scales():
+    config = study_from_dict(_data(search={"guidance": [1, 4.5]}) | {"budget": {"calls": 1000}})
+    part = config.at_guidance(4.5)
+    assert part.budget.calls == 500
+    assert part.scale == 4.5
+    with pytest.raises(StudyError, match=r"lists 2 scales: choose one"):
+        config.scale  # noqa: B018

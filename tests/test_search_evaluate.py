@@ -4,8 +4,8 @@ import torch
 from fewstep.samplers import sample, start
 from fewstep.search.config import load_study
 from fewstep.search.evaluate import Evaluator, Task, assemble, chunks, scaled
+from fewstep.search.preparing import evaluator_spec
 from fewstep.search.problem import ModelSpec, conditions, noise_of
-from fewstep.search.run import evaluator_spec
 from fewstep.space import ModelError, OdeSchedule, StepSpec, StudyError, stack
 from fewstep.space.baselines import baseline, named
 from tests.studies import write_study

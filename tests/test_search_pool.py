@@ -7,7 +7,8 @@ import pytest
 from fewstep.search.config import load_study
 from fewstep.search.evaluate import chunks
 from fewstep.search.pool import RayPool, SerialPool
-from fewstep.search.run import evaluator_spec, search
+from fewstep.search.preparing import evaluator_spec
+from fewstep.search.run import search
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 

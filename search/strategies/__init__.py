@@ -91,7 +91,10 @@ def make(name: str, domain: Domain, **options: Any) -> Strategy:
         StudyError: an unknown strategy or option; the known ones are listed.
     """
     if name not in STRATEGIES:
-        raise StudyError(f"strategy {name!r} is unknown: use one of {', '.join(STRATEGIES)}")
+        raise StudyError(
+            f"strategy {name!r} is unknown: use one of {', '.join(STRATEGIES)}, each alone or "
+            "with +refine or +compensation, or these two alone"
+        )
     plain = name == "s3" and not isinstance(domain, OdeDomain)
     module, _, cls = ("plain.PlainS3" if plain else STRATEGIES[name]).partition(".")
     factory = getattr(importlib.import_module(f"{__name__}.{module}"), cls)

@@ -1,0 +1,110 @@
+"""Dynamic compensation inside a search: ratios for the best bases of every NFE, on the workers.
+
+One task compensates one base on noise of its own ("compensate"), with the teacher's states at
+exactly the base's times. What becomes of it: `finishing`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fewstep.samplers.ode import start_scale
+from fewstep.search.evaluate import Counted, Evaluator
+from fewstep.search.problem import conditions, noise_of
+from fewstep.search.refining import RefineResult
+from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
+from fewstep.search.strategies.targets import aligned_targets, published_targets
+from fewstep.search.tables import CompensationTable
+from fewstep.space import OdeSchedule, load_schedule
+from fewstep.space.errors import FewstepError
+
+STREAM = "compensate"
+_ORIGINAL = 10  # samples of the original recipe
+
+
+@dataclass(frozen=True)
+class CompensationTask:
+    """One base to compensate; what a pool asks of a block, it answers as a block of one.
+
+    Args:
+        schedule: the base's file form.
+        constant: its constant image, if it has one.
+        table: the study's [compensation].
+    """
+
+    schedule: dict[str, Any]
+    constant: Tensor | None
+    table: CompensationTable
+    strict: bool = False
+    candidates: int = 1
+    start: int = 0
+    stop: int = 1
+
+    def only(self, index: int) -> CompensationTask:
+        """The task of one candidate: this one."""
+        return self
+
+    def execute(self, evaluator: Evaluator) -> RefineResult:
+        """Compensate on the evaluator's problem; a base that cannot be is a failed result."""
+        begun, denoiser = time.perf_counter(), Counted(evaluator.ode.denoiser)
+        try:
+            found = self._compensate(evaluator, denoiser)
+        except (FewstepError, RuntimeError) as error:  # no gradients for the original's recipe
+            line = " ".join(str(error).split())[:300]
+            nothing = np.full((1, 1, 1), np.nan)
+            seconds = time.perf_counter() - begun
+            return RefineResult(nothing, ("error",), (line,), denoiser.evaluations, seconds)
+        spent = denoiser.evaluations
+        if self.table.recipe == "published":
+            spent += 2 * found.calls  # their backward passes
+        note: dict[str, Any] = {
+            "compensation_before": found.before,
+            "compensation_after": found.after,
+            "compensation_calls": spent,
+            "compensation_recipe": self.table.recipe,
+            "ratios": list(found.ratios),
+        }
+        values = np.full((1, 1, 1), found.after)
+        seconds, body = time.perf_counter() - begun, found.schedule.to_dict()
+        return RefineResult(values, ("ok",), ("",), spent, seconds, body, note)
+
+    def _compensate(self, evaluator: Evaluator, denoiser: Counted) -> Compensated:
+        table, problem = self.table, evaluator.ode
+        base: OdeSchedule = load_schedule(self.schedule)
+        if self.constant is not None:
+            base = base.with_constant(self.constant)
+        base = base.model_copy(
+            update={"compensation_order": table.order, "compensation_variable": table.variable}
+        )
+        indices = range(samples(table))
+        x_T = start_scale(base) * noise_of(evaluator.seed, STREAM, indices, problem.shape)
+        shared: dict[str, Any] = {"cond": conditions(problem, indices)}
+        shared["guidance"] = problem.guidance
+        if table.recipe == "published":
+            targets = published_targets(base, denoiser, x_T, **shared)
+            return as_published(base, denoiser, x_T, targets, **shared)
+        targets = aligned_targets(base, denoiser, x_T, calls=table.teacher, **shared)
+        settings = Settings(table.low, table.high, held=table.held, polish=table.polish)
+        return compensate(base, denoiser, x_T, targets, settings=settings, **shared)
+
+
+def samples(table: CompensationTable) -> int:
+    """Samples the ratios are searched on."""
+    if table.samples is not None:
+        return table.samples
+    return _ORIGINAL if table.recipe == "published" else 256
+
+
+def compensation_cost(table: CompensationTable, nfe: int, bases: int) -> int:
+    """Network evaluations of compensating at one NFE, at most."""
+    if table.recipe == "published":
+        return bases * samples(table) * (200 + 40 * 3 * nfe)
+    s = Settings(polish=table.polish)
+    greedy = nfe * (s.coarse + s.fine + 3)
+    together = s.polish * nfe * (nfe / 2 + 6)
+    return round(bases * samples(table) * (table.teacher + greedy + together + 2 * nfe))

@@ -1,0 +1,318 @@
+"""The last stage of a search over several settings: schedules for those between, in OUT/cpr.json.
+
+The schedules found differ from setting to setting in their discrete choices, and polynomials need
+one family. So the stage takes a template (the one the study names, or the base it compensates, or
+the named solver with the lowest mean log error over all settings), opens its continuous decisions
+and fits them end to end over all settings together (`strategies.joint`), on noise of its own.
+Where all schedules found belong to the template's family, their ridge regression is the start. The
+file says, for every setting, the held-out error of the start, of the regression and of the
+schedule found there, and what the regression loses when the setting is left out of the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.predictors.cpr import CPR, fit
+from fewstep.samplers import Problem
+from fewstep.search.config import StudyConfig
+from fewstep.search.display import Display
+from fewstep.search.evaluate import Counted, Evaluator, Task, TaskResult, chunks, scaled
+from fewstep.search.final import Row
+from fewstep.search.objective import Array
+from fewstep.search.pool import Pool
+from fewstep.search.problem import conditions, noise_of
+from fewstep.search.results import schedule_path
+from fewstep.search.strategies.joint import (
+    Family,
+    Joint,
+    Request,
+    Setting,
+    fit_joint,
+    gram,
+)
+from fewstep.space import OdeSchedule, Program, stack
+from fewstep.space.baselines import baseline
+from fewstep.space.errors import FewstepError, ScheduleError, StudyError
+from fewstep.space.files import load_schedule
+from fewstep.space.noise import NoiseSchedule
+
+TRAIN, HELD = "cpr", "cpr-held"
+
+
+@dataclass(frozen=True)
+class GramTask:
+    """Schedules of one setting on the noise of a stream; a block of one to the pool.
+
+    Args:
+        program: stacked programs that act on unit noise.
+        stream: which noise, and whose end points: `key`.
+        samples: how many.
+        guidance: scale; None is the problem's.
+    """
+
+    program: Program
+    stream: str
+    samples: int
+    guidance: float | None
+    strict: bool = False
+    candidates: int = 1
+    start: int = 0
+    stop: int = 1
+
+    def only(self, index: int) -> GramTask:
+        """This one."""
+        return self
+
+    def execute(self, evaluator: Evaluator) -> TaskResult:
+        """The Gram matrix of the residuals, as values (1, M, M)."""
+        problem = evaluator.ode
+        denoiser = Counted(problem.denoiser)
+        indices = range(self.samples)
+        found = gram(
+            self.program,
+            denoiser,
+            noise_of(evaluator.seed, self.stream, indices, problem.shape),
+            evaluator.reference(key(self.stream, self.guidance)),
+            cond=conditions(problem, indices),
+            guidance=problem.guidance if self.guidance is None else self.guidance,
+        )
+        return TaskResult(found[None], ("ok",), ("",), denoiser.evaluations, 0.0)
+
+
+def key(stream: str, guidance: float | None) -> str:
+    """Name under which workers hold the teacher's end points of a stream at a scale."""
+    return stream if guidance is None else f"{stream}/w{guidance:g}"
+
+
+def wanted(config: StudyConfig) -> bool:
+    """Whether a study ends in a regression."""
+    settings = len(config.search.nfe) * len(config.search.guidance or (1,))
+    if config.cpr.fit is None:
+        return settings > 1 and config.objective.name in (None, "endpoint_mse")
+    return config.cpr.fit
+
+
+def cpr_cost(config: StudyConfig, scales: int) -> int:
+    """Network evaluations of the stage, at most."""
+    table, decisions = config.cpr, len(config.cpr.decisions)
+    each = sum(
+        n * (table.rounds * (n * decisions + 4) * table.samples + 8 * table.held)
+        for n in config.search.nfe
+    )
+    return scales * (each + (table.samples + table.held) * config.teacher.nfe)
+
+
+class Stage:
+    """Fits a study's regression.
+
+    Args:
+        config: the study.
+        problem: the model.
+        pool: where schedules run.
+        display: where progress is shown.
+    """
+
+    def __init__(
+        self, config: StudyConfig, problem: Problem, pool: Pool, display: Display
+    ) -> None:
+        self.config, self.problem, self.pool, self.display = config, problem, pool, display
+        self.noise: NoiseSchedule = problem.denoiser.noise
+        self.calls = 0
+
+    def run(self, found: Mapping[Setting, OdeSchedule]) -> CPR:
+        """Fit to the settings of the schedules found.
+
+        Raises:
+            StudyError: no template for these settings.
+        """
+        settings, table = sorted(found), self.config.cpr
+        self.display.stage("CPR: teacher")
+        for guidance in sorted({s.guidance for s in settings}):
+            for stream, size in ((TRAIN, table.samples), (HELD, table.held)):
+                self._refer(stream, size, guidance)
+        template = table.template or self._base() or self._template(found)
+        order = self.config.compensation.order
+        family = Family(self.noise, template, settings, table.decisions, order=order)
+        start = self._start(found, template)
+        self.display.stage(f"CPR: fitting {template}")
+        made = fit_joint(
+            family,
+            self.look,
+            start=start,
+            rounds=table.rounds,
+            told=lambda k, e: self.display.stage(f"CPR: round {k}, mean log error {e:.3f}"),
+        )
+        return replace(made.model, provenance=self._provenance(made, found, template, start))
+
+    def _scale(self, guidance: float) -> float | None:
+        return guidance if self.config.search.guidance is not None else None
+
+    def _refer(self, stream: str, size: int, guidance: float) -> None:
+        """The teacher's end points of a stream at a scale, given to every worker."""
+        teacher = baseline(self.config.teacher.solver, self.noise, self.config.teacher.nfe)
+        (chunk,) = chunks([teacher], self.noise, 1)
+        tickets: dict[int, int] = {}
+        for task in chunk.tasks(stream, size, self.config.search.block[1], "samples"):
+            made: Task = replace(task, strict=True, guidance=self._scale(guidance))
+            tickets[self.pool.submit(made)] = made.start
+        parts: dict[int, Tensor] = {}
+        while len(parts) < len(tickets):
+            ticket, result = self._collect()
+            parts[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
+        ends = torch.cat([parts[k] for k in sorted(parts)])
+        self.pool.share(key(stream, self._scale(guidance)), ends)
+
+    def _collect(self) -> tuple[int, TaskResult]:
+        ticket, result = self.pool.collect()
+        self.calls += result.evaluations
+        self.display.advance(result.evaluations)
+        return ticket, result
+
+    def look(self, requests: Sequence[Request]) -> list[Array]:
+        """See `strategies.joint.Look`."""
+        tickets: dict[int, int] = {}
+        for k, r in enumerate(requests):
+            stream, size = (
+                (HELD, self.config.cpr.held) if r.held else (TRAIN, self.config.cpr.samples)
+            )
+            program = stack([scaled(s) for s in r.schedules])
+            task = GramTask(program, stream, size, self._scale(r.setting.guidance))
+            tickets[self.pool.submit(task)] = k
+        found: dict[int, Array] = {}
+        while len(found) < len(tickets):
+            ticket, result = self._collect()
+            k = tickets[ticket]
+            m = len(requests[k].schedules)
+            ok = result.status[0] == "ok"
+            found[k] = result.values[0] if ok else np.full((m, m), np.nan)
+        return [found[k] for k in range(len(requests))]
+
+    def _base(self) -> str | None:
+        """The one base that a study compensates: its schedules are a family already."""
+        base = self.config.compensation.base
+        return base[0] if self.config.finish == "compensation" and len(base) == 1 else None
+
+    def _template(self, found: Mapping[Setting, OdeSchedule]) -> str:
+        """The named solver with the lowest mean log error, out of the best few of any setting."""
+        nfes = [s.nfe for s in found]
+        names: list[str] = []
+        for schedule in found.values():
+            scores = schedule.provenance.get("baselines", {})
+            usable = [n for n in sorted(scores, key=scores.get) if self._exists(n, nfes)]
+            names += [n for n in usable[:2] if n not in names]
+        if not names:
+            raise StudyError(
+                "cpr: none of the best named solvers exists at every NFE: name a cpr.template"
+            )
+        requests = [
+            Request(s, tuple(baseline(n, self.noise, s.nfe) for n in names)) for s in sorted(found)
+        ]
+        errors = np.array([np.diagonal(g) for g in self.look(requests)])
+        mean = np.log(np.where(errors > 0, errors, np.inf)).mean(0)
+        return names[int(np.argmin(np.where(np.isfinite(mean), mean, np.inf)))]
+
+    def _exists(self, name: str, nfes: Sequence[int]) -> bool:
+        """Whether a named solver has as many steps as calls, at every NFE between."""
+        try:
+            made = [baseline(name, self.noise, n) for n in range(min(nfes), max(nfes) + 1)]
+            return all(s.n_steps == s.nfe and not s.program.stochastic for s in made)
+        except ScheduleError:
+            return False
+
+    def _start(self, found: Mapping[Setting, OdeSchedule], template: str) -> CPR | None:
+        """The regression of the schedules found, if they are all of the template's family."""
+        try:
+            return fit([(s.nfe, s.guidance, schedule) for s, schedule in found.items()], template)
+        except StudyError:
+            return None
+
+    def _provenance(
+        self,
+        made: Joint,
+        found: Mapping[Setting, OdeSchedule],
+        template: str,
+        start: CPR | None,
+    ) -> dict[str, Any]:
+        """What the file says about itself."""
+        plain = [
+            Request(s, (schedule,), held=True)
+            for s, schedule in sorted(found.items())
+            if not schedule.options
+            and schedule.constant is None
+            and not schedule.program.stochastic
+        ]
+        errors = {r.setting: float(g[0, 0]) for r, g in zip(plain, self.look(plain), strict=True)}
+        left = made.left_out
+        rows = [
+            {
+                "nfe": s.nfe,
+                "guidance": s.guidance,
+                "start": made.before[s],
+                "found": errors.get(s),
+                "fitted": made.after[s],
+                "without_its_nfe": left.get("nfe", {}).get(s),
+                "without_its_guidance": left.get("guidance", {}).get(s),
+            }
+            for s in sorted(found)
+        ]
+        return {
+            "study": self.config.name,
+            "model": self.problem.fingerprint,
+            "start": "the template"
+            if start is None
+            else "ridge regression of the schedules found",
+            "schedules": [found[s].digest for s in sorted(found)],
+            "calls": self.calls,
+            "settings": rows,
+        }
+
+
+def regress(
+    config: StudyConfig,
+    out: Path,
+    rows: Sequence[Row],
+    problem: Problem,
+    pool: Pool,
+    display: Display,
+) -> Path | None:
+    """OUT/cpr.json from the schedules in OUT; what cannot be fitted is said, and no failure."""
+    found = {}
+    for row in rows:
+        scale = row.guidance if row.guidance is not None else problem.guidance
+        schedule = load_schedule(schedule_path(out, row.nfe, row.guidance))
+        found[Setting(row.nfe, 1.0 if scale is None else scale)] = schedule
+    try:
+        return fit_cpr(config, out, problem, pool, display, found)
+    except FewstepError as error:
+        display.note(f"no cpr.json: {error}")
+        return None
+
+
+def fit_cpr(
+    config: StudyConfig,
+    out: Path,
+    problem: Problem,
+    pool: Pool,
+    display: Display,
+    found: Mapping[Setting, OdeSchedule],
+) -> Path:
+    """Fit the regression of a finished search and write OUT/cpr.json, unless it is there.
+
+    Raises:
+        StudyError: no template for these settings.
+    """
+    path = out / "cpr.json"
+    if path.exists():
+        kept = CPR.load(path)
+        if kept.provenance.get("schedules") == [found[s].digest for s in sorted(found)]:
+            return path
+    Stage(config, problem, pool, display).run(found).save(path)
+    return path

@@ -1,0 +1,120 @@
+"""The last stage of a search: the best candidates of every NFE improved, on the workers.
+
+A stage is "refine" (`refining`) or "compensation" (`compensating`). One task improves one schedule
+on noise of its own, which neither ranks candidates nor reports results. What comes back is
+proposed like any other candidate: scored on the search's noise, told to the study, judged on fresh
+seeds. The log holds it, so that a resumed search improves nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fewstep.search.compensating import CompensationTask, compensation_cost
+from fewstep.search.config import StudyConfig
+from fewstep.search.display import Display
+from fewstep.search.pool import Pool
+from fewstep.search.refining import RefineResult, RefineTask, best_starts, refine_cost
+from fewstep.search.rung import Rung
+from fewstep.search.strategies import Evaluated, Proposal
+from fewstep.space import OdeSchedule, load_schedule
+from fewstep.space.baselines import baseline
+from fewstep.space.errors import ScheduleError, StudyError
+from fewstep.space.noise import NoiseSchedule
+
+
+def finish_rungs(
+    config: StudyConfig, pool: Pool, rungs: Mapping[int, Rung], display: Display
+) -> dict[int, int]:
+    """Improve the starts of every NFE and tell the results; network evaluations by NFE."""
+    stage = config.finish or ""
+    tickets: dict[int, tuple[int, Evaluated]] = {}
+    for nfe, rung in rungs.items():
+        if rung.refined_before:
+            continue
+        for start in starts(config, rung):
+            tickets[pool.submit(_task(config, start))] = (nfe, start)
+    proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
+    for k in range(len(tickets)):
+        display.stage(f"{stage} of {len(tickets)} schedules, {k} done")
+        ticket, result = pool.collect()
+        nfe, start = tickets[ticket]
+        display.advance(result.evaluations)
+        if isinstance(result, RefineResult) and result.schedule is not None:
+            schedule = load_schedule(result.schedule)
+            if start.schedule.constant is not None:
+                schedule = schedule.with_constant(start.schedule.constant)
+            proposals[nfe][ticket] = Proposal(
+                schedule, f"{stage}:{start.source}", dict(result.note)
+            )
+        else:
+            display.note(f"NFE {nfe}: {stage} of {start.source} failed ({result.message[0]})")
+    spent: dict[int, int] = {}
+    for nfe, rung in rungs.items():
+        display.stage(f"NFE {nfe}: scoring the schedules of {stage}")
+        told = rung.extend([proposals[nfe][t] for t in sorted(proposals[nfe])])
+        spent[nfe] = sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
+        for p in told:
+            display.note(
+                f"NFE {nfe}: {p.source} {p.note[f'{stage}_before']:.4g} -> "
+                f"{p.note[f'{stage}_after']:.4g} (held-out noise)"
+            )
+    return spent
+
+
+def _task(config: StudyConfig, start: Evaluated) -> RefineTask | CompensationTask:
+    body = {k: v for k, v in start.schedule.to_dict().items() if k != "provenance"}
+    constant = start.schedule.constant
+    if config.finish == "compensation":
+        return CompensationTask(body, constant, config.compensation)
+    featured = config.objective.name == "frechet"
+    return RefineTask(body, constant, config.refine, config.search.seed, featured)
+
+
+def starts(config: StudyConfig, rung: Rung) -> list[Evaluated]:
+    """What the stage improves: the bases that the study names, else the best candidates."""
+    table = config.compensation
+    if config.finish != "compensation":
+        return best_starts(rung.known, config.refine.top)
+    if not table.base:
+        usable = [
+            e
+            for e in rung.known
+            if isinstance(e.schedule, OdeSchedule) and e.schedule.n_steps > table.order
+        ]
+        return best_starts(usable, table.top)
+    scored = {e.source: e for e in rung.named_known()}
+    bases = named_bases(config, rung.known[0].schedule.noise, rung.nfe)
+    return [
+        scored.get(name) or Evaluated(schedule, float("inf"), "ok", source=name)
+        for name, schedule in bases.items()
+    ]
+
+
+def named_bases(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> dict[str, OdeSchedule]:
+    """The bases of [compensation], by name.
+
+    Raises:
+        StudyError: a name that is no solver, or one that does not exist at this NFE.
+    """
+    found = {}
+    for name in config.compensation.base:
+        try:
+            found[name] = baseline(name, noise, nfe)
+        except ScheduleError as error:
+            raise StudyError(f"compensation.base: {error}") from None
+        if found[name].program.stochastic:
+            raise StudyError(f"compensation.base: {name} adds fresh noise: name another")
+    return found
+
+
+def finish_cost(config: StudyConfig) -> int:
+    """Network evaluations of the stage at all NFEs, at most."""
+    nfes = config.search.nfe
+    if config.finish == "refine":
+        noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
+        return noise + sum(refine_cost(config.refine, nfe) for nfe in nfes)
+    if config.finish == "compensation":
+        bases = len(config.compensation.base) or config.compensation.top
+        return sum(compensation_cost(config.compensation, nfe, bases) for nfe in nfes)
+    return 0

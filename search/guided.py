@@ -1,0 +1,83 @@
+"""A study of several guidance scales: one search for each, in a folder of its own.
+
+    OUT/w7.5/...                       all that the search at scale 7.5 leaves
+    OUT/schedules/nfe05_w7.5.json      every schedule found
+    OUT/results.json                   all rows, each with its guidance
+    OUT/cpr.json                       schedules for the settings between (`cpr_stage`)
+
+A scale changes what the teacher samples, so searches at different scales share nothing but the
+study; each resumes by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fewstep.search.config import StudyConfig
+from fewstep.search.cpr_stage import cpr_cost, regress
+from fewstep.search.display import Display
+from fewstep.search.evaluate import Evaluator
+from fewstep.search.final import Row
+from fewstep.search.preparing import evaluator_spec, open_pool
+from fewstep.search.record import write_text
+from fewstep.search.results import schedule_path
+from fewstep.space.files import load_schedule, save_schedule
+
+
+def folder_of(out: Path, scale: float) -> Path:
+    """The folder of one scale."""
+    return out / f"w{scale:g}"
+
+
+def search_each(
+    config: StudyConfig,
+    out: Path,
+    one: Callable[[StudyConfig, Path, bool], Sequence[Row]],
+    display: Display,
+) -> list[Row]:
+    """Search every scale and gather what was found.
+
+    Args:
+        config: the study.
+        out: its folder.
+        one: runs the study of one scale in a folder, going on with what is there if True.
+        display: where progress is shown.
+    """
+    rows: list[Row] = []
+    off = config.cpr.model_copy(update={"fit": False})
+    for scale in config.search.guidance or ():
+        folder = folder_of(out, scale)
+        log = folder / "log.jsonl"
+        begun = log.exists() and log.stat().st_size > 0
+        display.note(f"guidance {scale:g}")
+        part = config.at_guidance(scale).model_copy(update={"cpr": off})
+        found = one(part, folder, begun)
+        for row in found:
+            schedule = load_schedule(schedule_path(folder, row.nfe, scale))
+            save_schedule(schedule, schedule_path(out, row.nfe, scale))
+        rows += found
+    results = {
+        "study": config.name,
+        "objective": config.objective.name or "endpoint_mse",
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return rows
+
+
+def regress_all(
+    config: StudyConfig, out: Path, rows: Sequence[Row], address: str | None, display: Display
+) -> None:
+    """The regression over all scales, on workers of its own."""
+    scales = config.search.guidance or ()
+    spec = evaluator_spec(config.at_guidance(scales[0]))
+    evaluator = Evaluator.from_spec(spec)
+    pool = open_pool(config, spec, evaluator, address)
+    try:
+        with display:
+            display.total(cpr_cost(config, len(scales)))
+            regress(config, out, rows, evaluator.ode, pool, display)
+    finally:
+        pool.close()

@@ -1,0 +1,230 @@
+"""Guidance as a dimension of a search, per step as a decision, and the regression between."""
+
+import json
+import shutil
+
+import pytest
+
+from fewstep.experiments.__main__ import main
+from fewstep.predictors.cpr import CPR
+from fewstep.search import run
+from fewstep.search.config import load_study
+from fewstep.space import StudyError, load_schedule
+from fewstep.space.baselines import baseline
+from fewstep.space.noise import VPLinear
+from tests.studies import STUDY, trial_table, write_study
+
+TEXT = (
+    STUDY.replace("nfe = [3]", "nfe = [3, 5]\nguidance = [1, 3]")
+    .replace("candidates = 40", "candidates = 12")
+    .replace('"evolution"', '"random"')
+    + """
+[cpr]
+samples = 24
+held = 16
+rounds = 2
+template = "unipc2-bh2/quadratic/low"
+"""
+)
+
+
+def _search(folder, *overrides, text=TEXT, out="out", **options):
+    config = load_study(write_study(folder, text), overrides)
+    return run.search(config, folder / out, **options)
+
+
+def _run(capsys, *arguments):
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return leaving.value.code, out, err
+
+
+def _fails(capsys, *arguments):
+    code, _, err = _run(capsys, *arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return _search(tmp_path_factory.mktemp("guided"))
+
+
+def test_every_scale_has_a_search_and_every_setting_a_row_and_a_file(finished):
+    settings = [(3, 1.0), (5, 1.0), (3, 3.0), (5, 3.0)]
+    assert [(row.nfe, row.guidance) for row in finished.rows] == settings
+    rows = json.loads((finished.out / "results.json").read_text())["rows"]
+    assert [(row["nfe"], row["guidance"]) for row in rows] == settings
+    for nfe, scale in settings:
+        name = f"nfe{nfe:02d}_w{scale:g}.json"
+        schedule = load_schedule(finished.out / "schedules" / name)
+        assert schedule.nfe == nfe
+        assert schedule.provenance["guidance"] == scale
+        inner = load_schedule(finished.out / f"w{scale:g}" / "schedules" / name)
+        assert inner.digest == schedule.digest
+    names = {path.name for path in (finished.out / "schedules").iterdir()}
+    assert len(names) == 4
+
+
+def test_scales_are_different_problems(finished):
+    """The same named solver scores differently, because the teacher's samples differ."""
+    a, b = (next(r for r in finished.rows if (r.nfe, r.guidance) == (5, w)) for w in (1.0, 3.0))
+    assert dict((s.name, s.score) for s in a.named) != dict((s.name, s.score) for s in b.named)
+
+
+def test_the_regression_is_fitted_on_one_template_and_says_how_good_it_is(finished):
+    model = CPR.load(finished.out / "cpr.json")
+    assert (model.nfe, model.guidance) == ((3, 5), (1.0, 3.0))
+    assert model.template == "unipc2-bh2/quadratic/low"
+    origin = model.provenance
+    assert origin["start"] == "the template"
+    assert origin["calls"] > 0
+    for row in origin["settings"]:
+        assert row["fitted"] <= row["start"]
+        assert row["without_its_nfe"] > 0
+        assert row["without_its_guidance"] > 0
+        assert row["found"] > 0
+    assert origin["settings"][0]["fitted"] < origin["settings"][0]["start"]
+
+
+def test_export_answers_between_the_settings_and_refuses_beyond(finished, capsys, tmp_path):
+    cpr, file = finished.out / "cpr.json", tmp_path / "made.json"
+    ask = ("export", "--cpr", cpr, "--out", file)
+    code, text, _ = _run(capsys, *ask, "--nfe", 4, "--guidance", 2)
+    assert code == 0
+    assert "to be sampled with guidance 2" in text
+    made = load_schedule(file)
+    assert made.nfe == 4
+    assert made.provenance["cpr"] == {"nfe": 4, "guidance": 2.0}
+    assert made.provenance["model"] == "tiny2False"
+    assert "predicted for NFE 4, guidance 2" in _run(capsys, "show", file)[1]
+    assert made.digest != baseline("unipc2-bh2/quadratic/low", VPLinear(), 4).digest
+    assert "outside the fitted box" in _fails(capsys, *ask, "--nfe", 6, "--guidance", 2)
+    code, text, _ = _run(capsys, *ask, "--nfe", 6, "--guidance", 2, "--outside", "neutral")
+    assert code == 0
+    assert "warning: NFE 6, guidance 2 lies outside" in text
+    neutral = baseline("unipc2-bh2/quadratic/low", VPLinear(), 6)
+    assert load_schedule(file).digest == neutral.digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cpr", "CPR"), "--nfe is missing: "),
+        (("--cpr", "CPR", "--nfe", 4), "--guidance is missing: "),
+        (("--cpr", "CPR", "--nfe", 4, "--to", "csv"), "--cpr takes the place of FILE"),
+        (("--cpr", "nowhere.json", "--nfe", 4), "no such file"),
+        (("--cpr", "CPR", "--nfe", 4, "--outside", "guess"), "use refuse or neutral"),
+        (("--nfe", 4), "need --cpr FILE"),
+        ((), "give FILE --to FORM DIR, or --cpr FILE"),
+    ],
+)
+def test_an_export_that_lacks_something_is_one_line(finished, capsys, arguments, message):
+    given = [str(finished.out / "cpr.json") if a == "CPR" else a for a in arguments]
+    assert message in _fails(capsys, "export", *given)
+
+
+def test_report_prints_a_table_for_each_scale_and_the_regressions(finished, capsys):
+    code, text, _ = _run(capsys, "report", finished.out)
+    assert code == 0
+    assert "guidance 1\n" in text
+    assert "guidance 3\n" in text
+    assert "CPR on unipc2-bh2/quadratic/low" in text
+
+
+def test_a_search_cut_anywhere_goes_on_to_the_same_end(finished, tmp_path):
+    out = tmp_path / "cut"
+    shutil.copytree(finished.out, out)
+    shutil.rmtree(out / "w3")
+    (out / "cpr.json").unlink()
+    log = out / "w1" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[: int(0.6 * log.stat().st_size)])
+    again = _search(tmp_path, out="cut", resume=True)
+    assert again.rows == finished.rows
+    made, wanted = (CPR.load(f.out / "cpr.json") for f in (again, finished))
+    assert made.regressions.keys() == wanted.regressions.keys()
+    assert made.predict(4, 2.0).times == pytest.approx(wanted.predict(4, 2.0).times, abs=1e-9)
+    with pytest.raises(StudyError, match=r"search\.guidance is"):
+        _search(tmp_path, "search.guidance=[1, 2]", out="cut", resume=True)
+    with pytest.raises(StudyError, match="--overwrite"):
+        _search(tmp_path, out="cut")
+
+
+def test_one_scale_keeps_one_folder_and_one_setting_fits_nothing(tmp_path):
+    outcome = _search(tmp_path, "search.guidance=[2]", "search.nfe=[3]")
+    assert [row.guidance for row in outcome.rows] == [2.0]
+    assert load_schedule(outcome.out / "schedules" / "nfe03_w2.json").provenance["guidance"] == 2
+    assert not (outcome.out / "cpr.json").exists()
+
+
+def test_without_scales_files_keep_their_names_and_one_family_starts_the_fit(tmp_path):
+    text = TEXT.replace("guidance = [1, 3]\n", "").replace('"random"', '"compensation"')
+    text = text.replace("\ntemplate = ", "\n# ")
+    text += '\n[compensation]\nbase = "unipc2-bh2/quadratic/low"\nsamples = 16\nteacher = 20\n'
+    settings = ("search.nfe=[4, 5]", "budget.candidates=1")  # DDIM is all there is to beat
+    outcome = _search(tmp_path, *settings, text=text)
+    names = {path.name for path in (outcome.out / "schedules").iterdir()}
+    assert names == {"nfe04.json", "nfe05.json"}
+    assert {row.source for row in outcome.rows} == {"compensation:unipc2-bh2/quadratic/low"}
+    assert {row.guidance for row in outcome.rows} == {None}
+    model = CPR.load(outcome.out / "cpr.json")
+    assert model.template == "unipc2-bh2/quadratic/low"
+    assert model.provenance["start"].startswith("ridge")
+    assert model.guidance == (1.0, 1.0)
+
+
+def test_guidance_per_step_is_a_decision_that_starts_from_the_problems_scale(tmp_path):
+    text = TEXT.replace("guidance = [1, 3]\n", "").replace('"random"', '"evolution"')
+    settings = ("search.nfe=[3]", "model.guidance=2.0", "budget.candidates=127")
+    extras = "space.extras=[['guidance', 1.0, 4.0]]"
+    plain = _search(tmp_path, *settings, text=text, out="plain")
+    opened = _search(tmp_path, *settings, extras, text=text, out="opened")
+    a, b = (trial_table(o.out) for o in (plain, opened))
+    count = next(i for i, row in enumerate(b) if row[-1]["generation"] > 0)
+    assert count > 20
+    for x, y in zip(a[:count], b[:count], strict=True):
+        assert x[2] == pytest.approx(y[2])  # the same samplers, told their scale
+    scales = {v for row in b[count:] for k, v in row[3].items() if k.startswith("guidance_")}
+    assert scales - {2.0}
+    assert all(1.0 <= v <= 4.0 for v in scales)
+    schedule = load_schedule(opened.out / "schedules" / "nfe03.json")
+    assert schedule.program.guidance is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("search.guidance=[]",), "is empty or names a scale twice"),
+        (("search.guidance=[2, 2]",), "names a scale twice"),
+        (("search.guidance=[0]",), r"search\.guidance\.0 = 0"),
+        (("search.guidance=[2]", "space.extras=[['guidance', 3.0, 4.0]]"), "leaves out 2"),
+        (("cpr.template='unipc9/time'",), r"cpr\.template: solver 'unipc9' is unknown"),
+        (
+            ("cpr.template='heun/time'",),
+            r"cpr\.template: heun makes an odd number of calls, not 4",
+        ),
+        (("cpr.decisions=['gap', 'colour']",), r"cpr\.decisions\.1 = 'colour'"),
+    ],
+)
+def test_wrong_settings_are_one_line(tmp_path, overrides, message):
+    with pytest.raises(StudyError, match=message) as error:
+        _search(tmp_path, *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_guidance_cannot_be_opened_without_a_scale_to_start_from(tmp_path):
+    text = TEXT.replace("guidance = [1, 3]\n", "")
+    with pytest.raises(StudyError, match="has none to start from"):
+        _search(tmp_path, "space.extras=[['guidance', 1.0, 4.0]]", text=text)
+
+
+def test_a_command_with_a_study_of_several_scales_asks_for_one(finished, capsys, tmp_path):
+    study = write_study(tmp_path, TEXT)
+    file = finished.out / "schedules" / "nfe03_w3.json"
+    error = _fails(capsys, "compare", file, file, "--study", study)
+    assert "search.guidance lists 2 scales: choose one" in error
+    ask = ("compare", file, file, "--study", study, "-n", 8)
+    code, _, _ = _run(capsys, *ask, "--set", "search.guidance=[3]")
+    assert code == 0
