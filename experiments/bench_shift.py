@@ -35,7 +35,8 @@ DEIS = ("tab", "rhoab", "logrho")
 class Bench:
     """A model, and its noise and teacher on both streams."""
 
-    def __init__(self, model: str, tune: int, test: int) -> None:
+    def __init__(self, model: str, tune: int, test: int, grids: Sequence[str] = GRIDS) -> None:
+        self.grids = grids
         if model == "digits":
             from fewstep.experiments.models import digits as module
         else:
@@ -176,7 +177,7 @@ def basis(bench: Bench, nfes: Sequence[int]) -> list[str]:
         "| NFE | grid | one basis | its error | basis per step | per step / one | steps |",
         "|---|---|---|---|---|---|---|",
     ]
-    for nfe, kind in itertools.product(nfes, GRIDS):
+    for nfe, kind in itertools.product(nfes, bench.grids):
         names = [f"deis-{b}{d}/{kind}" for b in DEIS for d in (1, 2, 3)]
         names += [f"ipndm{d}/{kind}" for d in (2, 3, 4)]
         made = {n: baseline(n, bench.noise, nfe) for n in names}
@@ -221,11 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("shift", "deis", "basis"))
     parser.add_argument("--model", choices=("digits", "galaxy"), default="digits")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 8, 10])
+    parser.add_argument("--grids", nargs="+", default=GRIDS, choices=GRIDS, help="of basis")
     parser.add_argument("--tune", type=int, default=32)
     parser.add_argument("--test", type=int, default=128)
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
-    bench = Bench(a.model, a.tune, a.test)
+    bench = Bench(a.model, a.tune, a.test, a.grids)
     run: Callable[[Bench, Sequence[int]], list[str]]
     run = {"shift": compare, "deis": deis, "basis": basis}[a.what]
     run(bench, a.nfe)

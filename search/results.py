@@ -86,7 +86,8 @@ def write_results(
         sheet = report.contact_sheet(out / "samples.png", drawn, problem.picture)
     if sheet is not None:
         pictures.insert(0, sheet)
-    unused = () if family.taught else ("teacher.", "refine.", "objective.features")
+    stages = ("teacher.", "refine.", "compensation.", "cpr.")
+    unused = () if family.taught else (*stages, "search.guidance", "objective.features")
     facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
     facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
     written.append(
