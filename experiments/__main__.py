@@ -127,8 +127,10 @@ def search(
     console = _console()
     closing = explain.closing(outcome.rows, outcome.objective, folder, named=not quiet)
     console.print(*closing, sep="\n", highlight=False)
+    each = len(config.search.guidance or ()) > 1
+    where = f"in {outcome.out}{' and its folder of each scale' if each else ''}"
     console.print(
-        f"{duration(outcome.seconds)}; schedules, pictures and report.html are in {outcome.out}",
+        f"{duration(outcome.seconds)}; schedules, pictures and report.html are {where}",
         highlight=False,
         soft_wrap=True,
     )

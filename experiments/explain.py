@@ -216,10 +216,10 @@ def cpr_table(model: CPR) -> Table:
         f"{model.guidance[0]:g} to {model.guidance[1]:g}: held-out error"
     )
     table.caption = (
-        "last columns: error when the setting's NFE (guidance) is left out of the fit, over the "
-        "error with it; at the edges that is extrapolation"
+        "w is guidance; last columns: error when the setting's NFE (w) is left out of the fit, "
+        "over the error with it; at the edges that is extrapolation"
     )
-    heads = ("NFE", "guidance", "start", "found", "CPR", "CPR / found", "no NFE", "no guidance")
+    heads = ("NFE", "w", "start", "found", "CPR", "CPR / found", "without NFE", "without w")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in model.provenance.get("settings", []):
