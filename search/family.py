@@ -288,9 +288,10 @@ def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> Stu
             raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
     if config.finish is not None:
         if "strategy" in config.search.model_fields_set:
+            done = "refined" if config.finish == "refine" else "compensated"
             raise StudyError(
                 f"search.strategy {config.search.strategy}: schedules of kind {family.kind!r} "
-                f"cannot be refined or compensated: use {config.base_strategy or 's3'}"
+                f"cannot be {done}: use {config.base_strategy or 's3'}"
             )
         search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
         config = config.model_copy(update={"search": search})
