@@ -12,7 +12,7 @@ import itertools
 import torch
 
 from fewstep.samplers import MaskedProblem, ParticleProblem, from_subs
-from fewstep.samplers.targets import Factor, anneal, reward
+from fewstep.samplers.targets import anneal, product, reward
 from fewstep.space.noise import VPLinear
 
 LENGTH, TOKENS = 5, 3
@@ -39,6 +39,13 @@ class Table:
         return mu.log() * (float("nan") if self.broken == "nan" else 1)
 
 
+class Allowing:
+    mask, length = MASK, LENGTH
+
+    def __call__(self, tokens, t):
+        return torch.zeros(*tokens.shape, TOKENS + 1)
+
+
 def index(tokens):
     return (tokens * TOKENS ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)
 
@@ -51,7 +58,7 @@ def variation(measures):
 
 
 def masked(score="variation", given=0, broken=""):
-    """`given`: first tokens that are given; `broken`: nan, shape, or gaps (a measure's)."""
+    """`given`: first tokens that are given; `broken` breaks a contract on purpose."""
     table = Table(broken)
 
     def states(tokens):
@@ -65,7 +72,10 @@ def masked(score="variation", given=0, broken=""):
         tokens[:, :given] = 0
         return tokens
 
-    own = dict(denoiser=from_subs(table, MASK, length=LENGTH), length=LENGTH, fingerprint="table")
+    denoiser = from_subs(table, MASK, length=LENGTH - (broken == "long"))
+    if broken == "mask":
+        denoiser = Allowing()
+    own = dict(denoiser=denoiser, length=LENGTH, fingerprint="table")
     if given:
         own["prompt"] = prompt
     if score == "variation":
@@ -99,6 +109,10 @@ def particles(broken=""):
         return torch.stack([(moment - 0.25) ** 2, found.ess.amin(0)], dim=1)
 
     target = anneal(Gaussian(), 2.0)
+    if broken == "noise":
+        other = Gaussian()
+        other.noise = VPLinear(beta_max=10.0)
+        target = product(Gaussian(), other)
     if broken == "reward":
         target = reward(Gaussian(), lambda x: x[:, 0] * float("nan"), at="data")
     return ParticleProblem(

@@ -208,6 +208,9 @@ def test_mlflow_holds_the_curve_and_the_facts(tmp_path):
         ("masked", ("model.given=5",), "leaves no position"),
         ("masked", ("model.broken='nan'",), "NaN"),
         ("masked", ("model.broken='shape'",), "(B, K) is needed"),
+        ("masked", ("model.broken='mask'",), "allow the mask token"),
+        ("masked", ("model.broken='long'",), "length 5 exceeds the model's 4"),
+        ("particles", ("model.broken='noise'",), "share the schedule's noise"),
         ("particles", ("space.zeta=[2.0, 3.0]",), "around 1"),
         ("particles", ("space.resample=['ess']",), "must hold 'never'"),
         ("particles", ("model.broken='reward'",), "not finite"),
@@ -266,6 +269,32 @@ def test_a_schedule_of_another_kind_or_length_is_refused_in_one_line(finished, t
         code, _, err = _run(capsys, "compare", file, file, "--study",
                             write_drawn(tmp_path, "masked"), *given)  # fmt: skip
         assert (code, "4 free ones" in err) == (2, True)
+
+
+def test_a_file_with_a_changing_strength_needs_densities(tmp_path, capsys):
+    study = write_drawn(tmp_path, "particles")
+    problem = evaluator_spec(load_study(study)).model.load()
+    schedule = family_of(problem).named(3)["target_score+systematic/logsnr/euler"]
+    data = schedule.to_dict()
+    data["steps"][1]["b"] = 1.5
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps(data))
+    code, _, err = _run(capsys, "compare", file, file, "--study", study)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "needs log_density of model 0" in err
+
+
+def test_counts_that_do_not_sum_are_named(finished, tmp_path, capsys):
+    kind, outcome = finished
+    data = json.loads((outcome.out / "schedules" / "nfe03.json").read_text())
+    field = {"masked": "calls", "particles": "steps"}[kind]
+    data[field][0] |= {"masked": {"count": 9}, "particles": {"zeta": -1}}[kind]
+    file = tmp_path / "wrong.json"
+    file.write_text(json.dumps(data))
+    for command in ("show", "lint"):
+        code, _, err = _run(capsys, command, file)
+        assert (code, err.count("\n")) == (2, 1)
+        assert {"masked": "the counts sum to", "particles": "zeta -1"}[kind] in err
 
 
 def test_samples_with_a_picture_are_drawn(tmp_path, capsys):
