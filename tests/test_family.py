@@ -248,6 +248,13 @@ def test_the_command_line_reads_every_kind(finished, tmp_path, capsys):
     code, out, _ = _run(capsys, "compare", *files, "--study", study, "-n", 16)
     assert code == 0
     assert f"{outcome.objective}, 16 samples" in out
+    code, out, _ = _run(capsys, "baseline", "list", "--nfe", 3, "--study", study)
+    name = out.splitlines()[0]
+    named = tmp_path / "named.json"
+    assert _run(capsys, "baseline", name, "--nfe", 3, "--study", study, "--out", named)[0] == 0
+    assert load_schedule(named).kind == kind
+    code, _, err = _run(capsys, "baseline", "magic", "--nfe", 3, "--study", study)
+    assert (code, "is not named" in err) == (2, True)
     code, out, _ = _run(capsys, "export", files[1], tmp_path, "--to", "csv")
     assert (code, len((tmp_path / "nfe03.csv").read_text().splitlines())) == (0, 4)
     code, _, err = _run(capsys, "export", files[1], tmp_path, "--to", "diffusers")
