@@ -1,0 +1,147 @@
+"""The contract of a search space (`space.protocol`), kept by the masked and particle domains."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fewstep.space import ScheduleError, load_schedule
+from fewstep.space.masked_domain import MaskedDomain
+from fewstep.space.noise import EDM, RectifiedFlow, VPLinear
+from fewstep.space.particle_domain import ParticleDomain, named_policies
+from fewstep.space.particles import ParticleStep
+
+DOMAINS = {
+    "counts": MaskedDomain(20, 6),
+    "masked": MaskedDomain(
+        20, 6, modes=("parallel", "extrapolate"), positions=("uniform", "confidence"),
+        temperature=(0.7, 1.4),
+    ),
+    "particles": ParticleDomain(EDM(sigma_max=8.0, sigma_min=0.02), 6),
+    "vp": ParticleDomain(VPLinear(), 5, resample=("never", "ess"), weight=("left", "trapezoid")),
+    "flow": ParticleDomain(RectifiedFlow(), 4),
+    "drift": ParticleDomain(VPLinear(), 3, weight=("none",), integrators=("exponential",)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=DOMAINS)
+def domain(request):
+    return DOMAINS[request.param]
+
+
+def _walk(domain, count=60):
+    """Members reached by sampling, mutation and crossover."""
+    rng = np.random.default_rng(3)
+    member = domain.sample(rng)
+    for k in range(count):
+        yield member
+        other = domain.sample(rng)
+        member = (domain.mutate(member, rng), domain.crossover(member, other, rng), other)[k % 3]
+
+
+def test_parameters_and_members_are_equal_views(domain):
+    for member in _walk(domain):
+        assert domain.contains(member) is None
+        values = domain.params(member)
+        assert domain.from_params(values) == member
+        assert domain.params(domain.from_params(values)) == values
+        assert load_schedule(member.to_dict()) == member
+
+
+def test_any_values_become_a_member(domain):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        values = {}
+        for p in domain.parameters:
+            if rng.random() < 0.7:
+                wide = p.high - p.low
+                number = p.low - wide + 3 * wide * rng.random()
+                values[p.name] = rng.choice(p.choices) if p.kind == "choice" else number
+        assert domain.contains(domain.from_params(values)) is None
+    assert domain.contains(domain.from_params({})) is None
+
+
+def test_distributions_hold_the_parameters_of_every_member(domain):
+    held = domain.distributions()
+    for member in _walk(domain):
+        for name, value in domain.params(member).items():
+            assert held[name]._contains(held[name].to_internal_repr(value)), name
+
+
+def test_a_mutation_is_another_sampler(domain):
+    rng = np.random.default_rng(1)
+    member = domain.sample(rng)
+    for _ in range(40):
+        assert domain.mutate(member, rng).digest != member.digest
+
+
+def test_encodings_have_one_width_and_tell_members_apart(domain):
+    met = {m.digest: domain.encode(m) for m in _walk(domain)}
+    rows = np.stack(list(met.values()))
+    assert np.isfinite(rows).all()
+    assert len(np.unique(rows, axis=0)) == len(met)
+
+
+def test_other_numbers_of_calls_are_other_members(domain):
+    other = domain.with_nfe(domain.nfe - 1)
+    member = other.sample(np.random.default_rng(0))
+    assert other.contains(member) is None
+    assert "calls" in str(domain.contains(member))
+    with pytest.raises(ScheduleError, match="not in the search space"):
+        domain.params(member)
+
+
+def test_resampling_matters_only_where_something_was_weighed():
+    domain = DOMAINS["particles"]
+    values = {f"weight_{i}": "none" for i in range(6)} | {
+        f"resample_{i}": "always" for i in range(6)
+    }
+    idle = domain.from_params(values)
+    assert all(step.resample == "never" for step in idle.steps)
+    once = domain.from_params(values | {"weight_2": "left"})
+    assert [step.resample for step in once.steps] == ["never", "never", "always", *["never"] * 3]
+    assert "resample_1" not in domain.params(once)
+    assert "resample_2" in domain.params(once)
+
+
+def test_euler_is_left_out_where_alpha_starts_at_zero():
+    flow = DOMAINS["flow"]
+    assert all(p.name != "integrator" for p in flow.parameters)
+    assert {s.integrator for s in named_policies(RectifiedFlow(), 4).values()} == {"exponential"}
+    with pytest.raises(ScheduleError, match="add exponential"):
+        ParticleDomain(RectifiedFlow(), 4, integrators=("euler",))
+
+
+@pytest.mark.parametrize("b", [1.0, 2.0])
+def test_named_policies_are_distinct_samplers_and_drift_ones_are_members(b):
+    found = named_policies(EDM(), 5, b=b)
+    assert len({s.digest for s in found.values()}) == len(found)
+    tempered = [name for name in found if name.startswith("tempered")]
+    assert bool(tempered) == (b != 1.0)
+    domain = ParticleDomain(EDM(), 5)
+    for name, schedule in found.items():
+        assert (domain.contains(schedule) is None) == ("clocks" not in name), name
+        assert math.isclose(schedule.steps[0].zeta, 1.0 if name[0:6] == "target" else b**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda s: s.model_copy(update={"times": (7.0, *s.times[1:])}), "times run from"),
+        (lambda s: _step(s, zeta=9.0), "zeta 9.0 is outside"),
+        (lambda s: _step(s, b=2.0), "b is not searched"),
+        (lambda s: _step(s, resample="clocks"), "'clocks' is not open"),
+        (
+            lambda s: s.model_copy(update={"noise": EDM(sigma_max=9.0)}),
+            "noise schedule is another",
+        ),
+    ],
+)
+def test_what_is_no_member_is_told_why(change, word):
+    domain = DOMAINS["particles"]
+    assert word in str(domain.contains(change(domain.from_params({}))))
+
+
+def _step(schedule, **choices):
+    first = ParticleStep(**({"zeta": 1.0} | choices))
+    return schedule.model_copy(update={"steps": (first, *schedule.steps[1:])})
