@@ -108,16 +108,18 @@ class ParticleTask(DrawnTask):
         indices, seed = range(self.start, self.stop), evaluator.seed
         z = noise_of(seed, self.stream, indices, (problem.particles, *problem.shape))
         steps = sample_seed(seed, f"{self.stream}/steps", self.start)
+        generator = torch.Generator().manual_seed(steps)
         found = sample_particles(
             schedule,
             problem.target,
             start_particles(schedule, problem.target, z),
-            generator=torch.Generator().manual_seed(steps),
+            generator=generator,
             exact_start=problem.exact_start,
         )
         evaluator.evaluations += found.calls * problem.particles * len(indices)
         if self.want == "samples":
-            return found.x.to(torch.float32).cpu().numpy()
+            even = found.draw(problem.particles, generator)
+            return even.to(torch.float32).cpu().numpy()
         seeds = [sample_seed(seed, f"{self.stream}/measure", i) for i in indices]
         return self._kept(problem.measure(found, seeds), problem.objective)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
+from fewstep.samplers.targets import Target
 from fewstep.search.config import StudyConfig
 from fewstep.search.drawn import DrawnChunk, MaskedTask, ParticleTask, drawn_chunks, prompts
 from fewstep.search.evaluate import Chunk, Want, chunks
@@ -225,9 +226,14 @@ class ParticleFamily:
     taught: ClassVar[bool] = False
 
     @property
+    def target(self) -> Target:
+        """The problem's target."""
+        return self.problem.target
+
+    @property
     def per_sample(self) -> int:
         """See `Family`: a population of K particles, asked of every model."""
-        return self.problem.particles * len(self.problem.target.factors)
+        return self.problem.particles * len(self.target.factors)
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
@@ -235,12 +241,17 @@ class ParticleFamily:
 
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
-        values = _values(config, _open(ParticleDomain, "noise", "nfe"))
-        return _made(lambda: ParticleDomain(self.problem.target.noise, nfe, **values))
+        values, target = _values(config, _open(ParticleDomain, "noise", "nfe", "own")), self.target
+        if values.get("strength") is not None and target.reward is None:
+            for i, factor in enumerate(target.factors):
+                if factor.log_density is None:
+                    raise StudyError(f"space.strength needs log_density of model {i}: give it")
+        own = target.strength
+        return _made(lambda: ParticleDomain(target.noise, nfe, own=own, **values))
 
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the authors' policies, with both integrators, on three grids."""
-        target = self.problem.target
+        target = self.target
         strength = 1.0 if target.reward is not None else target.strength
         return dict(named_policies(target.noise, nfe, b=strength))
 
@@ -252,7 +263,7 @@ class ParticleFamily:
         """See `Family`."""
         _of_kind(self, schedule, name)
         assert isinstance(schedule, ParticleSchedule)
-        self.problem.target.require_noise(schedule.noise)
+        self.target.require_noise(schedule.noise)
 
 
 def _of_kind(family: Family, schedule: Any, name: str) -> None:

@@ -2,7 +2,8 @@
 
 A member runs from the noise schedule's first time to its last; open are the inner times (in lam),
 and per step the noise scale zeta (as its logarithm), the rule of resampling and its threshold, and
-the quadrature of the weight; and the integrator of all. A rule of resampling matters only where
+the quadrature of the weight, and where asked for the target's strength b; and the integrator of
+all. A rule of resampling matters only where
 something was weighed since the last resampling, a threshold only for the rule "ess": elsewhere
 they are neutral in a canonical member and absent from its parameters. `from_params` is total and
 inverts `params` exactly: lam are multiples of 1e-9, the other numbers of 1e-6.
@@ -31,7 +32,15 @@ from fewstep.space.step_choices import Parameter, Value
 
 __all__ = ["ParticleDomain", "named_policies"]
 
-RATES = {"zeta": 0.2, "weight": 0.05, "resample": 0.1, "ess": 0.2, "lam": 0.5, "integrator": 0.05}
+RATES = {
+    "zeta": 0.2,
+    "weight": 0.05,
+    "resample": 0.1,
+    "ess": 0.2,
+    "b": 0.1,
+    "lam": 0.5,
+    "integrator": 0.05,
+}
 _LEAST_ESS = 0.05
 _LAM_DIGITS, _DIGITS = 9, 6
 
@@ -82,6 +91,9 @@ class ParticleDomain:
         resample: rules allowed, "never" first.
         weight: quadratures allowed.
         integrators: integrators allowed; "euler" goes where alpha starts at 0.
+        strength: (low, high) strengths b of the target during a step, around its own; None leaves
+            all steps at its own. A change of strength needs the models' densities.
+        own: the target's own strength.
         min_gap: least difference in lam of neighbouring times, > 0.
 
     Raises:
@@ -94,6 +106,8 @@ class ParticleDomain:
     resample: tuple[str, ...] = ("never", "always", "ess")
     weight: tuple[str, ...] = ("none", "left", "trapezoid")
     integrators: tuple[str, ...] = ("exponential", "euler")
+    strength: tuple[float, float] | None = None
+    own: float = 1.0
     min_gap: float = 0.02
 
     def __post_init__(self) -> None:
@@ -111,6 +125,11 @@ class ParticleDomain:
             raise ScheduleError("domain: resample must hold 'never', for steps without weights")
         if not 0 < self.zeta[0] <= 1 <= self.zeta[1]:
             raise ScheduleError(f"domain: zeta {self.zeta} must be (low, high) around 1")
+        if self.strength is not None and not self.strength[0] <= self.own <= self.strength[1]:
+            raise ScheduleError(
+                f"domain: strength {self.strength} must be (low, high) around the target's own, "
+                f"{self.own:g}"
+            )
         low, high = self.lam_range
         if not self.min_gap > 0 or high - low < self.nfe * self.min_gap:
             raise ScheduleError(
@@ -156,6 +175,8 @@ class ParticleDomain:
                     Parameter(f"lam_{i}", "float", *self.lam_range, neutral=self.lam_range[1])
                 )
             found.append(Parameter(f"log_zeta_{i}", "float", *logs))
+            if self.strength is not None:
+                found.append(Parameter(f"b_{i}", "float", *self.strength, neutral=self.own))
             for name in ("weight", "resample"):
                 choices = getattr(self, name)
                 if len(choices) > 1:
@@ -195,8 +216,11 @@ class ParticleDomain:
         for i, step in enumerate(schedule.steps):
             if not low * (1 - 1e-6) <= step.zeta <= high * (1 + 1e-6):
                 return f"step {i}: zeta {step.zeta} is outside {low} to {high}"
-            if step.b is not None:
+            if step.b is not None and self.strength is None:
                 return f"step {i}: b is not searched"
+            least, most = self.strength or (self.own, self.own)
+            if step.b is not None and not least - 1e-6 <= step.b <= most + 1e-6:
+                return f"step {i}: b {step.b} is outside {least} to {most}"
             for name in ("resample", "weight"):
                 if getattr(step, name) not in getattr(self, name):
                     return f"step {i}: {name} {getattr(step, name)!r} is not open"
@@ -216,11 +240,13 @@ class ParticleDomain:
         found: dict[str, Value] = {}
         if len(self._moves) > 1:
             found["integrator"] = schedule.integrator
-        lam, live = self._lam(schedule.times), False
+        lam, live = self._lam(schedule.times), self.strength is not None
         for i, step in enumerate(schedule.steps):
             if i > 0:
                 found[f"lam_{i}"] = lam[i]
             found[f"log_zeta_{i}"] = round(math.log(step.zeta), _DIGITS)
+            if self.strength is not None:
+                found[f"b_{i}"] = round(self.own if step.b is None else step.b, _DIGITS)
             if len(self.weight) > 1:
                 found[f"weight_{i}"] = step.weight
             live = live or step.weight != "none"
@@ -228,7 +254,7 @@ class ParticleDomain:
                 found[f"resample_{i}"] = step.resample
                 if step.resample == "ess":
                     found[f"ess_{i}"] = round(step.ess, _DIGITS)
-            live = live and step.resample != "always"
+            live = self.strength is not None or (live and step.resample != "always")
         return found
 
     def from_params(self, values: Mapping[str, Any]) -> ParticleSchedule:
@@ -239,14 +265,18 @@ class ParticleDomain:
         inner = fit_times(given, self.nfe - 1, *self.lam_range, self.min_gap)
         lam = torch.tensor([round(v, _LAM_DIGITS) for v in inner], dtype=torch.float64)
         first, last = self.noise.t_range
-        steps, live = [], False
+        steps, live = [], self.strength is not None
         for i in range(self.nfe):
             log_zeta = min(max(float(values.get(f"log_zeta_{i}", 0.0)), low), high)
             weight = self._choice("weight", values, i)
             live = live or weight != "none"
             rule = self._choice("resample", values, i) if live else "never"
-            live = live and rule != "always"
+            live = self.strength is not None or (live and rule != "always")
             chosen: dict[str, Any] = {"resample": rule, "weight": weight}
+            if self.strength is not None:
+                b = float(values.get(f"b_{i}", self.own))
+                b = min(max(b, self.strength[0]), self.strength[1])
+                chosen["b"] = round(b, _DIGITS)
             if rule == "ess":
                 share = min(max(float(values.get(f"ess_{i}", 0.5)), _LEAST_ESS), 1.0)
                 chosen["ess"] = round(share, _DIGITS)
@@ -288,6 +318,9 @@ class ParticleDomain:
             early, late = (str(rng.choice(getattr(self, name))) for _ in range(2))
             values |= {f"{name}_{i}": early if i < cut else late for i in range(self.nfe)}
         values |= {f"ess_{i}": float(rng.uniform(0.1, 0.9)) for i in range(self.nfe)}
+        if self.strength is not None:  # from one strength at the start to the target's own
+            path = np.linspace(rng.uniform(*self.strength), self.own, self.nfe)
+            values |= {f"b_{i}": float(path[i]) for i in range(self.nfe)}
         return self.from_params(values)
 
     def mutate(
@@ -324,6 +357,9 @@ class ParticleDomain:
                 for name in ("weight", "resample"):
                     if rng.random() < chance[name]:
                         values[f"{name}_{i}"] = str(rng.choice(getattr(self, name)))
+                if self.strength is not None and rng.random() < chance["b"]:
+                    width = self.strength[1] - self.strength[0]
+                    values[f"b_{i}"] += 0.3 * min(reach, 1.0) * width * rng.normal()
                 if rng.random() < chance["ess"]:
                     values[f"ess_{i}"] = values.get(f"ess_{i}", 0.5) + 0.2 * rng.normal()
             if rng.random() < chance["lam"]:

@@ -12,7 +12,7 @@ import itertools
 import torch
 
 from fewstep.samplers import MaskedProblem, ParticleProblem, from_subs
-from fewstep.samplers.targets import anneal, product, reward
+from fewstep.samplers.targets import Factor, anneal, product, reward
 from fewstep.space.noise import VPLinear
 
 LENGTH, TOKENS = 5, 3
@@ -100,15 +100,21 @@ class Gaussian:
         gain = 0.5 * alpha / (0.5 * alpha**2 + sigma**2)
         return (gain * x).to(x)
 
+    @staticmethod
+    def log_density(x, t):
+        v = 0.5 * Gaussian.noise.alpha(t) ** 2 + Gaussian.noise.sigma(t) ** 2
+        return -(x**2).sum(1) / (2 * v) - torch.log(2 * torch.pi * v)
 
-def particles(broken=""):
+
+def particles(broken="", dense=False):
     """Towards the square of the density; the score is the error of the second moment."""
 
     def measure(found, seeds):
         moment = found.mean((found.x**2).mean(-1))
         return torch.stack([(moment - 0.25) ** 2, found.ess.amin(0)], dim=1)
 
-    target = anneal(Gaussian(), 2.0)
+    model = Factor(Gaussian(), log_density=Gaussian.log_density) if dense else Gaussian()
+    target = anneal(model, 2.0)
     if broken == "noise":
         other = Gaussian()
         other.noise = VPLinear(beta_max=10.0)

@@ -20,6 +20,7 @@ DOMAINS = {
     "particles": ParticleDomain(EDM(sigma_max=8.0, sigma_min=0.02), 6),
     "vp": ParticleDomain(VPLinear(), 5, resample=("never", "ess"), weight=("left", "trapezoid")),
     "flow": ParticleDomain(RectifiedFlow(), 4),
+    "strength": ParticleDomain(VPLinear(), 3, strength=(0.5, 2.5), own=2.0),
     "drift": ParticleDomain(VPLinear(), 3, weight=("none",), integrators=("exponential",)),
 }  # fmt: skip
 

@@ -132,6 +132,14 @@ def test_evolution_finds_particles_better_than_every_policy(tmp_path):
     assert outcome.rows[0].interval[1] < 1
 
 
+def test_the_strength_of_a_step_can_be_searched(tmp_path):
+    settings = ("model.dense=true", "space.strength=[1.0, 2.5]", "final.samples=16")
+    outcome = _search(tmp_path, "particles", tmp_path / "out", *settings)
+    made = [row for row in trial_table(outcome.out) if row[-1]["generation"] > 0]
+    assert outcome.rows[0].failed == 0
+    assert {row[3][f"b_{i}"] for row in made for i in range(3)} > {2.0}
+
+
 def test_particles_race_and_their_facts_survive(tmp_path):
     settings = ("search.race=[8,16]", "final.samples=16", "search.block=[4,8]")
     outcome = _search(tmp_path, "particles", tmp_path / "out", *settings)
@@ -212,6 +220,8 @@ def test_mlflow_holds_the_curve_and_the_facts(tmp_path):
         ("particles", ("space.zeta=[2.0, 3.0]",), "around 1"),
         ("particles", ("space.resample=['ess']",), "must hold 'never'"),
         ("particles", ("model.broken='reward'",), "not finite"),
+        ("particles", ("space.strength=[1.0, 3.0]",), "needs log_density of model 0"),
+        ("particles", ("space.strength=[2.5, 3.0]", "model.dense=true"), "the target's own, 2"),
         ("particles", ("search.nfe=[900]",), "do not fit"),
         ("particles", ("search.strategy=magic",), "strategy 'magic' is unknown"),
     ],
