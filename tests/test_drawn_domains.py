@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from fewstep.search.strategies import Evaluated, make
 from fewstep.space import ScheduleError, load_schedule
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.noise import EDM, RectifiedFlow, VPLinear
@@ -146,3 +147,31 @@ def test_what_is_no_member_is_told_why(change, word):
 def _step(schedule, **choices):
     first = ParticleStep(**({"zeta": 1.0} | choices))
     return schedule.model_copy(update={"steps": (first, *schedule.steps[1:])})
+
+
+@pytest.mark.slow
+def test_s3_needs_fewer_masked_candidates_than_evolution_and_random_search():
+    """A smooth score of the counts and temperatures; three seeds, 60 candidates each."""
+    domain = MaskedDomain(20, 8, temperature=(0.7, 1.3))
+    target = domain.from_params(
+        {f"count_{k}": c for k, c in enumerate((1, 1, 2, 3, 3, 4, 3, 3))}
+        | {f"temperature_{k}": t for k, t in enumerate((0.8, 0.85, 0.9, 1, 1, 1.1, 1, 0.9))}
+    )
+
+    def score(schedule):
+        gap = domain.encode(schedule) - domain.encode(target)
+        return 0.01 + float(gap @ gap)
+
+    best = {}
+    for name in ("random", "evolution", "s3"):
+        best[name] = []
+        for seed in range(3):
+            known = [Evaluated(s, score(s)) for s in domain.baselines().values()]
+            for generation in range(1, 7):
+                rng = np.random.default_rng([seed, generation])
+                told = make(name, domain).propose(known, generation, 10, rng)
+                known += [Evaluated(p.schedule, score(p.schedule)) for p in told]
+            best[name].append(min(r.score for r in known))
+    means = {name: float(np.mean(scores)) for name, scores in best.items()}
+    assert means["s3"] < 0.8 * means["evolution"]
+    assert means["evolution"] < means["random"]

@@ -45,6 +45,8 @@ class PlainS3:
         scale: size of mutations; each child draws its own between a fifth of it and it.
         beta: weight of the uncertainty.
         elite: parents.
+        trust: largest uncertainty of a candidate, as a share of the spread of the targets, while
+            there are enough of them (as in `s3`: far from all data the prediction is an average).
     """
 
     domain: Domain
@@ -54,6 +56,7 @@ class PlainS3:
     scale: float = 0.1
     beta: float = 1.5
     elite: int = 20
+    trust: float = 0.25
     name: str = "s3"
 
     def propose(
@@ -66,7 +69,7 @@ class PlainS3:
         x = np.stack([self.domain.encode(m.schedule) for m in pool])
         y = targets(torch.tensor([m.score for m in pool], dtype=torch.float64))
         process = GaussianProcess().fit(torch.from_numpy(x), y)
-        met = self._evolve(process, pool, x, rng)
+        met = self._evolve(process, pool, x, self.trust * float(y.std()), rng)
         return self._choose(process, float(y.min()), met, pool, size, rng)
 
     def _evolve(
@@ -74,9 +77,10 @@ class PlainS3:
         process: GaussianProcess,
         pool: Sequence[Member],
         x: np.ndarray,
+        limit: float,
         rng: np.random.Generator,
     ) -> list[_Candidate]:
-        """Everyone met during the rounds."""
+        """Those met during the rounds whose uncertainty is below the limit, or is least."""
         count = 2 * self.elite
         alive = self._predicted(process, [(m.schedule, "parent") for m in pool[:count]], x[:count])
         met: list[_Candidate] = []
@@ -84,10 +88,16 @@ class PlainS3:
             made = [self._child(alive, rng) for _ in range(self.children)]
             encoded = np.stack([self.domain.encode(schedule) for schedule, _ in made])
             met += self._predicted(process, made, encoded)
-            bound = sorted([*alive, *met], key=lambda c: c.mean - self.beta * c.std)
-            mean = sorted([*alive, *met], key=lambda c: c.mean)
+            near = self._trusted([*alive, *met], limit)
+            bound = sorted(near, key=lambda c: c.mean - self.beta * c.std)
+            mean = sorted(near, key=lambda c: c.mean)
             alive = list({id(c): c for c in [*bound[: self.elite], *mean[: self.elite]]}.values())
-        return met
+        return self._trusted(met, limit)
+
+    def _trusted(self, met: Sequence[_Candidate], limit: float) -> list[_Candidate]:
+        near = [c for c in met if c.std <= limit]
+        enough = len(near) >= 2 * self.elite
+        return near if enough else sorted(met, key=lambda c: c.std)[: 4 * self.elite]
 
     def _child(self, alive: Sequence[_Candidate], rng: np.random.Generator) -> tuple[Any, str]:
         pick = min(int(rng.exponential(len(alive) / 3)), len(alive) - 1)
