@@ -8,7 +8,9 @@ from fewstep.experiments import metrics_molecules
 from fewstep.experiments.models import molecules, train_molecules
 from fewstep.experiments.models.assets import AssetError
 from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig
+from fewstep.samplers import MaskedProblem
 from fewstep.samplers.masked import from_subs, sample_masked
+from fewstep.search.objective import Measured
 from fewstep.space.masked import MaskedSchedule
 
 ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
@@ -127,3 +129,30 @@ def test_the_shipped_network_draws_molecules() -> None:
     valid = [s for s in metrics_molecules.canonical(molecules.decode(drawn)) if s]
     assert len(valid) >= 5
     assert len(set(valid)) == len(valid)
+
+
+def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:
+    pytest.importorskip("rdkit")
+    if not molecules.WEIGHTS.exists():
+        pytest.skip("no trained weights: python -m fewstep.experiments.models.train_molecules")
+    try:
+        problem = molecules.problem()
+    except AssetError as error:
+        pytest.skip(str(error))
+    assert isinstance(problem, MaskedProblem)
+    smiles = [ASPIRIN, "CCO", "OCC", "C(C", "CCCCC"]
+    tokens = torch.from_numpy(molecules.encode(smiles)).long()
+    measures = problem.measure(tokens)
+    assert measures.shape == (5, 514)
+    assert measures.isnan().all(1).tolist() == [False, False, False, True, False]
+    assert torch.equal(measures[1], measures[2])  # one molecule, written in two ways
+    facts = problem.facts(measures.float().double().numpy())
+    assert facts == {"validity": 0.8, "uniqueness": 0.75}
+    objective = Measured(problem)
+    four = metrics_molecules.fcd(measures[[0, 1, 2, 4], :512])
+    assert objective.score(measures.numpy(), None) == pytest.approx(four)
+    assert objective.score(measures[2:4].numpy(), None) == float("inf")
+    drawn = problem.picture(tokens)
+    assert drawn.shape == (5, 150, 150, 3)
+    assert float(drawn[3].min()) == 1  # blank
+    assert float(drawn[0].min()) < 1
