@@ -264,11 +264,23 @@ def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
     """The objective that a study names.
 
     Raises:
-        StudyError: frechet without features.
+        StudyError: an unknown name, or frechet without features.
     """
     if not isinstance(problem, Problem):
+        own, kind = problem.objective, type(problem).__name__
+        if spec.objective not in (None, own):
+            raise StudyError(
+                f"objective.name = {spec.objective!r}: a {kind} brings its own, {own!r}: leave it "
+                "out"
+            )
+        if spec.features is not None:
+            raise StudyError(
+                f"objective.features: a {kind} measures its samples itself: leave it out"
+            )
         return Measured(problem)
-    if spec.objective in (None, "endpoint_mse"):
+    if spec.objective not in (None, "endpoint_mse", "frechet"):
+        raise StudyError(f"objective.name = {spec.objective!r}: use endpoint_mse or frechet")
+    if spec.objective != "frechet":
         return EndpointMSE()
     features: Callable[[Tensor], Tensor] | None = problem.features
     if spec.features is not None:

@@ -120,11 +120,7 @@ class OdeFamily:
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
-        known = ("endpoint_mse", "frechet")
-        name = config.objective.name or known[0]
-        if name not in known:
-            raise StudyError(f"objective.name = {name!r}: use one of {', '.join(known)}")
-        return _with_objective(config, name)
+        return _with_objective(config, config.objective.name or "endpoint_mse")
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
@@ -283,13 +279,6 @@ def _with_objective(config: StudyConfig, name: str) -> StudyConfig:
 def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
     """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
     own, kind = family.problem.objective, type(family.problem).__name__
-    if config.objective.name not in (None, own):
-        raise StudyError(
-            f"objective.name = {config.objective.name!r}: a {kind} brings its own, {own!r}: leave "
-            "it out"
-        )
-    if config.objective.features is not None:
-        raise StudyError(f"objective.features: a {kind} measures its samples itself: leave it out")
     if config.search.race and family.problem.score is not None:
         raise StudyError(f"search.race compares sample by sample, which {own} cannot: remove race")
     if config.search.guidance is not None:

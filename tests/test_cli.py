@@ -52,7 +52,7 @@ def _edited(file, change):
         (STUDY.replace("tiny_model", "no_such_model"), "cannot import no_such_model"),
         (STUDY.replace('"evolution"', '"magic"'), "strategy 'magic' is unknown"),
         (STUDY + "\n[space]\ncolour = 1", "space.colour is an unknown key"),
-        (STUDY + "\n[objective]\nname = 'fid'", "objective.name = 'fid': use one of"),
+        (STUDY + "\n[objective]\nname = 'fid'", "objective.name = 'fid': use endpoint_mse or"),
         (STUDY.replace('"tiny_model:problem"', '"tiny_model:problem"\nbroken = "shape"'), "shape"),
         (STUDY.replace('"tiny_model:problem"', '"tiny_model:problem"\nbroken = "nan"'), "finite"),
     ],
