@@ -19,7 +19,7 @@ from tests.drawn_studies import STUDY, write_drawn
 from tests.studies import trial_table
 
 KINDS = ("masked", "particles")
-STRATEGIES = ("random", "evolution", "tpe", "s3")
+STRATEGIES = ("random", "evolution", "tpe", "cmaes", "s3")
 
 
 def _search(folder, kind, out, *overrides, **options):
