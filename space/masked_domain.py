@@ -253,6 +253,24 @@ class MaskedDomain:
             {k: first[k] if int(k.rpartition("_")[2]) < cut else second[k] for k in first}
         )
 
+    def adopt(self, schedule: object) -> list[MaskedSchedule]:
+        """The member that unmasks at the pace of a schedule of any number of calls.
+
+        After a share of the calls the same share of positions is visible, and a call has the
+        other choices of the one in its place; choices that are not open are neutral. None from a
+        schedule of another length.
+        """
+        if not isinstance(schedule, MaskedSchedule) or schedule.length != self.length:
+            return []
+        done = np.cumsum([0, *schedule.counts])
+        ends = np.linspace(0, schedule.nfe, self.nfe + 1)
+        values: dict[str, Any] = {}
+        for k, count in enumerate(np.diff(np.interp(ends, np.arange(len(done)), done))):
+            call = schedule.calls[int((ends[k] + ends[k + 1]) / 2)]
+            values |= {f"count_{k}": float(count), f"mode_{k}": call.mode}
+            values |= {f"positions_{k}": call.positions, f"temperature_{k}": call.temperature}
+        return [self.from_params(values)]
+
     def neighbours(self, schedule: MaskedSchedule) -> list[MaskedSchedule]:
         """Members that differ by one position moved between adjacent calls."""
         values, found = self.params(schedule), []

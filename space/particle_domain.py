@@ -401,3 +401,27 @@ class ParticleDomain:
                     values[k] = v
         values["integrator"] = (a if rng.random() < 0.5 else b).integrator
         return self.from_params(values)
+
+    def adopt(self, schedule: object) -> list[ParticleSchedule]:
+        """The member that follows a schedule of any number of steps.
+
+        After a share of the steps it is at the same lam, and a step has the choices of the one in
+        its place; choices that are not open are neutral. None from a schedule of another noise
+        schedule or with a solver.
+        """
+        if not isinstance(schedule, ParticleSchedule) or schedule.solver is not None:
+            return []
+        if schedule.noise != self.noise:
+            return []
+        lam = self._lam(schedule.times)
+        ends = np.linspace(0, schedule.nfe, self.nfe + 1)
+        moved = np.interp(ends, np.arange(len(lam)), lam)
+        values: dict[str, Any] = {"integrator": schedule.integrator}
+        for i in range(self.nfe):
+            step = schedule.steps[int((ends[i] + ends[i + 1]) / 2)]
+            if i > 0:
+                values[f"lam_{i}"] = float(moved[i])
+            values[f"log_zeta_{i}"] = math.log(max(step.zeta, self.zeta[0]))
+            values |= {f"weight_{i}": step.weight, f"resample_{i}": step.resample}
+            values |= {f"ess_{i}": step.ess, f"b_{i}": self.own if step.b is None else step.b}
+        return [self.from_params(values)]

@@ -68,6 +68,10 @@ class Domain(Protocol):
         """A child of two members."""
         ...
 
+    def adopt(self, schedule: Any) -> list[Any]:
+        """Members made from a schedule of any number of calls; none from one of another model."""
+        ...
+
     def distributions(self) -> dict[str, Any]:
         """The parameters as Optuna distributions."""
         ...

@@ -93,6 +93,30 @@ def test_other_numbers_of_calls_are_other_members(domain):
         domain.params(member)
 
 
+def test_a_schedule_of_other_calls_is_followed(domain):
+    rng = np.random.default_rng(4)
+    member = domain.sample(rng)
+    assert [m.digest for m in domain.adopt(member)] == [member.digest]
+    for nfe in (domain.nfe - 1, domain.nfe + 2):
+        other = domain.with_nfe(nfe)
+        (likeness,) = other.adopt(member)
+        assert other.contains(likeness) is None
+    assert domain.adopt(object()) == []
+
+
+def test_a_likeness_of_more_calls_keeps_the_pace():
+    counts = DOMAINS["counts"]
+    steep = counts.from_params({f"count_{k}": c for k, c in enumerate((2, 2, 2, 4, 4, 6))})
+    (more,) = counts.with_nfe(12).adopt(steep)
+    assert more.counts == (1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3)
+    assert counts.adopt(more) == [steep]
+    particles = DOMAINS["particles"]
+    member = particles.sample(np.random.default_rng(5))
+    (twice,) = particles.with_nfe(12).adopt(member)
+    assert twice.times[::2] == pytest.approx(member.times, rel=1e-6)
+    assert [s.zeta for s in twice.steps[::2]] == [s.zeta for s in member.steps]
+
+
 def test_resampling_matters_only_where_something_was_weighed():
     domain = DOMAINS["particles"]
     values = {f"weight_{i}": "none" for i in range(6)} | {

@@ -140,6 +140,17 @@ def test_the_strength_of_a_step_can_be_searched(tmp_path):
     assert {row[3][f"b_{i}"] for row in made for i in range(3)} > {2.0}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_s3_starts_from_what_other_numbers_of_calls_taught(tmp_path, kind):
+    settings = ["search.strategy=s3", "search.nfe=[3,4]", "search.samples=8", "final.samples=16"]
+    if kind == "masked":  # counts alone leave next to nothing to find
+        settings.append("space.temperature=[0.5, 2.0]")
+    outcome = _search(tmp_path, kind, tmp_path / "out", *settings)
+    sources = [row[-1]["source"] for row in trial_table(outcome.out, "tiny-nfe04")]
+    assert "adopted" in sources
+    assert "adopted" not in [row[-1]["source"] for row in trial_table(outcome.out)]
+
+
 def test_particles_race_and_their_facts_survive(tmp_path):
     settings = ("search.race=[8,16]", "final.samples=16", "search.block=[4,8]")
     outcome = _search(tmp_path, "particles", tmp_path / "out", *settings)

@@ -47,6 +47,7 @@ class PlainS3:
         elite: parents.
         trust: largest uncertainty of a candidate, as a share of the spread of the targets, while
             there are enough of them (as in `s3`: far from all data the prediction is an average).
+        adopted: best results of every other NFE whose likenesses at this one are scored first.
     """
 
     domain: Domain
@@ -57,6 +58,7 @@ class PlainS3:
     beta: float = 1.5
     elite: int = 20
     trust: float = 0.25
+    adopted: int = 3
     name: str = "s3"
 
     def propose(
@@ -64,6 +66,25 @@ class PlainS3:
     ) -> list[Proposal]:
         """See `Strategy`; random members while too little is known to predict."""
         pool = members(self.domain, known)
+        guests = self._guests(known)[:size]
+        if guests:
+            return [*guests, *self._chosen(pool, size - len(guests), rng)]
+        return self._chosen(pool, size, rng)
+
+    def _guests(self, known: Sequence[Evaluated]) -> list[Proposal]:
+        """Members made from the best of the other NFEs, less those already told."""
+        told = {r.schedule.digest for r in known}
+        made: dict[str, Proposal] = {}
+        for nfe in sorted({r.schedule.nfe for r in known} - {self.domain.nfe}):
+            for best in members(self.domain.with_nfe(nfe), known, self.adopted):
+                for guest in self.domain.adopt(best.schedule):
+                    if guest.digest not in told:
+                        made.setdefault(guest.digest, Proposal(guest, "adopted"))
+        return list(made.values())
+
+    def _chosen(
+        self, pool: Sequence[Member], size: int, rng: np.random.Generator
+    ) -> list[Proposal]:
         if len({m.score for m in pool}) < LEAST_ROWS:
             return [Proposal(self.domain.sample(rng), "random") for _ in range(size)]
         x = np.stack([self.domain.encode(m.schedule) for m in pool])
