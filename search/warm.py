@@ -1,8 +1,8 @@
 """Warm starts: schedule files that join a search's first generation, after the named solvers.
 
-An ODE schedule of any number of calls serves every NFE, one of another kind only its own. Where
-an ODE schedule is no member of the space as it stands, the members next to it join
-(`OdeDomain.adopt`: steps inserted or deleted, closed decisions neutral, times inside the space's
+A schedule of any number of calls serves every NFE, a file with only a program its own. Where a
+schedule is no member of the space as it stands, the members next to it join (the domain's `adopt`:
+of ODE schedules steps inserted or deleted, closed decisions neutral, times inside the space's
 own), and a note says why. At its own NFE a schedule is also scored as it stands, like a named
 solver outside the space: a refined schedule given back loses nothing.
 """
@@ -16,11 +16,10 @@ from typing import Any
 from fewstep.search.config import StudyConfig
 from fewstep.search.family import Family
 from fewstep.search.strategies import Proposal
-from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.files import load_schedule
+from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
-from fewstep.space.schedule import OdeSchedule
 
 
 def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
@@ -37,11 +36,10 @@ def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
             family.check(schedule, name)
         except FewstepError as error:
             raise StudyError(f"search.warm: {error}") from None
-        if not isinstance(schedule, OdeSchedule) and schedule.nfe not in config.search.nfe:
+        if isinstance(schedule, ProgramSchedule) and schedule.nfe not in config.search.nfe:
             raise StudyError(
-                f"search.warm: {name} makes {schedule.nfe} calls, which a "
-                f"{type(schedule).__name__} cannot change, and search.nfe names others: leave it "
-                "out"
+                f"search.warm: {name} makes {schedule.nfe} calls, which a ProgramSchedule cannot "
+                "change, and search.nfe names others: leave it out"
             )
         stem = Path(name).stem
         found[name if stem in found else stem] = schedule
@@ -67,11 +65,7 @@ def warm_start(
     for name, schedule in schedules.items():
         reason = domain.contains(schedule)
         source, note = f"import:{name}", {} if reason is None else {"adopted": reason}
-        made = []
-        if isinstance(domain, OdeDomain):
-            made = [Proposal(member, source, note) for member in domain.adopt(schedule)]
-        elif reason is None:
-            made = [Proposal(schedule, source)]
+        made = [Proposal(member, source, note) for member in domain.adopt(schedule)]
         lacks = getattr(schedule, "first", None) == "mean" and schedule.constant is None
         if reason is not None and schedule.nfe == domain.nfe and not lacks:
             made.insert(0, Proposal(schedule, source, {"outside": reason}))
