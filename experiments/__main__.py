@@ -337,7 +337,9 @@ def baseline(
     from fewstep.space.noise import noise_from_dict
 
     if study is not None:
-        print(_named(name, study, nfe, out))
+        from fewstep.experiments.exporting import write_named
+
+        print(write_named(name, study, nfe, out))
         return
     if name == "list":
         print("solvers:", ", ".join(baselines.SOLVERS))
@@ -453,21 +455,6 @@ def report(
         for line in decisions.words(explained):
             console.print(line, highlight=False, soft_wrap=True)
     console.print(str(picture), highlight=False, soft_wrap=True)
-
-
-def _named(name: str, study: Path, nfe: int, out: Path | None) -> Path | str:
-    """The file of a study's named schedule, or all their names for "list"."""
-    from fewstep.search.config import load_study
-    from fewstep.search.family import family_of
-    from fewstep.search.run import evaluator_spec
-    from fewstep.space import save_schedule
-
-    found = family_of(evaluator_spec(load_study(study)).model.load()).named(nfe)
-    if name == "list":
-        return "\n".join(found)
-    if name not in found:
-        raise StudyError(f"{name!r} is not named at {nfe} calls: 'list' says what is")
-    return save_schedule(found[name], out or Path(f"{name.replace('/', '-')}-nfe{nfe:02d}.json"))
 
 
 def _console() -> Any:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from fewstep.experiments.explain import Loaded
+from fewstep.space import save_schedule
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.masked import MaskedSchedule
 from fewstep.space.particles import ParticleSchedule
@@ -92,6 +93,24 @@ def predict(
     path = save_schedule(made, out or Path(f"nfe{nfe:02d}_w{guidance:g}.json"))
     lines = [f"{path}: {nfe} network calls, to be sampled with guidance {guidance:g}"]
     return lines + [f"warning: {w.message}" for w in caught]
+
+
+def write_named(name: str, study: Path, nfe: int, out: Path | None) -> Path | str:
+    """The file of a study's named schedule, or all their names for "list".
+
+    Raises:
+        StudyError: a study that cannot be used, or a name unknown at this number of calls.
+    """
+    from fewstep.search.config import load_study
+    from fewstep.search.family import family_of
+    from fewstep.search.preparing import evaluator_spec
+
+    found = family_of(evaluator_spec(load_study(study)).model.load()).named(nfe)
+    if name == "list":
+        return "\n".join(found)
+    if name not in found:
+        raise StudyError(f"{name!r} is not named at {nfe} calls: 'list' says what is")
+    return save_schedule(found[name], out or Path(f"{name.replace('/', '-')}-nfe{nfe:02d}.json"))
 
 
 def _sigmas(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
