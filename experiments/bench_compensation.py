@@ -128,7 +128,7 @@ def refined(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, Any]:
         s = stream(seed, n, guidance)
         batches.append(refinement.Batch(s.x_T, s.target, s.cond, guidance))
     settings = refinement.Settings(
-        knobs=KNOBS, steps=a.steps, batch=a.batch, decay=1e-3, rate=0.05
+        knobs=KNOBS, method="adam", steps=a.steps, batch=a.batch, decay=1e-3, rate=0.05
     )
     base = baseline(TEMPLATE, noise, nfe)
     clock = time.perf_counter()

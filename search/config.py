@@ -157,28 +157,33 @@ class RefineTable(Table):
     """[refine]: the continuous stage of strategies that end in "refine".
 
     Args:
-        top: best candidates that are refined, per NFE.
+        top: best candidates that are tried as starts, per NFE, beside the best named solver; each
+            is refined for a short time, and the one that got furthest to the end.
+        closed_form: first give the starts extra weights by a ridge regression per step
+            (`search.strategies.closed_form`), kept where the held-out error falls.
         samples: noise it is fitted on.
         held: noise the iterate is chosen by.
-        method: "adam" (gradients through the sampler) or "gauss-newton" (none needed).
-        steps: Adam steps.
+        method: "gauss-newton" (no gradient of the model needed) or "adam" (gradients through the
+            sampler).
         rounds: Gauss-Newton rounds.
-        batch: samples in one step.
+        steps: Adam steps.
+        batch: samples in one Adam step, or in the first Gauss-Newton rounds.
         rate: Adam's step size.
         history: older outputs of a step that get an extra weight.
         knobs: what may move (`search.strategies.knobs`); None is times, shifts and weights.
-        checkpointed: recompute the network in the backward pass instead of storing it.
+        checkpointed: Adam: recompute the network in the backward pass instead of storing it.
     """
 
     top: Annotated[int, Field(ge=1)] = 2
+    closed_form: bool = False
     samples: Annotated[int, Field(ge=2)] = 512
     held: Annotated[int, Field(ge=2)] = 256
-    method: Literal["adam", "gauss-newton"] = "adam"
+    method: Literal["gauss-newton", "adam"] = "gauss-newton"
+    rounds: Annotated[int, Field(ge=1)] = 20
     steps: Annotated[int, Field(ge=1)] = 150
-    rounds: Annotated[int, Field(ge=1)] = 8
     batch: Annotated[int, Field(ge=1)] = 64
     rate: Annotated[float, Field(gt=0)] = 0.1
-    history: Annotated[int, Field(ge=0)] = 3
+    history: Annotated[int, Field(ge=0)] = 16
     knobs: tuple[str, ...] | None = None
     checkpointed: bool = False
 

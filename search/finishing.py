@@ -1,6 +1,7 @@
 """The last stage of a search: the best candidates of every NFE improved, on the workers.
 
-A stage is "refine" (`refining`) or "compensation" (`compensating`). One task improves one schedule
+A stage is "refine" (`refining`) or "compensation" (`compensating`). One task improves one schedule,
+or for refinement the best of several starts,
 on noise of its own, which neither ranks candidates nor reports results. What comes back is
 proposed like any other candidate: scored on the search's noise, told to the study, judged on fresh
 seeds. The log holds it, so that a resumed search improves nothing twice.
@@ -28,19 +29,23 @@ def finish_rungs(
 ) -> dict[int, int]:
     """Improve the starts of every NFE and tell the results; network evaluations by NFE."""
     stage = config.finish or ""
-    tickets: dict[int, tuple[int, Evaluated]] = {}
-    for nfe, rung in rungs.items():
+    tickets: dict[int, tuple[int, list[Evaluated]]] = {}
+    for nfe, rung in sorted(rungs.items(), reverse=True):  # the longest first
         if rung.refined_before:
             continue
-        for start in starts(config, rung):
-            tickets[pool.submit(_task(config, start))] = (nfe, start)
+        found = starts(config, rung)
+        alone = config.finish == "compensation" or not found
+        for group in [[start] for start in found] if alone else [found]:
+            tickets[pool.submit(_task(config, group))] = (nfe, group)
     proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
     for k in range(len(tickets)):
         display.stage(f"{stage} of {len(tickets)} schedules, {k} done")
         ticket, result = pool.collect()
-        nfe, start = tickets[ticket]
+        nfe, group = tickets[ticket]
+        start = group[0]
         display.advance(result.evaluations)
         if isinstance(result, RefineResult) and result.schedule is not None:
+            start = group[result.start_used]
             schedule = load_schedule(result.schedule)
             if start.schedule.constant is not None:
                 schedule = schedule.with_constant(start.schedule.constant)
@@ -62,20 +67,22 @@ def finish_rungs(
     return spent
 
 
-def _task(config: StudyConfig, start: Evaluated) -> RefineTask | CompensationTask:
-    body = {k: v for k, v in start.schedule.to_dict().items() if k != "provenance"}
-    constant = start.schedule.constant
+def _task(config: StudyConfig, group: list[Evaluated]) -> RefineTask | CompensationTask:
+    bodies = tuple(
+        {k: v for k, v in start.schedule.to_dict().items() if k != "provenance"} for start in group
+    )
+    constant = group[0].schedule.constant
     if config.finish == "compensation":
-        return CompensationTask(body, constant, config.compensation)
+        return CompensationTask(bodies[0], constant, config.compensation)
     featured = config.objective.name == "frechet"
-    return RefineTask(body, constant, config.refine, config.search.seed, featured)
+    return RefineTask(bodies, constant, config.refine, config.search.seed, featured)
 
 
 def starts(config: StudyConfig, rung: Rung) -> list[Evaluated]:
     """What the stage improves: the bases that the study names, else the best candidates."""
     table = config.compensation
     if config.finish != "compensation":
-        return best_starts(rung.known, config.refine.top)
+        return best_starts(rung.known, config.refine.top, rung.named_known())
     if not table.base:
         usable = [
             e

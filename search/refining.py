@@ -1,7 +1,7 @@
 """Refinement inside a search: the best few candidates of every NFE, on the workers, all at once.
 
-One task refines one schedule on noise of its own ("train", "held"), which neither ranks candidates
-nor reports results. What becomes of it: `finishing`.
+One task refines at one NFE, from several starts, on noise of its own ("train", "held"), which
+neither ranks candidates nor reports results. What becomes of it: `finishing`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from fewstep.search.config import RefineTable
 from fewstep.search.evaluate import Evaluator, TaskResult
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.strategies import Evaluated
+from fewstep.search.strategies.closed_form import by_closed_form
+from fewstep.search.strategies.fitting import Batch, Settings
 from fewstep.search.strategies.knobs import open_knobs
-from fewstep.search.strategies.refine import Batch, Settings, refine
+from fewstep.search.strategies.refine import TRIAL_ROUNDS, refine_best
 from fewstep.space import OdeSchedule, load_schedule
 
 TRAIN, HELD = "train", "held"
@@ -29,25 +31,26 @@ TRAIN, HELD = "train", "held"
 
 @dataclass(frozen=True)
 class RefineResult(TaskResult):
-    """What refining one schedule gave; `schedule` is None if it failed."""
+    """What refining gave: from which start, and its schedule; None if it failed."""
 
     schedule: dict[str, Any] | None = None
     note: dict[str, Any] = field(default_factory=dict)
+    start_used: int = 0
 
 
 @dataclass(frozen=True)
 class RefineTask:
-    """One schedule to refine; what a pool asks of a block, it answers as a block of one.
+    """The starts of one NFE, to refine; what a pool asks of a block, it answers as one of one.
 
     Args:
-        schedule: the schedule's file form.
-        constant: its constant image, if it has one.
+        schedules: the starts' file forms; all start at one time.
+        constant: the constant image of the starts, if they have one.
         table: the study's [refine].
         seed: of the minibatches.
         featured: minimise the distance of the objective's features instead of the samples'.
     """
 
-    schedule: dict[str, Any]
+    schedules: tuple[dict[str, Any], ...]
     constant: Tensor | None
     table: RefineTable
     seed: int
@@ -64,10 +67,10 @@ class RefineTask:
     def execute(self, evaluator: Evaluator) -> RefineResult:
         """Refine on the evaluator's problem."""
         begun, table = time.perf_counter(), self.table
-        schedule: OdeSchedule = load_schedule(self.schedule)
+        denoiser = evaluator.ode.denoiser
+        starts: list[OdeSchedule] = [load_schedule(s) for s in self.schedules]
         if self.constant is not None:
-            schedule = schedule.with_constant(self.constant)
-        features = evaluator.ode.features if self.featured else None
+            starts = [s.with_constant(self.constant) for s in starts]
         settings = Settings(
             knobs=open_knobs(table.knobs),
             method=table.method,
@@ -77,44 +80,72 @@ class RefineTask:
             rate=table.rate,
             history=table.history,
             checkpointed=table.checkpointed,
-            features=features,
+            features=evaluator.ode.features if self.featured else None,
         )
-        scale = start_scale(schedule)
+        scale = start_scale(starts[0])
         train = self._batch(evaluator, TRAIN, table.samples, scale)
         held = self._batch(evaluator, HELD, table.held, scale)
-        [found] = refine([schedule], evaluator.ode.denoiser, train, held, settings, seed=self.seed)
+        begins, spent = starts, 0
+        if table.closed_form:
+            fitted = [by_closed_form(s, denoiser, train, held, settings) for s in starts]
+            begins, spent = [f.schedule for f in fitted], sum(f.calls for f in fitted)
+        at, found = refine_best(begins, denoiser, train, held, settings, seed=self.seed)
+        before = fitted[at].before if table.closed_form else found.before
         note = {
-            "refined_from": schedule.digest,
-            "refine_before": found.before,
+            "refined_from": starts[at].digest,
+            "refine_before": before,
             "refine_after": found.after,
             "refine_method": found.method,
-            "refine_calls": found.calls,
+            "refine_calls": spent + found.calls,
         }
         values = np.full((1, 1, 1), found.after)
         seconds = time.perf_counter() - begun
         body = found.schedule.to_dict()
-        return RefineResult(values, ("ok",), ("",), found.calls, seconds, body, note)
+        calls = spent + found.calls
+        return RefineResult(values, ("ok",), ("",), calls, seconds, body, note, at)
 
     def _batch(self, evaluator: Evaluator, stream: str, size: int, scale: float) -> Batch:
         problem, indices = evaluator.ode, range(size)
         z = noise_of(evaluator.seed, stream, indices, problem.shape)
         cond = conditions(problem, indices) or {}
         target = evaluator.reference(stream)[:size]
-        return Batch(scale * z, target.to(torch.float32), cond, problem.guidance)
+        return Batch(scale * z, target.to(torch.float32), cond, problem.guidance, self.constant)
 
 
-def best_starts(known: Sequence[Evaluated], top: int) -> list[Evaluated]:
-    """The best `top` distinct candidates that can be refined: scored, deterministic."""
+def best_starts(
+    known: Sequence[Evaluated], top: int, named: Sequence[Evaluated] = ()
+) -> list[Evaluated]:
+    """The best `top` distinct candidates, and the best of `named`: scored, deterministic.
+
+    All start at the best one's time and constant image: they share the noise they are fitted on.
+    """
     found: dict[str, Evaluated] = {}
-    for e in sorted((e for e in known if e.status == "ok"), key=lambda e: e.score):
-        if isinstance(e.schedule, OdeSchedule) and not e.schedule.program.stochastic:
-            found.setdefault(e.schedule.digest, e)
-        if len(found) == top:
-            break
+
+    def take(candidates: Sequence[Evaluated], limit: int) -> None:
+        for e in sorted((e for e in candidates if e.status == "ok"), key=lambda e: e.score):
+            if len(found) >= limit:
+                return
+            s = e.schedule
+            if not isinstance(s, OdeSchedule) or s.program.stochastic:
+                continue
+            first = next(iter(found.values()), e).schedule
+            if s.times[0] == first.times[0] and s.constant is first.constant:
+                found.setdefault(s.digest, e)
+
+    take(known, top)
+    take(named, len(found) + 1)
     return list(found.values())
 
 
 def refine_cost(table: RefineTable, nfe: int) -> int:
-    """Network evaluations of refining at one NFE, at most (Adam; a backward pass counts twice)."""
-    looks = table.steps // Settings.every + 2
-    return table.top * nfe * (3 * table.steps * table.batch + looks * table.held)
+    """Network evaluations of refining at one NFE, at most (a backward pass counts twice)."""
+    if table.method == "adam":
+        looks = table.steps // Settings.every + 2
+        full = nfe * (3 * table.steps * table.batch + looks * table.held)
+        return full + (table.top + 1) * full // 5
+    jacobian = sum((c + 2) * (nfe - 1 - c) + nfe - c for c in range(nfe)) + 4 * nfe
+    few = min(table.batch, table.samples)
+    third = table.rounds // 3
+    tried = (table.top + 1) * TRIAL_ROUNDS
+    looks = (tried + table.rounds + 4) * table.held * nfe
+    return jacobian * (few * (third + tried) + table.samples * (table.rounds - third)) + looks

@@ -92,6 +92,7 @@ workers = 0
 nfe = 16
 check = 4
 [refine]
+rounds = 2
 steps = 6
 samples = 8
 held = 8

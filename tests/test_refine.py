@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.samplers import from_model, run, sample
+from fewstep.samplers import from_model, run, sample, start
 from fewstep.search.strategies.closed_form import fit_weights, teacher_states
+from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, linearise
 from fewstep.search.strategies.knobs import KNOBS, Knobs
-from fewstep.search.strategies.refine import Batch, Settings, errors, refine
+from fewstep.search.strategies.refine import Batch, Settings, errors, refine, refine_best
 from fewstep.space import OdeSchedule, StepSpec, StudyError, compile, load_schedule, save_schedule
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
@@ -56,6 +57,51 @@ def test_theta_and_the_schedule_it_writes_are_the_same_program():
     assert bool((lam.diff() >= knobs.min_gap - 1e-9).all())
 
 
+@pytest.mark.parametrize("family", [noises.VPLinear(), noises.EDM(), noises.RectifiedFlow()])
+def test_a_moved_first_time_is_the_same_sampler_on_its_own_start(family):
+    s = baseline("dpmpp2m/logsnr", family, 4, t_start=0.9 * family.t_range[0])
+    knobs = Knobs(s)
+    theta = 0.2 * torch.ones(knobs.size, dtype=torch.float64)
+    moved = knobs.apply(theta)
+    assert moved.times[0] < s.times[0]
+    model = recorded_mixture(family)
+    z = torch.randn(8, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a = run(knobs.program(theta), model, start(s, z))
+    b = run(moved.program, model, start(moved, z))
+    assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_the_canonical_program_is_the_same_sampler():
+    program = baseline("unipc3-bh2/edm", VP, 5).program
+    x = torch.randn(8, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b = run(program, MODEL, x), run(canonical(program), MODEL, x)
+    assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_the_normal_equations_hold_the_gradient_of_the_error(free):
+    s = baseline("dpmpp3m/logsnr", VP, 4)
+    model = FreeProgram(canonical(s.program), VP) if free else Knobs(s)
+    x = torch.randn(16, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = Batch(x, torch.zeros_like(x))
+    theta = 0.01 * torch.ones_like(model.scale())
+    here = linearise(model, VP, theta, MODEL, data, Settings())
+    th = theta.clone().requires_grad_()
+    errors([model.program(th)], MODEL, data, Settings()).sum().backward()
+    slope = 2 * here.chain.T @ here.slope
+    assert torch.allclose(slope, th.grad, rtol=2e-2, atol=2e-3 * float(th.grad.abs().max()))
+
+
+def test_of_several_starts_the_one_that_gets_furthest_is_refined_to_the_end(noise):
+    train, held, _ = noise
+    starts = [baseline(name, VP, 4) for name in ("ddim/time", "ipndm3/quadratic")]
+    short = Settings(rounds=8)
+    at, best = refine_best(starts, MODEL, train, held, short)
+    assert best.before == pytest.approx(float(errors([starts[at].program], MODEL, held, short)))
+    assert best.after < 0.1 * best.before
+    assert best.calls > refine(starts[at : at + 1], MODEL, train, held, short)[0].calls
+
+
 @pytest.mark.parametrize("method", ["adam", "gauss-newton"])
 def test_refinement_halves_the_error_of_the_best_named_solver_on_fresh_noise(
     method, noise, tmp_path
@@ -78,8 +124,8 @@ def test_several_starts_are_refined_in_one_batch_and_none_gets_worse(noise):
     starts = [baseline(n, VP, 4) for n in ("ddim/time", "dpmpp2m/logsnr", "ipndm3/edm")]
     found = refine(starts, MODEL, train, held, Settings(steps=40))
     assert len(found) == 3
-    for start, one in zip(starts, found, strict=True):
-        direct = float(errors([start.program], MODEL, held, Settings()))
+    for s, one in zip(starts, found, strict=True):
+        direct = float(errors([s.program], MODEL, held, Settings()))
         assert one.before == pytest.approx(direct, rel=1e-4)
         assert one.after <= one.before
         assert one.schedule.nfe == 4

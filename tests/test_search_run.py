@@ -178,13 +178,13 @@ def test_a_broken_model_is_named_before_anything_is_searched(tmp_path, broken, w
 
 
 def test_refined_candidates_are_told_last_with_their_cost_and_win_here(tmp_path):
-    settings = ("refine.steps=60", "refine.samples=128", "refine.held=64", "refine.batch=32")
+    settings = ("refine.rounds=6", "refine.samples=128", "refine.held=64", "refine.batch=32")
     more = ("search.strategy=refine", "search.samples=64", "final.samples=128")
     outcome = _search(tmp_path, tmp_path / "out", *settings, *more)
     table = [row[-1] for row in trial_table(outcome.out)]
     refined = [a for a in table if a["source"].startswith("refine:")]
     assert table[-len(refined) :] == refined
-    assert len(refined) == 2
+    assert len(refined) == 1
     (row,) = outcome.rows
     assert row.source.startswith("refine:")
     assert not row.best_named.startswith("refine")

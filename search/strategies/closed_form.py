@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep.samplers import Denoiser, run
 from fewstep.samplers.ode import Progress
-from fewstep.search.strategies.refine import Batch
+from fewstep.search.strategies.fitting import Batch, Refined, Settings, errors
 from fewstep.space import OdeSchedule, StepSpec, compile
 from fewstep.space.noise import NoiseSchedule
 
@@ -135,6 +135,21 @@ def fit_weights(
             schedule = schedule.model_copy(update={"steps": tuple(steps)})
         found.append(StepFit(i, before, min(before, after), schedule.steps[i].weights))
     return schedule, found
+
+
+@torch.no_grad()
+def by_closed_form(
+    schedule: OdeSchedule, denoiser: Denoiser, train: Batch, held: Batch, settings: Settings
+) -> Refined:
+    """The closed form as a refinement: fitted on `train`, kept if the error on `held` falls."""
+    substeps, stages = 8, 3
+    noise, n = schedule.noise, schedule.n_steps
+    targets = teacher_states(denoiser, noise, schedule.times, train, substeps=substeps)
+    better, _ = fit_weights(schedule, denoiser, train, targets, history=settings.history)
+    before, after = errors([schedule.program, better.program], denoiser, held, settings).tolist()
+    kept = better if after < before else schedule
+    calls = len(train) * (n * substeps * stages + n * (n + 1) // 2) + 2 * len(held) * n
+    return Refined(kept, before, min(before, after), ((0, before),), calls, "closed-form")
 
 
 def _prefix(schedule: OdeSchedule, i: int, count: int) -> OdeSchedule:

@@ -3,10 +3,12 @@
 A schedule's discrete choices stay; its numbers become a vector theta that is exactly neutral at 0:
 
     times         lam gaps = min_gap + (range - N min_gap) softmax(logits + theta)
+    start_level   the first time at lam + theta, never above the noise schedule's first
     shifts        query / start / land at lam + theta (network, start level, landing level)
     weights       extra weights on up to `history` older outputs of every step
-    compensation  1 + theta from step K on;  relaxation  coefficient + theta (order >= 2, lam
-    basis) guidance      scale * exp(theta), where the schedule or the problem has one
+    compensation  1 + theta from step K on
+    relaxation    coefficient + theta (order >= 2, lam basis)
+    guidance      scale * exp(theta), where the schedule or the problem has one
 
 `values(theta)` gives what `space.compile` takes, with gradients; `schedule(theta)` the ordinary
 schedule that holds the same numbers.
@@ -14,20 +16,34 @@ schedule that holds the same numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.space import Program, compile
 from fewstep.space.errors import StudyError
 from fewstep.space.schedule import OdeSchedule, StepSpec
 
-KNOBS = ("times", "query", "start", "land", "weights", "compensation", "relaxation", "guidance")
-DEFAULT = ("times", "query", "start", "land", "weights")
+KNOBS = (
+    "times",
+    "start_level",
+    "query",
+    "start",
+    "land",
+    "weights",
+    "compensation",
+    "relaxation",
+    "guidance",
+)
+DEFAULT = ("times", "start_level", "query", "start", "land", "weights")
 _SHIFTS = {"query": "dt_query", "start": "dt_start", "land": "dt_land"}
+_REACH = 2.0  # of a shift, in lam
 _FAR = 12.0  # stands for lam = +-inf where gaps are laid out
 
 
@@ -42,13 +58,16 @@ class Knobs:
         min_gap: smallest distance of neighbouring times, in lam; lowered where the schedule has
             smaller gaps already.
         guidance: scale to start from where "guidance" is open and the steps set none.
+        reference: time whose scale the start states have that programs run on; None is the
+            schedule's first.
     """
 
     schedule: OdeSchedule
     names: tuple[str, ...] = DEFAULT
-    history: int = 3
+    history: int = 16
     min_gap: float = 0.02
     guidance: float | None = None
+    reference: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -87,6 +106,9 @@ class Knobs:
         for name in self.names:
             if name == "times":
                 sizes.append((name, n))
+            elif name == "start_level":
+                if bool(torch.isfinite(self._lam[0])):
+                    sizes.append((name, 1))
             elif name == "weights":
                 sizes.append((name, sum(len(s.weights) for s in self.base.steps)))
             elif name == "guidance" and any(s.guidance is None for s in self.base.steps):
@@ -117,32 +139,39 @@ class Knobs:
         sizes = [size for _, size in self._layout]
         return dict(zip(names, theta.split(sizes), strict=True))
 
-    def _times(self, theta: Tensor | None) -> Tensor:
-        """N+1 times; the two ends stay exactly where they are."""
+    def _times(self, gaps_by: Tensor | None, start_by: Tensor | None) -> Tensor:
+        """N+1 times; the last stays exactly where it is, and the first unless it is open."""
         times = torch.tensor(self.schedule.times, dtype=torch.float64)
-        if theta is None:
+        if gaps_by is None and start_by is None:
             return times
+        noise, n = self.schedule.noise, len(times) - 1
         lam = self._lam.clamp(-_FAR, _FAR)
         gaps = lam.diff()
         least = min(self.min_gap, 0.5 * float(gaps.min()))
-        total = float(lam[-1] - lam[0]) - least * len(gaps)
-        share = torch.softmax(torch.log(gaps - least) + theta, dim=0)
-        inner = lam[0] + torch.cumsum(least + total * share, dim=0)[:-1]
-        moved = self.schedule.noise.t_of_lam(inner)
-        return torch.cat([times[:1], moved, times[-1:]])
+        begin, first = lam[0], times[0]
+        if start_by is not None:
+            top = noise.lam(torch.tensor(noise.t_range[0], dtype=torch.float64))
+            begin = reflected(lam[0] + start_by[0], top, lam[-1] - 2 * n * least)
+            moved = noise.t_of_lam(begin)
+            first = torch.where(begin == lam[0], moved - moved.detach() + times[0], moved)
+        total = lam[-1] - begin - least * n
+        logits = torch.log(gaps - least)
+        share = torch.softmax(logits if gaps_by is None else logits + gaps_by, dim=0)
+        inner = begin + torch.cumsum(least + total * share, dim=0)[:-1]
+        return torch.cat([first[None], noise.t_of_lam(inner), times[-1:]])
 
     def values(self, theta: Tensor) -> dict[str, Tensor]:
         """The numbers as `space.compile(base, values)` takes them; differentiable in theta."""
         parts = self._parts(theta)
         base, noise = self.base, self.schedule.noise
-        times = self._times(parts.get("times"))
+        times = self._times(parts.get("times"), parts.get("start_level"))
         values: dict[str, Tensor] = {"times": times}
         t_start, low = noise.t_range[0], min(noise.t_range[1], self.schedule.times[-1])
         for name, field in _SHIFTS.items():
             if name in parts:
                 at = times[1:] if name == "land" else times[:-1]
                 old = torch.tensor([getattr(s, field) for s in base.steps], dtype=torch.float64)
-                shift = 0.5 * torch.tanh(2 * parts[name])
+                shift = _REACH * torch.tanh(parts[name] / _REACH)
                 fixed = torch.isinf(noise.lam(at.detach() + old))
                 lam = torch.where(fixed, torch.zeros_like(at), noise.lam(at + old))
                 moved = noise.t_of_lam(lam + shift).clamp(low, t_start)
@@ -173,6 +202,22 @@ class Knobs:
             at += count
         return torch.stack(rows)
 
+    def program(self, theta: Tensor) -> Program:
+        """The program at theta, for start states of the scale at `reference`; differentiable.
+
+        Where the first time decides the scale of x_T (EDM, rectified flow) and has moved, the
+        weights of x_T make up for it.
+        """
+        values = self.values(theta)
+        program = compile(self.base, values)
+        scale: Callable[[Any], Any] = self.schedule.noise.prior_scale
+        reference = self.schedule.times[0] if self.reference is None else self.reference
+        share = scale(values["times"][0]) / scale(reference)
+        if not isinstance(share, Tensor):  # variance preserving: always 1
+            return program
+        init = torch.cat([share * program.init[:1], program.init[1:]])
+        return dataclasses.replace(program, init=init, e=share * program.e)
+
     def apply(self, theta: Tensor) -> OdeSchedule:
         """The schedule with the numbers of theta written into its steps."""
         values = {k: v.detach() for k, v in self.values(theta).items()}
@@ -191,6 +236,12 @@ def _number(value: Tensor, step: StepSpec, name: str) -> object:
     if name == "relaxation_coefficient" and step.relaxation != "linear":
         return 0.0
     return number if math.isfinite(number) else getattr(step, name)
+
+
+def reflected(lam: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`lam` folded into [low, high]; unlike a clamp it has a slope everywhere, at `low` too."""
+    up = torch.where(lam < low - 1e-9, 2 * low - lam, lam)
+    return torch.where(up > high, torch.maximum(2 * high - up, low), up)
 
 
 def open_knobs(names: Sequence[str] | str | None) -> tuple[str, ...]:
