@@ -6,8 +6,8 @@
 
 Coefficients are float64 and cast once; the state and the history are at least float32 whatever the
 network's dtype. There are no solver classes: a new method is a new way to fill rows. With
-candidates stacked (a leading axis M in the program) the network sees M B images a call; candidates
-only share the starting noise.
+candidates stacked (a leading axis M in the program) the network sees M B images a call, on a CPU
+in pieces; candidates only share the starting noise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from fewstep.samplers.denoiser import Cond, Denoiser, bcast
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
+
+PIECE = 2**15
+"""Numbers of the states that one network call of stacked candidates holds at most, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,7 @@ def run(
         if program.guidance is not None:
             scale = _per_image(program.guidance[..., c], reps, batch, x_T)
         flat = (y if asked == count else y[reps]).reshape(asked * batch, *shape)
-        D = denoiser(flat, t, cond=_tiled(cond, asked), guidance=scale)
-        if D.shape != flat.shape:
-            raise ModelError(
-                f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(flat.shape)}"
-            )
+        D = _ask(denoiser, flat, t, cond, scale, asked)
         D = D.to(state_dtype)
         if options and "threshold" in options:
             D = threshold(D, **options["threshold"])
@@ -210,6 +209,35 @@ def prefix_groups(program: Program) -> list[list[int]]:
         found.append([first.setdefault(key, i) for i, key in enumerate(asked)])
         keys = [k + table[i, c].tobytes() for i, k in enumerate(keys)]
     return found
+
+
+def _ask(
+    denoiser: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    cond: Cond | None,
+    guidance: float | Tensor | None,
+    count: int,
+) -> Tensor:
+    """The data predictions of `count` candidates' states, in pieces that suit the processor.
+
+    On a CPU a piece holds as many whole candidates as fit into `PIECE` numbers, so that the
+    network's activations stay in its cache; elsewhere all run at once.
+    """
+    batch = len(x) // count
+    most = count if x.device.type != "cpu" else max(1, PIECE * count // max(1, x.numel()))
+    made = []
+    for at in range(0, count, most):
+        rows = slice(at * batch, (at + most) * batch)
+        part, times = x[rows], min(most, count - at)
+        scale = guidance[rows] if isinstance(guidance, Tensor) else guidance
+        D = denoiser(part, t[rows], cond=_tiled(cond, times), guidance=scale)
+        if D.shape != part.shape:
+            raise ModelError(
+                f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(part.shape)}"
+            )
+        made.append(D)
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def _per_image(values: Tensor, reps: list[int], batch: int, x: Tensor) -> Tensor:

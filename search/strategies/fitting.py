@@ -72,6 +72,8 @@ class Settings:
         pull: Gauss-Newton: the same, relative to the mean curvature.
         least_gain: a Gauss-Newton round that lowers the error by a smaller share than this ends
             the rounds on few samples, and two such rounds on all of them the fit.
+        budget: network evaluations after which Gauss-Newton starts no further round; None is no
+            limit.
         history: older outputs with an extra weight.
         every: steps between looks at the held-out noise.
         patience: looks without progress before stopping.
@@ -89,6 +91,7 @@ class Settings:
     decay: float = 1e-4
     pull: float = 1e-9
     least_gain: float = 0.01
+    budget: int | None = None
     history: int = 16
     every: int = 20
     patience: int = 6

@@ -230,6 +230,8 @@ def fit(
     used = len(held) * nfe
     here: Linearised | None = None
     for turn in range(1, rounds + 1):
+        if turn > 1 and settings.budget is not None and used >= settings.budget:
+            break
         batch = train.take(slice(0, few))
         here = linearise(model, noise, theta, denoiser, batch, settings)
         used += here.calls
