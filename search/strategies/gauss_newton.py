@@ -71,6 +71,18 @@ class FreeProgram:
         calls = self.base.nfe
         return torch.ones(calls + calls + calls * (calls + 1) // 2, dtype=torch.float64)
 
+    def nearer(self) -> Tensor:
+        """theta with the first query at most 1 in lam before the second.
+
+        Named solvers ask first at pure noise, where the network hardly depends on the time it is
+        told: from there a fit finds no way to the better optimum.
+        """
+        theta = torch.zeros_like(self.scale())
+        if self.base.nfe > 1:
+            lam = self.noise.lam(self.base.t).clamp(-_FAR, _FAR)
+            theta[0] = (lam[1] - lam[0] - 1).clamp(min=0)
+        return theta
+
     def program(self, theta: Tensor) -> Program:
         """Queries moved in lam, weights of x_T and of the outputs as they are.
 
@@ -327,7 +339,7 @@ def by_gauss_newton(
     if _whole(knobs):
         rounds = max(1, settings.rounds // 4)
         free = FreeProgram(program, noise)
-        found = go(free, torch.zeros_like(free.scale()), settings.rounds - rounds, few)
+        found = go(free, free.nearer(), settings.rounds - rounds, few)
         target, first = free.program(found.theta), knobs.schedule.times[0]
         like = plain(target, knobs.schedule)
         model = dataclasses.replace(knobs, schedule=like, reference=first)
