@@ -1,9 +1,10 @@
 """The last stage of a search: the best candidates of every NFE improved, on the workers.
 
 A stage is "refine" (`refining`) or "compensation" (`compensating`). One task improves one schedule
-(refinement: the best of several starts) on noise of its own, which neither ranks candidates nor reports results. What comes back is
-proposed like any other candidate: scored on the search's noise, told to the study, judged on fresh
-seeds. The log holds it, so that a resumed search improves nothing twice.
+(refinement: the best of several starts) on noise of its own, which neither ranks candidates nor
+reports results. What comes back is proposed like any other candidate: scored on the search's
+noise, told to the study, judged on fresh seeds. The log holds it, so that a resumed search
+improves nothing twice.
 """
 
 from __future__ import annotations
