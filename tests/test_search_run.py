@@ -88,7 +88,7 @@ def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, strategy):
     log = (whole.out / "log.jsonl").read_bytes()
     journal = (whole.out / "study.journal").read_bytes()
     rng = np.random.default_rng(5)
-    for share in (0.02, *rng.uniform(0.3, 1.0, size=2)):
+    for share in (0.02, rng.uniform(0.3, 1.0)):
         out = tmp_path / f"cut{share:.3f}"
         out.mkdir()
         (out / "log.jsonl").write_bytes(log[: int(share * len(log))])
@@ -101,7 +101,7 @@ def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["evolution", "random+refine"])  # the rest: the test above
 def test_a_search_killed_at_any_instant_ends_as_if_it_had_not_been(tmp_path, strategy):
     study = write_study(tmp_path, STUDY.replace("candidates = 40", "candidates = 120"))
     settings = ("-q", "--strategy", strategy)
