@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.samplers.ode import start_scale
-from fewstep.search.evaluate import Counted, Evaluator
+from fewstep.search.evaluate import Counted, Evaluator, Single
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.refining import RefineResult
 from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
@@ -28,7 +28,7 @@ _ORIGINAL = 10  # samples of the original recipe
 
 
 @dataclass(frozen=True)
-class CompensationTask:
+class CompensationTask(Single):
     """One base to compensate; what a pool asks of a block, it answers as a block of one.
 
     Args:
@@ -40,14 +40,6 @@ class CompensationTask:
     schedule: dict[str, Any]
     constant: Tensor | None
     table: CompensationTable
-    strict: bool = False
-    candidates: int = 1
-    start: int = 0
-    stop: int = 1
-
-    def only(self, index: int) -> CompensationTask:
-        """The task of one candidate: this one."""
-        return self
 
     def execute(self, evaluator: Evaluator) -> RefineResult:
         """Compensate on the evaluator's problem; a base that cannot be is a failed result."""

@@ -24,7 +24,7 @@ from fewstep.predictors.cpr import CPR, fit
 from fewstep.samplers import Problem
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.evaluate import Counted, Evaluator, Task, TaskResult, chunks, scaled
+from fewstep.search.evaluate import Counted, Evaluator, Single, Task, TaskResult, chunks, scaled
 from fewstep.search.final import Row
 from fewstep.search.objective import Array
 from fewstep.search.pool import Pool
@@ -48,7 +48,7 @@ TRAIN, HELD = "cpr", "cpr-held"
 
 
 @dataclass(frozen=True)
-class GramTask:
+class GramTask(Single):
     """Schedules of one setting on the noise of a stream; a block of one to the pool.
 
     Args:
@@ -62,14 +62,6 @@ class GramTask:
     stream: str
     samples: int
     guidance: float | None
-    strict: bool = False
-    candidates: int = 1
-    start: int = 0
-    stop: int = 1
-
-    def only(self, index: int) -> GramTask:
-        """This one."""
-        return self
 
     def execute(self, evaluator: Evaluator) -> TaskResult:
         """The Gram matrix of the residuals, as values (1, M, M)."""

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -144,6 +144,19 @@ class Task:
             return x.to(torch.float32).cpu().numpy()
         reference = evaluator.reference(self.stream)[self.start : self.stop].to(x)
         return kept(evaluator.objective.measure(x, reference))
+
+
+class Single:
+    """A task that is its own only candidate: a block of one to the pool."""
+
+    strict: ClassVar[bool] = False
+    candidates: ClassVar[int] = 1
+    start: ClassVar[int] = 0
+    stop: ClassVar[int] = 1
+
+    def only(self, index: int) -> Self:
+        """The task of one candidate: this one."""
+        return self
 
 
 def kept(measures: Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.samplers.ode import start_scale
 from fewstep.search.config import RefineTable
-from fewstep.search.evaluate import Evaluator, TaskResult
+from fewstep.search.evaluate import Evaluator, Single, TaskResult
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.closed_form import by_closed_form
@@ -39,7 +39,7 @@ class RefineResult(TaskResult):
 
 
 @dataclass(frozen=True)
-class RefineTask:
+class RefineTask(Single):
     """The starts of one NFE, to refine; what a pool asks of a block, it answers as one of one.
 
     Args:
@@ -55,14 +55,6 @@ class RefineTask:
     table: RefineTable
     seed: int
     featured: bool
-    strict: bool = False
-    candidates: int = 1
-    start: int = 0
-    stop: int = 1
-
-    def only(self, index: int) -> RefineTask:
-        """The task of one candidate: this one."""
-        return self
 
     def execute(self, evaluator: Evaluator) -> RefineResult:
         """Refine on the evaluator's problem."""

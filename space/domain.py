@@ -28,6 +28,7 @@ from torch import Tensor
 from fewstep.space import moves
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule
+from fewstep.space.protocol import distributions, encoded
 from fewstep.space.schedule import OdeSchedule, StepSpec
 from fewstep.space.step_choices import (
     Parameter,
@@ -148,21 +149,7 @@ class OdeDomain:
 
     def distributions(self) -> dict[str, Any]:
         """The parameters as Optuna distributions (needs the search extra)."""
-        from optuna.distributions import (
-            CategoricalDistribution,
-            FloatDistribution,
-            IntDistribution,
-        )
-
-        made: dict[str, Any] = {}
-        for p in self.parameters:
-            if p.kind == "choice":
-                made[p.name] = CategoricalDistribution(p.choices)
-            elif p.kind == "int":
-                made[p.name] = IntDistribution(int(p.low), int(p.high))
-            else:
-                made[p.name] = FloatDistribution(p.low, p.high)
-        return made
+        return distributions(self.parameters)
 
     @cached_property
     def _infinite_ends(self) -> tuple[bool, bool]:
@@ -318,16 +305,7 @@ class OdeDomain:
 
     def encode_params(self, values: Mapping[str, Value]) -> np.ndarray:
         """`encode` from the parameters."""
-        vector = np.zeros(self.width)
-        at = 0
-        for p in self.parameters:
-            if p.kind == "choice":
-                if p.name in values:
-                    vector[at + p.choices.index(values[p.name])] = 1.0
-            else:
-                vector[at] = float(values.get(p.name, p.neutral))
-            at += p.width
-        return vector
+        return encoded(self.parameters, values)
 
     def decode(self, vector: np.ndarray) -> OdeSchedule:
         """The member of any vector of length `width`; inverts `encode` exactly."""

@@ -27,7 +27,7 @@ from fewstep.space.errors import ScheduleError
 from fewstep.space.moves import fit_times
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.particles import POLICIES, ParticleSchedule, ParticleStep, policy
-from fewstep.space.protocol import distributions
+from fewstep.space.protocol import distributions, encoded
 from fewstep.space.step_choices import Parameter, Value
 
 __all__ = ["ParticleDomain", "named_policies"]
@@ -296,13 +296,7 @@ class ParticleDomain:
 
     def encode(self, schedule: ParticleSchedule) -> np.ndarray:
         """A member as a flat float64 vector: numbers as they are, choices one-hot."""
-        values, parts = self.params(schedule), []
-        for p in self.parameters:
-            if p.kind == "choice":
-                parts += [float(values.get(p.name) == c) for c in p.choices]
-            else:
-                parts.append(float(values.get(p.name, p.neutral)))
-        return np.array(parts)
+        return encoded(self.parameters, self.params(schedule))
 
     def sample(self, rng: np.random.Generator) -> ParticleSchedule:
         """A random member: gaps in lam around equal ones, zeta around 1, choices in runs."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep.space.step_choices import Parameter, Value
 
-__all__ = ["Domain", "distributions"]
+__all__ = ["Domain", "distributions", "encoded"]
 
 
 class Domain(Protocol):
@@ -90,3 +90,20 @@ def distributions(parameters: Sequence[Parameter]) -> dict[str, Any]:
         else:
             made[p.name] = FloatDistribution(p.low, p.high)
     return made
+
+
+def encoded(parameters: Sequence[Parameter], values: Mapping[str, Value]) -> np.ndarray:
+    """Values as a flat float64 vector.
+
+    Numbers as they are, choices one-hot; absent numbers are neutral, absent choices zero.
+    """
+    vector: list[float] = []
+    for p in parameters:
+        if p.kind == "choice":
+            one_hot = [0.0] * len(p.choices)
+            if p.name in values:
+                one_hot[p.choices.index(values[p.name])] = 1.0
+            vector += one_hot
+        else:
+            vector.append(float(values.get(p.name, p.neutral)))
+    return np.array(vector)

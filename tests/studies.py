@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
+
+from fewstep.experiments.__main__ import main
 
 MODEL = '''
 """Two Gaussians in the plane; exact. `broken` breaks the contract on purpose."""
@@ -137,6 +140,23 @@ def fewstep(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedPro
         text=True,
         timeout=300,
     )
+
+
+def called(capsys: Any, *arguments: object) -> tuple[Any, str, str]:
+    """The command line in this process: its exit code, what it printed, its errors."""
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return leaving.value.code, out, err
+
+
+def refused(capsys: Any, *arguments: object) -> str:
+    """The one clear line with which the command line refuses."""
+    code, _, err = called(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("fewstep: error: ")
+    assert err.count("\n") == 1
+    return err
 
 
 def trial_table(out: Path, name: str = "tiny-nfe03") -> list[tuple[Any, ...]]:

@@ -12,22 +12,7 @@ from fewstep.space import load_schedule, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
 from tests.drawn_studies import write_drawn
-from tests.studies import STUDY, fewstep, write_study
-
-
-def _run(capsys, *arguments):
-    with pytest.raises(SystemExit) as leaving:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return leaving.value.code, out, err
-
-
-def _fails(capsys, *arguments):
-    code, _, err = _run(capsys, *arguments)
-    assert code == 2
-    assert err.startswith("fewstep: error: ")
-    assert err.count("\n") == 1
-    return err
+from tests.studies import STUDY, called, fewstep, refused, write_study
 
 
 @pytest.fixture
@@ -59,25 +44,25 @@ def _edited(file, change):
 )
 def test_a_wrong_study_is_one_line_and_exit_code_2(capsys, tmp_path, text, message):
     study = write_study(tmp_path, text)
-    assert message in _fails(capsys, "search", study, "--out", tmp_path / "out", "-q")
+    assert message in refused(capsys, "search", study, "--out", tmp_path / "out", "-q")
 
 
 def test_an_output_folder_that_is_a_file(capsys, tmp_path):
     study = write_study(tmp_path)
-    assert "is a file" in _fails(capsys, "search", study, "--out", study)
+    assert "is a file" in refused(capsys, "search", study, "--out", study)
 
 
 def test_wrong_use_is_one_line(capsys, tmp_path):
-    _fails(capsys, "serach")
-    _fails(capsys, "search")
-    _fails(capsys, "search", tmp_path / "absent.toml")
-    _fails(capsys, "search", write_study(tmp_path), "--set", "nonsense")
-    _fails(capsys, "search", write_study(tmp_path), "--resume", "--overwrite")
-    _fails(capsys, "baseline", "magic/logsnr", "--nfe", 4)
-    _fails(capsys, "baseline", "heun/edm", "--nfe", 4)
-    _fails(capsys, "baseline", "ddim/time", "--noise", "vp_lienar")
-    _fails(capsys, "baseline", "ddim/time", "--noise", "vp_linear:beta_min=abc")
-    _fails(capsys, "report", tmp_path)
+    refused(capsys, "serach")
+    refused(capsys, "search")
+    refused(capsys, "search", tmp_path / "absent.toml")
+    refused(capsys, "search", write_study(tmp_path), "--set", "nonsense")
+    refused(capsys, "search", write_study(tmp_path), "--resume", "--overwrite")
+    refused(capsys, "baseline", "magic/logsnr", "--nfe", 4)
+    refused(capsys, "baseline", "heun/edm", "--nfe", 4)
+    refused(capsys, "baseline", "ddim/time", "--noise", "vp_lienar")
+    refused(capsys, "baseline", "ddim/time", "--noise", "vp_linear:beta_min=abc")
+    refused(capsys, "report", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -94,23 +79,23 @@ def test_wrong_use_is_one_line(capsys, tmp_path):
 def test_a_broken_schedule_file_is_one_line(capsys, file, change, message):
     path = _edited(file, change)
     for command in (("show", path), ("lint", path), ("export", path, file.parent, "--to", "csv")):
-        assert message in _fails(capsys, *command)
+        assert message in refused(capsys, *command)
 
 
 def test_a_truncated_schedule_file_is_one_line(capsys, file):
     file.write_text(file.read_text()[:-40])
-    assert "truncated" in _fails(capsys, "show", file)
+    assert "truncated" in refused(capsys, "show", file)
 
 
 def test_baseline_writes_a_schedule_that_show_explains(capsys, tmp_path):
     out = tmp_path / "b.json"
     noise = "vp_linear:beta_min=0.1,beta_max=10"
-    code, _, _ = _run(
+    code, _, _ = called(
         capsys, "baseline", "unipc2-bh2/logsnr", "--nfe", 5, "--noise", noise, "-o", out
     )
     assert code == 0
     assert load_schedule(out).noise.beta_max == 10
-    code, text, _ = _run(capsys, "show", out)
+    code, text, _ = called(capsys, "show", out)
     assert code == 0
     assert "unipc2-bh2/logsnr" in text
     assert text.count("reuse") == 4
@@ -118,44 +103,44 @@ def test_baseline_writes_a_schedule_that_show_explains(capsys, tmp_path):
 
 def test_compare_names_every_difference(capsys, file, tmp_path):
     other = save_schedule(baseline("dpmpp2m/logsnr/low", VPLinear(), 4), tmp_path / "low.json")
-    assert "the same sampler" in _run(capsys, "compare", file, file)[1]
-    assert "step 3, order: 2 and 1" in _run(capsys, "compare", file, other)[1]
+    assert "the same sampler" in called(capsys, "compare", file, file)[1]
+    assert "step 3, order: 2 and 1" in called(capsys, "compare", file, other)[1]
 
 
 def test_compare_and_sample_with_a_model(capsys, file, tmp_path):
     study = write_study(tmp_path)
-    code, text, _ = _run(capsys, "compare", file, file, "--study", study, "-n", 8)
+    code, text, _ = called(capsys, "compare", file, file, "--study", study, "-n", 8)
     assert code == 0
     assert "1.000" in text
-    assert "no images" in _fails(capsys, "sample", file, "--study", study)
+    assert "no images" in refused(capsys, "sample", file, "--study", study)
 
 
 def test_a_schedule_for_another_model_is_refused(capsys, file, tmp_path):
     study = write_study(tmp_path)
-    error = _fails(capsys, "sample", file, "--study", study, "--set", "model.edm=true")
+    error = refused(capsys, "sample", file, "--study", study, "--set", "model.edm=true")
     assert "another" in error
 
 
 def test_export_to_csv_and_sigmas(capsys, file, tmp_path):
     schedule = load_schedule(file)
-    assert _run(capsys, "export", file, "--to", "csv", tmp_path)[0] == 0
+    assert called(capsys, "export", file, "--to", "csv", tmp_path)[0] == 0
     lines = (tmp_path / "s.csv").read_text().splitlines()
     assert len(lines) == 1 + schedule.nfe
     column = lines[0].split(",").index("r")
     assert [float(line.split(",")[column]) for line in lines[1:]] == schedule.program.r.tolist()
-    assert _run(capsys, "export", file, "--to", "sigmas", tmp_path)[0] == 0
+    assert called(capsys, "export", file, "--to", "sigmas", tmp_path)[0] == 0
     data = json.loads((tmp_path / "s.sigmas.json").read_text())
     assert data["times"] == list(schedule.times)
-    assert "unknown" in _fails(capsys, "export", file, "--to", "excel", tmp_path)
+    assert "unknown" in refused(capsys, "export", file, "--to", "excel", tmp_path)
 
 
 def test_a_small_search_prints_its_cost_and_its_table(capsys, tmp_path):
     study = write_study(tmp_path)
-    code, out, err = _run(capsys, "search", study, "--out", tmp_path / "out")
+    code, out, err = called(capsys, "search", study, "--out", tmp_path / "out")
     assert code == 0
     assert "network evaluations" in err
     assert "found / named" in out
-    assert _run(capsys, "report", tmp_path / "out")[0] == 0
+    assert called(capsys, "report", tmp_path / "out")[0] == 0
 
 
 @pytest.fixture(scope="module")
@@ -167,55 +152,57 @@ def searched(tmp_path_factory):
 
 
 def test_report_says_which_decisions_mattered_and_keeps_it(capsys, searched):
-    code, text, _ = _run(capsys, "report", searched, "-n", 8)
+    code, text, _ = called(capsys, "report", searched, "-n", 8)
     assert code == 0
     assert "found / named" in text
     assert "on 8 fresh samples" in text
     assert (searched / "decisions.png").stat().st_size > 0
     kept = (searched / "decisions.json").read_bytes()
-    assert _run(capsys, "report", searched, "-n", 8)[1] == text
+    assert called(capsys, "report", searched, "-n", 8)[1] == text
     assert (searched / "decisions.json").read_bytes() == kept
     assert (searched / "report.html").read_text().count('<section id="decisions">') == 1
-    assert "on 12 fresh samples" in _run(capsys, "report", searched, "--samples", 12)[1]
-    assert "decision" not in _run(capsys, "report", searched, "--no-decisions")[1]
+    assert "on 12 fresh samples" in called(capsys, "report", searched, "--samples", 12)[1]
+    assert "decision" not in called(capsys, "report", searched, "--no-decisions")[1]
 
 
 def test_report_of_a_schedule_file_needs_its_study(capsys, file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = write_study(tmp_path)
     picture = tmp_path / "deep" / "p.png"
-    code, text, _ = _run(capsys, "report", file, "--study", study, "-n", 8, "-o", picture)
+    code, text, _ = called(capsys, "report", file, "--study", study, "-n", 8, "-o", picture)
     assert code == 0
     assert "s: the error is" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "--study" in _fails(capsys, "report", file)
-    assert "is a folder" in _fails(capsys, "report", file, "--study", study, "-o", tmp_path)
-    assert "another" in _fails(capsys, "report", file, "--study", study, "--set", "model.edm=true")
-    assert "samples" in _fails(capsys, "report", file, "--study", study, "-n", 1)
+    assert "--study" in refused(capsys, "report", file)
+    assert "is a folder" in refused(capsys, "report", file, "--study", study, "-o", tmp_path)
+    assert "another" in refused(
+        capsys, "report", file, "--study", study, "--set", "model.edm=true"
+    )
+    assert "samples" in refused(capsys, "report", file, "--study", study, "-n", 1)
 
 
 def test_report_of_schedules_without_a_solver_is_the_tables(capsys, tmp_path):
     study = write_drawn(tmp_path, "masked")
-    assert _run(capsys, "search", study, "--out", tmp_path / "out", "-q")[0] == 0
-    code, text, _ = _run(capsys, "report", tmp_path / "out")
+    assert called(capsys, "search", study, "--out", tmp_path / "out", "-q")[0] == 0
+    code, text, _ = called(capsys, "report", tmp_path / "out")
     assert code == 0
     assert "found / named" in text
     assert not (tmp_path / "out" / "decisions.png").exists()
     file = tmp_path / "out" / "schedules" / "nfe03.json"
-    assert "no solver's steps" in _fails(capsys, "report", file, "--study", study)
+    assert "no solver's steps" in refused(capsys, "report", file, "--study", study)
 
 
 def test_report_of_a_damaged_folder_is_one_line(capsys, searched, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(searched, out)
     (out / "decisions.json").unlink(missing_ok=True)
-    assert "--set goes with" in _fails(capsys, "report", out, "--set", "search.seed=1")
+    assert "--set goes with" in refused(capsys, "report", out, "--set", "search.seed=1")
     (out / "schedules" / "nfe03.json").unlink()
-    assert "no such file" in _fails(capsys, "report", out)
+    assert "no such file" in refused(capsys, "report", out)
     (out / "study.json").write_text("{")
-    assert "study.json is absent or damaged" in _fails(capsys, "report", out)
+    assert "study.json is absent or damaged" in refused(capsys, "report", out)
     (out / "results.json").write_text("[]")
-    assert "results.json is damaged" in _fails(capsys, "report", out)
+    assert "results.json is damaged" in refused(capsys, "report", out)
 
 
 def test_a_folder_whose_model_lies_beside_the_study_asks_for_it(searched):
@@ -237,5 +224,5 @@ print([name for name in {heavy} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-    assert _run(capsys, "--help")[0] == 0
-    assert _run(capsys, "search", "--help")[0] == 0
+    assert called(capsys, "--help")[0] == 0
+    assert called(capsys, "search", "--help")[0] == 0

@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 
-from fewstep.experiments.__main__ import main
 from fewstep.predictors.cpr import CPR
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.space import StudyError, load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
-from tests.studies import STUDY, trial_table, write_study
+from tests.studies import STUDY, called, refused, trial_table, write_study
 
 TEXT = (
     STUDY.replace("nfe = [3]", "nfe = [3, 5]\nguidance = [1, 3]")
@@ -31,20 +30,6 @@ template = "unipc2-bh2/quadratic/low"
 def _search(folder, *overrides, text=TEXT, out="out", **options):
     config = load_study(write_study(folder, text), overrides)
     return run.search(config, folder / out, **options)
-
-
-def _run(capsys, *arguments):
-    with pytest.raises(SystemExit) as leaving:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return leaving.value.code, out, err
-
-
-def _fails(capsys, *arguments):
-    code, _, err = _run(capsys, *arguments)
-    assert code == 2
-    assert err.count("\n") == 1
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +77,17 @@ def test_the_regression_is_fitted_on_one_template_and_says_how_good_it_is(finish
 def test_export_answers_between_the_settings_and_refuses_beyond(finished, capsys, tmp_path):
     cpr, file = finished.out / "cpr.json", tmp_path / "made.json"
     ask = ("export", "--cpr", cpr, "--out", file)
-    code, text, _ = _run(capsys, *ask, "--nfe", 4, "--guidance", 2)
+    code, text, _ = called(capsys, *ask, "--nfe", 4, "--guidance", 2)
     assert code == 0
     assert "to be sampled with guidance 2" in text
     made = load_schedule(file)
     assert made.nfe == 4
     assert made.provenance["cpr"] == {"nfe": 4, "guidance": 2.0}
     assert made.provenance["model"] == "tiny2False"
-    assert "predicted for NFE 4, guidance 2" in _run(capsys, "show", file)[1]
+    assert "predicted for NFE 4, guidance 2" in called(capsys, "show", file)[1]
     assert made.digest != baseline("unipc2-bh2/quadratic/low", VPLinear(), 4).digest
-    assert "outside the fitted box" in _fails(capsys, *ask, "--nfe", 6, "--guidance", 2)
-    code, text, _ = _run(capsys, *ask, "--nfe", 6, "--guidance", 2, "--outside", "neutral")
+    assert "outside the fitted box" in refused(capsys, *ask, "--nfe", 6, "--guidance", 2)
+    code, text, _ = called(capsys, *ask, "--nfe", 6, "--guidance", 2, "--outside", "neutral")
     assert code == 0
     assert "warning: NFE 6, guidance 2 lies outside" in text
     neutral = baseline("unipc2-bh2/quadratic/low", VPLinear(), 6)
@@ -123,11 +108,11 @@ def test_export_answers_between_the_settings_and_refuses_beyond(finished, capsys
 )
 def test_an_export_that_lacks_something_is_one_line(finished, capsys, arguments, message):
     given = [str(finished.out / "cpr.json") if a == "CPR" else a for a in arguments]
-    assert message in _fails(capsys, "export", *given)
+    assert message in refused(capsys, "export", *given)
 
 
 def test_report_prints_a_table_for_each_scale_and_the_regressions(finished, capsys):
-    code, text, _ = _run(capsys, "report", finished.out)
+    code, text, _ = called(capsys, "report", finished.out)
     assert code == 0
     assert "guidance 1\n" in text
     assert "guidance 3\n" in text
@@ -223,8 +208,8 @@ def test_guidance_cannot_be_opened_without_a_scale_to_start_from(tmp_path):
 def test_a_command_with_a_study_of_several_scales_asks_for_one(finished, capsys, tmp_path):
     study = write_study(tmp_path, TEXT)
     file = finished.out / "schedules" / "nfe03_w3.json"
-    error = _fails(capsys, "compare", file, file, "--study", study)
+    error = refused(capsys, "compare", file, file, "--study", study)
     assert "search.guidance lists 2 scales: choose one" in error
     ask = ("compare", file, file, "--study", study, "-n", 8)
-    code, _, _ = _run(capsys, *ask, "--set", "search.guidance=[3]")
+    code, _, _ = called(capsys, *ask, "--set", "search.guidance=[3]")
     assert code == 0

@@ -5,13 +5,14 @@ Zheng et al. 2409.02908, section 3): with n ~ U{1..L} masks on uniformly chosen 
 
     loss = E_n (1/n) sum over masked l of -log mu_l(x_n),
 
-and L times it bounds -log p(x) from above. One stratified n per sequence; AdamW with a short
-warm-up, a constant rate and a linear decay to zero over the last `--decay` steps; exponential
-average of the weights. Because the rate is constant before the decay, a run can be stopped at
-any checkpoint and ended there: resumed with `--steps` = the checkpoint's step + `--decay`, it is
-the same run as if that number had been asked for at once.
+and L times it bounds -log p(x) from above. One stratified n per sequence; Muon (Jordan et al.
+2024; Liu et al. 2502.16982 for the step's size) for the matrices of the blocks and AdamW for the
+rest, with a short warm-up, a constant rate and a linear decay to zero over the last `--decay`
+steps; exponential average of the weights. Because the rate is constant before the decay, a run
+can be stopped at any checkpoint and ended there: resumed with `--steps` = the checkpoint's step +
+`--decay`, it is the same run as if that number had been asked for at once.
 
-    python -m fewstep.experiments.models.train_molecules --steps 8000 --checkpoint run.safetensors
+    python -m fewstep.experiments.models.train_molecules --compile --checkpoint run.safetensors
     python -m fewstep.experiments.models.train_molecules --show            # the shipped file's run
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -35,7 +37,9 @@ from fewstep.experiments.models import molecules
 from fewstep.experiments.models.molecules import LENGTH, MASK, MoleculeNet, NetConfig
 
 
-def masked_loss(net: torch.nn.Module, tokens: Tensor, generator: torch.Generator) -> Tensor:
+def masked_loss(
+    net: Callable[[Tensor], Tensor], tokens: Tensor, generator: torch.Generator
+) -> Tensor:
     """Mean over the batch of (1/n) sum of -log mu over the n masked positions; a scalar.
 
     Args:
@@ -93,28 +97,37 @@ class Run:
         self.net = MoleculeNet(config).to(args.device)
         self.average = MoleculeNet(config).to(args.device)
         self.average.load_state_dict(self.net.state_dict())
-        matrices = [p for p in self.net.parameters() if p.ndim == 2]
-        rest = [p for p in self.net.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+        matrices = [p for p in self.net.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.net.parameters() if id(p) not in chosen]
+        muon = torch.optim.Muon(
+            matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        adam = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [muon, adam]
+        self.forward: Callable[[Tensor], Tensor] = (
+            torch.compile(self.net) if args.compile else self.net
+        )
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
 
     def advance(self, data: Tensor) -> Tensor:
         """One optimiser step; returns the loss."""
         args = self.args
         rate = learning_rate(self.step, args.steps, args.decay, args.lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         rows = torch.randint(
             len(data), (args.batch,), generator=self.generator, device=args.device
         )
         cast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
         with cast:
-            loss = masked_loss(self.net, data[rows].long(), self.generator)
+            loss = masked_loss(self.forward, data[rows].long(), self.generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         keep = min(args.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for old, new in zip(self.average.parameters(), self.net.parameters(), strict=True):
@@ -127,8 +140,9 @@ class Run:
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, p in enumerate(self.net.parameters()):
-            for key, value in self.optimizer.state[p].items():
-                tensors[f"optimizer.{i}.{key}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    tensors[f"optimizer.{i}.{key}"] = value
         tensors["generator"] = self.generator.get_state()
         metadata = {"step": str(self.step), "seconds": str(self.seconds)}
         partial = path.with_suffix(".partial")
@@ -144,9 +158,13 @@ class Run:
         for name, net in (("net.", self.net), ("average.", self.average)):
             part = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
             net.load_state_dict(part)
+        muon, adam = self.optimizers
+        ours = {id(p) for group in muon.param_groups for p in group["params"]}
         for i, p in enumerate(self.net.parameters()):
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                self.optimizer.state[p][key] = tensors[f"optimizer.{i}.{key}"].to(p.device)
+            optimizer = muon if id(p) in ours else adam
+            prefix = f"optimizer.{i}."
+            for key in [k for k in tensors if k.startswith(prefix)]:
+                optimizer.state[p][key.removeprefix(prefix)] = tensors[key].to(p.device)
         self.generator.set_state(tensors["generator"])
 
 
@@ -172,6 +190,7 @@ def train(args: argparse.Namespace) -> None:
     training: dict[str, object] = {
         "script": "experiments/models/train_molecules.py", "data": "molsets==0.3.1 train",
         "seed": args.seed, "steps": args.steps, "decay": args.decay, "batch": args.batch,
+        "optimizer": "muon",
         "lr": args.lr, "ema": args.ema, "held_out": args.held, "seconds": round(run.seconds),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__, "bound_nats": bound(run.average, held, args.device),
@@ -183,10 +202,10 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="train the molecule model")
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps in all")
-    parser.add_argument("--decay", type=int, default=1500, help="last steps, decaying to zero")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=10000, help="optimiser steps in all")
+    parser.add_argument("--decay", type=int, default=3000, help="last steps, decaying to zero")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--width", type=int, default=NetConfig().width)
     parser.add_argument("--depth", type=int, default=NetConfig().depth)
@@ -198,6 +217,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="train.csv.gz, if not in the package file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a compiler")
     parser.add_argument("--checkpoint", type=Path, help="written every 250 steps, resumed from")
     parser.add_argument("--out", type=Path, default=molecules.WEIGHTS)
     parser.add_argument("--show", action="store_true", help="print the metadata of --out")
