@@ -50,8 +50,9 @@ class Mixture:
             return out[:, :1]
         if self.broken == "nan":
             return out * float("nan")
-        if self.broken == "die" and os.path.exists(os.environ.get("TINY_TRAP", "/nonexistent")):
-            os.unlink(os.environ["TINY_TRAP"])
+        trap = self.broken.removeprefix("die of ")
+        if trap != self.broken and os.path.exists(trap):  # once
+            os.unlink(trap)
             os._exit(1)
         if self.broken == "hang":
             time.sleep(60)

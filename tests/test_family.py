@@ -187,6 +187,7 @@ def test_blocks_of_another_size_give_masked_sequences_the_same_scores(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_workers_do_not_change_a_result(tmp_path):
     one = _search(tmp_path, "particles", tmp_path / "one", "budget.candidates=56")
     two = _search(

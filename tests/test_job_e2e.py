@@ -23,6 +23,9 @@ SETTINGS = (
     "final.samples=16",
     "final.resamples=200",
     "teacher.nfe=16",
+    "refine.rounds=2",
+    "refine.samples=16",
+    "refine.held=16",
 )
 
 

@@ -12,7 +12,7 @@ from fewstep.search.run import search
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 def _run(pool, evaluator_noise, samples=8, size=4, count=10):
@@ -44,11 +44,10 @@ def test_workers_give_the_same_numbers_as_one_process(tmp_path):
         assert (result.values == expected[key].values).all()
 
 
-def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path):
     trap = tmp_path / "trap"
     trap.touch()
-    monkeypatch.setenv("TINY_TRAP", str(trap))
-    spec, _, noise = _setup(tmp_path, broken="die")
+    spec, _, noise = _setup(tmp_path, broken=f"die of {trap}")
     pool = RayPool(spec, workers=2, retries=1)
     try:
         found = _run(pool, noise)

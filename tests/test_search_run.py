@@ -105,7 +105,8 @@ def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, strategy):
 def test_a_search_killed_at_any_instant_ends_as_if_it_had_not_been(tmp_path, strategy):
     study = write_study(tmp_path, STUDY.replace("candidates = 40", "candidates = 120"))
     settings = ("-q", "--strategy", strategy)
-    done = fewstep("search", str(study), "--out", "whole", *settings, cwd=tmp_path)
+    on_a_worker = ("--set", "search.workers=1")  # of a cluster that the command starts
+    done = fewstep("search", str(study), "--out", "whole", *settings, *on_a_worker, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     size = (tmp_path / "whole" / "log.jsonl").stat().st_size
     out = tmp_path / "killed"
