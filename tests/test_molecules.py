@@ -127,7 +127,7 @@ def test_the_shipped_network_draws_molecules() -> None:
         generator=torch.Generator().manual_seed(0),
     )
     valid = [s for s in metrics_molecules.canonical(molecules.decode(drawn)) if s]
-    assert len(valid) >= 5
+    assert len(valid) >= 15  # .56 of them on average
     assert len(set(valid)) == len(valid)
 
 
