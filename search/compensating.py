@@ -29,7 +29,7 @@ _ORIGINAL = 10  # samples of the original recipe
 
 @dataclass(frozen=True)
 class CompensationTask(Single):
-    """One base to compensate; what a pool asks of a block, it answers as a block of one.
+    """One base to compensate.
 
     Args:
         schedule: the base's file form.

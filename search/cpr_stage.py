@@ -49,7 +49,7 @@ TRAIN, HELD = "cpr", "cpr-held"
 
 @dataclass(frozen=True)
 class GramTask(Single):
-    """Schedules of one setting on the noise of a stream; a block of one to the pool.
+    """Schedules of one setting on the noise of a stream.
 
     Args:
         program: stacked programs that act on unit noise.

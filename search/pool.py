@@ -355,6 +355,23 @@ def cpus() -> int:
     )
 
 
+_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+
+
+def start_local(workers: int) -> None:
+    """Start Ray on this machine, for this process alone and without its dashboard."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        _node_ip_address="127.0.0.1",
+        **_QUIET,
+    )
+
+
 def _connect(
     spec: EvaluatorSpec, workers: int | None, address: str | None, pool: RayPool
 ) -> tuple[Any, bool]:
@@ -372,20 +389,12 @@ def _connect(
     if ray.is_initialized():
         return ray, False
     address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=max(workers or 0, cpus()) if workers else cpus(),
-            include_dashboard=False,
-            object_store_memory=256 * 2**20,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        start_local(max(workers or 0, cpus()))
         return ray, True
     environment = _runtime_env(spec, pool) if address.startswith("ray://") else {}
     try:
-        ray.init(address=address, runtime_env=environment or None, **quiet)
+        ray.init(address=address, runtime_env=environment or None, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StudyError(
             f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"

@@ -40,7 +40,7 @@ class RefineResult(TaskResult):
 
 @dataclass(frozen=True)
 class RefineTask(Single):
-    """The starts of one NFE, to refine; what a pool asks of a block, it answers as one of one.
+    """The starts of one NFE, to refine.
 
     Args:
         schedules: the starts' file forms; all start at one time.

@@ -98,13 +98,14 @@ class Run:
         self.average = MoleculeNet(config).to(args.device)
         self.average.load_state_dict(self.net.state_dict())
         matrices = [p for p in self.net.blocks.parameters() if p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.net.parameters() if id(p) not in chosen]
+        inner = {id(p) for p in matrices}
+        rest = [p for p in self.net.parameters() if id(p) not in inner]
         muon = torch.optim.Muon(
             matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
         )
         adam = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0, fused=True)
         self.optimizers: list[torch.optim.Optimizer] = [muon, adam]
+        self.owners = [muon if id(p) in inner else adam for p in self.net.parameters()]
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.net) if args.compile else self.net
         )
@@ -139,10 +140,9 @@ class Run:
         """Write a checkpoint; the previous one stays until the new one is whole."""
         tensors = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for i, p in enumerate(self.net.parameters()):
-            for optimizer in self.optimizers:
-                for key, value in optimizer.state.get(p, {}).items():
-                    tensors[f"optimizer.{i}.{key}"] = value
+        for i, (p, owner) in enumerate(zip(self.net.parameters(), self.owners, strict=True)):
+            for key, value in owner.state.get(p, {}).items():
+                tensors[f"optimizer.{i}.{key}"] = value
         tensors["generator"] = self.generator.get_state()
         metadata = {"step": str(self.step), "seconds": str(self.seconds)}
         partial = path.with_suffix(".partial")
@@ -158,13 +158,11 @@ class Run:
         for name, net in (("net.", self.net), ("average.", self.average)):
             part = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
             net.load_state_dict(part)
-        muon, adam = self.optimizers
-        ours = {id(p) for group in muon.param_groups for p in group["params"]}
-        for i, p in enumerate(self.net.parameters()):
-            optimizer = muon if id(p) in ours else adam
-            prefix = f"optimizer.{i}."
-            for key in [k for k in tensors if k.startswith(prefix)]:
-                optimizer.state[p][key.removeprefix(prefix)] = tensors[key].to(p.device)
+        parameters = list(self.net.parameters())
+        for name in [k for k in tensors if k.startswith("optimizer.")]:
+            _, i, key = name.split(".")
+            p = parameters[int(i)]
+            self.owners[int(i)].state[p][key] = tensors[name].to(p.device)
         self.generator.set_state(tensors["generator"])
 
 
@@ -190,8 +188,8 @@ def train(args: argparse.Namespace) -> None:
     training: dict[str, object] = {
         "script": "experiments/models/train_molecules.py", "data": "molsets==0.3.1 train",
         "seed": args.seed, "steps": args.steps, "decay": args.decay, "batch": args.batch,
-        "optimizer": "muon",
-        "lr": args.lr, "ema": args.ema, "held_out": args.held, "seconds": round(run.seconds),
+        "optimizer": "muon", "lr": args.lr, "ema": args.ema, "held_out": args.held,
+        "seconds": round(run.seconds),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__, "bound_nats": bound(run.average, held, args.device),
     }  # fmt: skip
