@@ -79,7 +79,7 @@ class Bench:
         name = list(solvers)[int(np.nanargmin(scores))]
         fresh = float(self.again.score([solvers[name]])[0])
         found = {"name": name, "fresh": fresh}
-        _write(path, found)
+        write_json(path, found)
         return found
 
     def run(self, nfe: int, variant: str, seed: int) -> dict[str, Any] | None:
@@ -121,7 +121,8 @@ class Bench:
         }
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write one run's file; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(data), encoding="utf-8")
@@ -143,7 +144,7 @@ def _run_all(a: argparse.Namespace) -> None:
                 if found is None:
                     print(f"{path.stem}: no search in {a.searches}, left out", flush=True)
                     continue
-                _write(path, found)
+                write_json(path, found)
                 ratio = found["fresh"] / best["fresh"]
                 print(f"{path.stem}: {ratio:.3f}, {found['calls']} calls", flush=True)
 
