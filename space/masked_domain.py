@@ -32,7 +32,7 @@ from fewstep.space.step_choices import Parameter, Value
 __all__ = ["MaskedDomain"]
 
 _DIGITS = 6  # decimals of a canonical temperature
-RATES = {"count": 0.8, "mode": 0.1, "positions": 0.1, "temperature": 0.3}
+RATES = {"count": 0.8, "run": 0.5, "mode": 0.1, "positions": 0.1, "temperature": 0.3}
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,9 @@ class MaskedDomain:
         Args:
             schedule: a member.
             rng: source of randomness.
-            rates: "count" is the chance that positions move from one call to another, the others
-                are per call; defaults `RATES`.
+            rates: "count" is the chance that positions move from one call to another; "run" that
+                one choice changes alike at neighbouring calls, instead of at calls by themselves,
+                for which the others are the chance per call; defaults `RATES`.
             scale: standard deviation of log temperature.
         """
         chance = RATES | dict(rates or {})
@@ -230,18 +231,40 @@ class MaskedDomain:
                     moved = min(int(rng.geometric(0.6)), values[f"count_{a}"] - 1)
                     values[f"count_{a}"] -= moved
                     values[f"count_{b}"] += moved
-            for name, value in values.items():
-                stem = name.rpartition("_")[0]
-                if stem == "count" or rng.random() >= chance[stem]:
-                    continue
-                if stem == "temperature":
-                    values[name] = value * math.exp(rng.normal(0, scale))
-                else:
-                    values[name] = str(rng.choice(getattr(self, _FIELD[stem])))
+            for names in self._alike(chance, rng):
+                values |= self._changed(values, names, rng, scale)
             child = self.from_params(values)
             if child.digest != before.digest:
                 return child
         return before
+
+    def _alike(self, chance: Mapping[str, float], rng: np.random.Generator) -> list[list[str]]:
+        """Parameters to change, those of one list alike: one choice in a run, or each alone."""
+        stems = [name for name, open_ in (
+            ("mode", len(self.modes) > 1),
+            ("positions", len(self.positions) > 1),
+            ("temperature", self.temperature is not None),
+        ) if open_]  # fmt: skip
+        if stems and rng.random() < chance["run"]:
+            stem = str(rng.choice(stems))
+            first, last = sorted(rng.integers(self.nfe, size=2).tolist())
+            return [[f"{stem}_{k}" for k in range(first, last + 1)]]
+        return [
+            [f"{stem}_{k}"]
+            for k in range(self.nfe)
+            for stem in stems
+            if rng.random() < chance[stem]
+        ]
+
+    def _changed(
+        self, values: Mapping[str, Any], names: list[str], rng: np.random.Generator, scale: float
+    ) -> dict[str, Any]:
+        """New values of parameters of one kind, all moved by the same."""
+        stem = names[0].rpartition("_")[0]
+        if stem == "temperature":
+            factor = math.exp(rng.normal(0, scale))
+            return {name: values[name] * factor for name in names}
+        return dict.fromkeys(names, str(rng.choice(getattr(self, _FIELD[stem]))))
 
     def crossover(
         self, a: MaskedSchedule, b: MaskedSchedule, rng: np.random.Generator

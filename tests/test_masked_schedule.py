@@ -211,6 +211,26 @@ def test_every_move_stays_in_the_space_and_parameters_are_exact(domain: MaskedDo
         assert all(domain.mutate(s, rng).digest != s.digest for s in pool)
 
 
+def test_a_run_of_calls_changes_alike() -> None:
+    domain = MaskedDomain(
+        12, 6, modes=("parallel", "extrapolate"), positions=("uniform", "confidence"),
+        temperature=(0.5, 2.0),
+    )  # fmt: skip
+    rng, stems = np.random.default_rng(3), set()
+    parent = domain.baselines()["uniform/extrapolate"]
+    before = domain.params(parent)
+    for _ in range(60):
+        child = domain.params(domain.mutate(parent, rng, rates={"count": 0, "run": 1}))
+        changed = [name for name in before if child[name] != before[name]]
+        stem = {name.rpartition("_")[0] for name in changed}
+        calls = sorted(int(name.rpartition("_")[2]) for name in changed)
+        assert len(stem) == 1
+        assert calls == list(range(calls[0], calls[-1] + 1))
+        assert len({child[name] for name in changed}) == 1
+        stems |= stem
+    assert stems == {"mode", "positions", "temperature"}
+
+
 def test_any_values_become_a_member() -> None:
     domain = DOMAINS[1]
     assert domain.from_params({}).counts == counts_by_name("uniform", 20, 6)

@@ -101,6 +101,18 @@ def test_the_reference_statistics_are_a_mean_and_a_covariance() -> None:
     assert float(torch.linalg.eigvalsh(sigma).min()) > -1e-9
 
 
+def test_the_excess_hardly_depends_on_how_many_were_drawn() -> None:
+    mu, sigma = metrics_molecules.reference()
+    values, vectors = torch.linalg.eigh(1.1 * sigma)  # a law of its own, a little wider
+    root = vectors * values.clamp(min=0).sqrt()
+    z = torch.randn(1200, 512, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    features = mu + z @ root.T
+    plain = [metrics_molecules.fcd(features[:n]) for n in (300, 1200)]
+    floors = [metrics_molecules.fcd_floor(n) for n in (300, 1200)]
+    assert plain[0] > 3 * plain[1]
+    assert abs((plain[0] - floors[0]) - (plain[1] - floors[1])) < 0.1 * (plain[0] - plain[1])
+
+
 def test_scores_count_what_they_say() -> None:
     pytest.importorskip("rdkit")
     assert metrics_molecules.canonical(["OCC", "C1CC", ""]) == ["CCO", None, None]
@@ -146,11 +158,12 @@ def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:
     assert measures.shape == (5, 514)
     assert measures.isnan().all(1).tolist() == [False, False, False, True, False]
     assert torch.equal(measures[1], measures[2])  # one molecule, written in two ways
-    facts = problem.facts(measures.float().double().numpy())
-    assert facts == {"validity": 0.8, "uniqueness": 0.75}
-    objective = Measured(problem)
     four = metrics_molecules.fcd(measures[[0, 1, 2, 4], :512])
-    assert objective.score(measures.numpy(), None) == pytest.approx(four)
+    facts = problem.facts(measures.float().double().numpy())
+    assert facts == {"fcd": pytest.approx(four), "validity": 0.8, "uniqueness": 0.75}
+    objective = Measured(problem)
+    excess = four - metrics_molecules.fcd_floor(4)
+    assert objective.score(measures.numpy(), None) == pytest.approx(excess)
     assert objective.score(measures[2:4].numpy(), None) == float("inf")
     drawn = problem.picture(tokens)
     assert drawn.shape == (5, 150, 150, 3)

@@ -332,8 +332,11 @@ def load_net(path: Path | str = WEIGHTS, *, device: str = "cpu") -> MoleculeNet:
 def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedProblem:
     """The study factory: schedules that draw molecules, scored by Frechet ChemNet Distance.
 
-    Strings that are no molecule are left out of the distance; the shares of valid strings and of
-    distinct molecules among them are reported beside it. Needs rdkit and the `fcd_torch` wheel.
+    The score is the distance less what as many molecules of the test set have for being so few
+    (`metrics_molecules.fcd_floor`): strings that are no molecule are left out, and a schedule is
+    to gain nothing by the number of the others. The plain distance and the shares of valid strings
+    and of distinct molecules among them are reported beside it. Needs rdkit and the `fcd_torch`
+    wheel.
 
     Args:
         path: weights of the network; by default those shipped.
@@ -349,7 +352,7 @@ def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedPro
     return MaskedProblem(
         denoiser=from_subs(net, MASK, length=LENGTH),
         length=LENGTH,
-        objective="fcd",
+        objective="excess_fcd",
         measure=score.measure,
         score=score.distance,
         facts=score.facts,
