@@ -173,6 +173,22 @@ def _step(schedule, **choices):
     return schedule.model_copy(update={"steps": (first, *schedule.steps[1:])})
 
 
+def test_s3_looks_near_the_best_where_no_result_has_varied_a_choice():
+    domain = DOMAINS["masked"]
+    named = domain.baselines()
+    known = [Evaluated(s, 10.0 + k) for k, s in enumerate(named.values())]
+    told = make("s3", domain).propose(known, 1, 16, np.random.default_rng(0))
+    assert {p.source for p in told} == {"mutation"}
+    assert len({p.schedule.digest for p in told} | {s.digest for s in named.values()}) == 16 + len(
+        named
+    )
+    known += [Evaluated(p.schedule, 9.0 - 0.01 * k) for k, p in enumerate(told)]
+    heat = np.array([[c.temperature for c in e.schedule.calls] for e in known])
+    assert (np.ptp(heat, axis=0) > 0).all()
+    later = make("s3", domain).propose(known, 2, 8, np.random.default_rng(1))
+    assert all("predicted" in p.note for p in later)
+
+
 @pytest.mark.slow
 def test_s3_needs_fewer_masked_candidates_than_evolution_and_random_search():
     """A smooth score of the counts and temperatures; three seeds, 60 candidates each."""

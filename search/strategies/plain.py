@@ -3,6 +3,10 @@
 The stages are those of `strategies.s3` (fit on everything scored, evolve on the prediction, score
 the chosen few), with the space's own mutation and crossover as moves: what `s3` gains from moving
 all times of an ODE schedule in one compilation has no counterpart in other spaces.
+
+The named schedules often leave choices untouched (no named count has a temperature). A process
+that has never seen a feature vary takes it for harmless, so while there is such a feature
+candidates are mutations of the best.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.strategies.common import Member, members
 from fewstep.search.strategies.s3 import expected_improvement
 from fewstep.space.protocol import Domain
+
+_DRAWN = 64
+"""Random members that tell which features vary in a space."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,31 @@ class PlainS3:
         if len({m.score for m in pool}) < LEAST_ROWS:
             return [Proposal(self.domain.sample(rng), "random") for _ in range(size)]
         x = np.stack([self.domain.encode(m.schedule) for m in pool])
+        if self._unseen(x, rng):
+            return self._mutations(pool, size, rng)
         y = targets(torch.tensor([m.score for m in pool], dtype=torch.float64))
         process = GaussianProcess().fit(torch.from_numpy(x), y)
         met = self._evolve(process, pool, x, self.trust * float(y.std()), rng)
         return self._choose(process, float(y.min()), met, pool, size, rng)
+
+    def _unseen(self, x: np.ndarray, rng: np.random.Generator) -> bool:
+        """Whether some feature varies in the space and not among the known, (n, features)."""
+        drawn = np.stack([self.domain.encode(self.domain.sample(rng)) for _ in range(_DRAWN)])
+        return bool((np.ptp(x, axis=0) == 0)[np.ptp(drawn, axis=0) > 0].any())
+
+    def _mutations(
+        self, pool: Sequence[Member], size: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """Distinct members near the best known ones."""
+        told = {m.schedule.digest for m in pool}
+        made: dict[str, Proposal] = {}
+        for _ in range(20 * size):
+            parent = pool[min(int(rng.exponential(2.0)), len(pool) - 1)].schedule
+            child = self.domain.mutate(parent, rng, scale=self.scale)
+            if child.digest not in told and len(made) < size:
+                made.setdefault(child.digest, Proposal(child, "mutation"))
+        rest = range(size - len(made))
+        return [*made.values(), *(Proposal(self.domain.sample(rng), "random") for _ in rest)]
 
     def _evolve(
         self,
