@@ -291,15 +291,21 @@ class MoleculeScore:
 
 
 def draw_molecules(
-    samples: int, *, seed: int = 0, temperature: float = 1.0, batch: int = 250
+    samples: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    positions: str = "uniform",
+    batch: int = 64,
 ) -> list[str]:
     """SMILES strings of the shipped model, drawn token by token.
 
-    At temperature 1 their law is the model's exactly; below it they are likelier and less diverse.
+    At temperature 1 and uniform positions their law is the model's exactly; below it, or where the
+    model is surest first ("confidence"), they are likelier and less diverse.
     """
     denoiser = from_subs(molecules.load_net(), molecules.MASK, length=molecules.LENGTH)
     counts = [1] * molecules.LENGTH
-    schedule = MaskedSchedule.from_counts(counts, temperature=temperature)
+    schedule = MaskedSchedule.from_counts(counts, temperature=temperature, positions=positions)
     generator = torch.Generator().manual_seed(seed)
     strings: list[str] = []
     while len(strings) < samples:
@@ -328,6 +334,10 @@ def main() -> None:
     parser.add_argument("--draw", type=int, help="score so many of the model, token by token")
     parser.add_argument("--seed", type=int, default=0, help="of --draw")
     parser.add_argument("--temperature", type=float, default=1.0, help="of --draw; 1: exact")
+    parser.add_argument(
+        "--positions", choices=["uniform", "confidence"], default="uniform",
+        help="which token --draw decides next; uniform: exact",
+    )  # fmt: skip
     parser.add_argument("--reference", action="store_true", help="write the reference again")
     args = parser.parse_args()
     if args.reference:
@@ -339,7 +349,8 @@ def main() -> None:
         chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
         smiles = [known[i] for i in chosen[: args.train].tolist()]
     elif args.draw:
-        smiles = draw_molecules(args.draw, seed=args.seed, temperature=args.temperature)
+        choices = {"temperature": args.temperature, "positions": args.positions}
+        smiles = draw_molecules(args.draw, seed=args.seed, **choices)
     elif args.file:
         smiles = args.file.read_text(encoding="utf-8").splitlines()
     else:
