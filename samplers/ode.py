@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, Denoiser, bcast
+from fewstep.samplers.shift import Shifter
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
@@ -89,18 +90,9 @@ def sample(
     """
     if schedule.program.e.requires_grad:
         raise ScheduleError("the program carries gradients: call run() with a program instead")
+    shifter = None
     if "time_shift" in schedule.options and isinstance(schedule, OdeSchedule):
-        from fewstep.samplers.shift import run_shifted
-
-        return run_shifted(
-            schedule,
-            denoiser,
-            x_T,
-            cond=cond,
-            guidance=guidance,
-            generator=generator,
-            callback=callback,
-        )
+        shifter = Shifter(schedule)
     return run(
         schedule.program,
         denoiser,
@@ -111,6 +103,7 @@ def sample(
         generator=generator,
         callback=callback,
         options=schedule.options,
+        shifter=shifter,
     )
 
 
@@ -125,6 +118,7 @@ def run(
     generator: torch.Generator | None = None,
     callback: Callable[[Progress], None] | None = None,
     options: dict[str, Any] | None = None,
+    shifter: Shifter | None = None,
     check: bool = True,
     share: bool = False,
 ) -> Tensor:
@@ -133,17 +127,17 @@ def run(
     `check` raises a ModelError at the first data prediction that is not finite; without it NaN
     travels to the result, so that a batch of candidates survives one that diverges. `share` asks
     the network once for candidates whose rows so far are equal: equal states, equal outputs. The
-    first call is always shared by candidates that start at one time.
+    first call is always shared by candidates that start at one time. `shifter` compiles the rows
+    of one program while it runs, with a shift per image into a program per image.
     """
-    if options and "time_shift" in options:
+    if options and "time_shift" in options and shifter is None:
         raise ScheduleError(
             "options.time_shift compiles rows while it samples, from the steps: call sample() "
             "with a schedule that holds its steps"
         )
     stacked = program.r.ndim == 2
     count = program.r.shape[0] if stacked else 1
-    state_dtype = torch.promote_types(x_T.dtype, torch.float32)
-    x_T = x_T.to(state_dtype)
+    x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     batch, shape = x_T.shape[0], x_T.shape[1:]
     p = _Coefficients(program, x_T)
     if m is None and p.uses_m:
@@ -160,6 +154,11 @@ def run(
     history: list[Tensor] = []
     finite: list[Tensor | None] = []  # read after the last call: no wait on the device in between
     for c in range(program.nfe):
+        if shifter is not None and program is not (now := shifter.before(c, y.reshape(x_T.shape))):
+            program, p = now, _Coefficients(now, x_T)
+            if program.r.ndim == 2:  # from here on every image is its own candidate
+                count, batch = len(x_T), 1
+            y, noisy, *history = (v.reshape(count, batch, *shape) for v in (y, noisy, *history))
         reps = list(range(count)) if groups is None else sorted(set(groups[c]))
         asked = len(reps)
         t = _per_image(program.t[..., c], reps, batch, x_T)
@@ -167,8 +166,8 @@ def run(
         if program.guidance is not None:
             scale = _per_image(program.guidance[..., c], reps, batch, x_T)
         flat = (y if asked == count else y[reps]).reshape(asked * batch, *shape)
-        D = _ask(denoiser, flat, t, cond, scale, asked)
-        D = D.to(state_dtype)
+        D = _ask(denoiser, flat, t, cond, scale, asked if shifter is None else 1)
+        D = D.to(x_T.dtype)
         if options and "threshold" in options:
             D = threshold(D, **options["threshold"])
         finite.append(torch.isfinite(D).all() if check else None)
@@ -178,14 +177,18 @@ def run(
         if groups is not None and asked < count:
             D = D[[reps.index(g) for g in groups[c]]]
         history.append(D)
-        y = p.advance(c, y, noisy, constant, history, generator)
+        fresh = None
+        if p.noisy(c):  # one draw, shared by candidates
+            fresh = torch.empty_like(x_T).normal_(generator=generator)
+            fresh = fresh if shifter is None else fresh.reshape(y.shape)
+        y = p.advance(c, y, noisy, constant, history, fresh)
     for c, good in enumerate(finite):
         if good is not None and not bool(good):
             raise ModelError(
                 f"the data prediction of network call {c} (t = {program.t[..., c].tolist()}) is "
                 "not finite: check the model's output kind and noise schedule"
             )
-    return y if stacked else y[0]
+    return y if stacked else y.reshape(x_T.shape)
 
 
 def prefix_groups(program: Program) -> list[list[int]]:
@@ -285,6 +288,10 @@ class _Coefficients:
         self._rows = rows_of(program) if single else None
         self.uses_m = bool((program.k != 0).any()) or bool((program.init[..., 1] != 0).any())
 
+    def noisy(self, c: int) -> bool:
+        """Whether row c adds fresh noise."""
+        return self._live["g"][c]
+
     def at(self, name: str, c: int) -> Tensor:
         value = self._cast[name][..., c]
         return value.reshape(-1, *self._extra)
@@ -296,11 +303,8 @@ class _Coefficients:
         x_T: Tensor,
         m: Tensor | None,
         history: list[Tensor],
-        generator: torch.Generator | None,
+        fresh: Tensor | None,
     ) -> Tensor:
-        fresh = None
-        if self._live["g"][c]:  # one draw, shared by candidates
-            fresh = torch.empty_like(y[0]).normal_(generator=generator)
         if self._rows is not None:
             return advance_row(self._rows, c, y, x_T, m, history, fresh)
         y = self.at("r", c) * y

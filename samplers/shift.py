@@ -25,21 +25,16 @@ two of the five that exist, the others are upstream defects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from fewstep.samplers.denoiser import Cond, Denoiser, bcast
 from fewstep.space.coefficients import TABLEAUS
-from fewstep.space.errors import ModelError, ScheduleError
+from fewstep.space.errors import ScheduleError
 from fewstep.space.program import Program, compile
 from fewstep.space.schedule import OdeSchedule
-
-if TYPE_CHECKING:
-    from fewstep.samplers.ode import Progress
 
 SEMANTICS = ("paper", "pnm")
 
@@ -173,18 +168,22 @@ class Shifter:
             name: [getattr(step, name) for step in schedule.steps] for name in names
         }
 
-    def before(self, call: int, x: Tensor) -> None:
-        """Choose the shift that depends on the state x (B, *shape) asked at `call`."""
+    def before(self, call: int, x: Tensor) -> Program:
+        """The program of `call`, after the shift that the state asked there, (B, *shape), chooses.
+
+        Raises:
+            ScheduleError: shifts under which two points coincide.
+        """
         i = self._step_of.get(call, 0)
         if i == 0 or self.rule.window == 0:
-            return
+            return self.program
         times, paper = self.schedule.times, self.rule.semantics == "paper"
         deciding, centre = (times[i - 1], times[i]) if paper else (times[i + 1], times[i + 1])
         if deciding <= self.rule.cutoff:
-            return
+            return self.program
         shift = self.rule.select(self.schedule, x, centre)
         if isinstance(shift, float) and shift == 0.0:
-            return
+            return self.program
         for values in self._shifts.values():
             values[i] = shift + values[i]
         try:
@@ -193,78 +192,7 @@ class Shifter:
             raise ScheduleError(
                 f"the time shift of step {i} has no program ({error}): use a smaller window"
             ) from None
-
-
-def run_shifted(
-    schedule: OdeSchedule,
-    denoiser: Denoiser,
-    x_T: Tensor,
-    *,
-    cond: Cond | None = None,
-    guidance: float | None = None,
-    generator: torch.Generator | None = None,
-    callback: Callable[[Progress], None] | None = None,
-) -> Tensor:
-    """Run a schedule whose options hold "time_shift"; arguments as `samplers.sample`.
-
-    Raises:
-        ScheduleError: an impossible setting, or shifts under which two points coincide.
-        ModelError: as `samplers.sample`.
-    """
-    from fewstep.samplers.ode import Progress, _Coefficients, threshold
-
-    shifter = Shifter(schedule)
-    x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    batch, m = len(x_T), schedule.constant
-
-    def coefficients(program: Program) -> _Coefficients:
-        """Without the fresh noise, which differs from image to image and is added here."""
-        return _Coefficients(replace(program, g=torch.zeros_like(program.g)), x_T)
-
-    def fold(x: Tensor) -> Tensor:
-        """(B, *shape) as B programs of one image, or one program of B images."""
-        per_image = shifter.program.r.ndim == 2
-        return x.reshape(batch, 1, *x.shape[1:]) if per_image else x[None]
-
-    p = coefficients(shifter.program)
-    if m is None and p.uses_m:
-        raise ScheduleError("the schedule starts from a constant image: call with_constant(m)")
-    constant = None if m is None else m.to(x_T)
-    y = p.at("p", 0)[0] * x_T
-    if constant is not None:
-        y = y + p.at("k0", 0)[0] * constant
-    history: list[Tensor] = []
-    for c in range(shifter.program.nfe):
-        before = shifter.program
-        shifter.before(c, y)
-        program = shifter.program
-        if program is not before:
-            p = coefficients(program)
-        t = program.t[..., c].expand(batch).to(x_T.device)
-        scale = guidance if program.guidance is None else program.guidance[..., c].expand(batch)
-        D = denoiser(y, t, cond=cond, guidance=scale)
-        if D.shape != y.shape:
-            raise ModelError(
-                f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(y.shape)}"
-            )
-        D = D.to(x_T.dtype)
-        if "threshold" in schedule.options:
-            D = threshold(D, **schedule.options["threshold"])
-        if not bool(torch.isfinite(D).all()):
-            raise ModelError(
-                f"the data prediction of network call {c} (t = {float(t[0]):.6g}) is not finite: "
-                "check the model's output kind and noise schedule"
-            )
-        if callback is not None:
-            callback(Progress(c, t, y, D))
-        history.append(D)
-        y = p.advance(c, fold(y), fold(x_T), constant, [fold(D) for D in history], None)
-        y = y.reshape(x_T.shape)
-        if program.stochastic:
-            g = program.g[..., c].expand(batch)
-            noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-            y = y + bcast(g, y) * noise
-    return y
+        return self.program
 
 
 def _number(x: object) -> bool:
