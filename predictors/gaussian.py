@@ -18,7 +18,6 @@ from torch import Tensor
 
 MOST_ROWS, BEST_ROWS = 300, 200  # the fit is cubic in rows: the best, and some of every quality
 _JITTER = 1e-6
-_LOG_NOISE = math.log(1e-5)  # scores on shared noise are deterministic: what is left is misfit
 
 
 class GaussianProcess:
@@ -26,10 +25,11 @@ class GaussianProcess:
 
     Args:
         steps: L-BFGS iterations of the likelihood fit.
+        noise: variance of the noise that is expected, as a share of the targets' variance.
     """
 
-    def __init__(self, steps: int = 20) -> None:
-        self.steps = steps
+    def __init__(self, steps: int = 20, noise: float = 1e-5) -> None:
+        self.steps, self._log_noise = steps, math.log(noise)
 
     def fit(self, x: Tensor, y: Tensor) -> GaussianProcess:
         """Fit to features x (n, d) and targets y (n,), n >= 2; returns self."""
@@ -55,7 +55,7 @@ class GaussianProcess:
 
     def _optimise(self, d: int) -> None:
         centre = math.sqrt(2) + 0.5 * math.log(d)
-        start = [centre] * self._x.shape[1] + [_LOG_NOISE, 0.0, 0.0]
+        start = [centre] * self._x.shape[1] + [self._log_noise, 0.0, 0.0]
         theta = torch.tensor(start, dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS(
             [theta], max_iter=self.steps, history_size=8, line_search_fn="strong_wolfe"
@@ -72,7 +72,7 @@ class GaussianProcess:
             )
             residual = (self._y - theta[-1]).unsqueeze(-1)
             prior = ((theta[:-3] - centre) ** 2).sum() / (2 * 3.0)
-            prior = prior + ((theta[-3] - _LOG_NOISE) ** 2) / 8 + (theta[-2:] ** 2).sum() / 2
+            prior = prior + ((theta[-3] - self._log_noise) ** 2) / 8 + (theta[-2:] ** 2).sum() / 2
             if int(bad):
                 loss = 1e6 * (1 + prior)
             else:

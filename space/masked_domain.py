@@ -32,7 +32,7 @@ from fewstep.space.step_choices import Parameter, Value
 __all__ = ["MaskedDomain"]
 
 _DIGITS = 6  # decimals of a canonical temperature
-RATES = {"count": 0.8, "run": 0.5, "mode": 0.1, "positions": 0.1, "temperature": 0.3}
+RATES = {"count": 0.6, "run": 0.7, "mode": 0.1, "positions": 0.1, "temperature": 0.3}
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class MaskedDomain:
             rates: "count" is the chance that positions move from one call to another; "run" that
                 one choice changes alike at neighbouring calls, instead of at calls by themselves,
                 for which the others are the chance per call; defaults `RATES`.
-            scale: standard deviation of log temperature.
+            scale: standard deviation of the log temperature of a call, half that of a run's.
         """
         chance = RATES | dict(rates or {})
         before = self.canonical(schedule)
@@ -232,7 +232,9 @@ class MaskedDomain:
                     values[f"count_{a}"] -= moved
                     values[f"count_{b}"] += moved
             for names in self._alike(chance, rng):
-                values |= self._changed(values, names, rng, scale)
+                values |= self._changed(
+                    values, names, rng, scale if len(names) == 1 else 2 * scale
+                )
             child = self.from_params(values)
             if child.digest != before.digest:
                 return child

@@ -25,6 +25,9 @@ from fewstep.search.strategies.common import Member, members
 from fewstep.search.strategies.s3 import expected_improvement
 from fewstep.space.protocol import Domain
 
+_NOISE = 1e-2
+"""Share of noise expected in the scores: what is drawn jumps where a schedule changes a little."""
+
 _DRAWN = 64
 """Random members that tell which features vary in a space."""
 
@@ -98,7 +101,7 @@ class PlainS3:
         if self._unseen(x, rng):
             return self._mutations(pool, size, rng)
         y = targets(torch.tensor([m.score for m in pool], dtype=torch.float64))
-        process = GaussianProcess().fit(torch.from_numpy(x), y)
+        process = GaussianProcess(noise=_NOISE).fit(torch.from_numpy(x), y)
         met = self._evolve(process, pool, x, self.trust * float(y.std()), rng)
         return self._choose(process, float(y.min()), met, pool, size, rng)
 
