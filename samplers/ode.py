@@ -146,9 +146,9 @@ def run(
             "with_constant(m)"
         )
     groups = prefix_groups(program) if stacked and share else None
-    noisy = x_T.expand(count, batch, *shape)
+    origin = x_T.expand(count, batch, *shape)
     constant = None if m is None else m.to(x_T)
-    y = p.at("p", 0) * noisy
+    y = p.at("p", 0) * origin
     if constant is not None:
         y = y + p.at("k0", 0) * constant
     history: list[Tensor] = []
@@ -158,7 +158,7 @@ def run(
             program, p = now, _Coefficients(now, x_T)
             if program.r.ndim == 2:  # from here on every image is its own candidate
                 count, batch = len(x_T), 1
-            y, noisy, *history = (v.reshape(count, batch, *shape) for v in (y, noisy, *history))
+            y, origin, *history = (v.reshape(count, batch, *shape) for v in (y, origin, *history))
         reps = list(range(count)) if groups is None else sorted(set(groups[c]))
         asked = len(reps)
         t = _per_image(program.t[..., c], reps, batch, x_T)
@@ -181,7 +181,7 @@ def run(
         if p.noisy(c):  # one draw, shared by candidates
             fresh = torch.empty_like(x_T).normal_(generator=generator)
             fresh = fresh if shifter is None else fresh.reshape(y.shape)
-        y = p.advance(c, y, noisy, constant, history, fresh)
+        y = p.advance(c, y, origin, constant, history, fresh)
     for c, good in enumerate(finite):
         if good is not None and not bool(good):
             raise ModelError(

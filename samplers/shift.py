@@ -179,8 +179,8 @@ class Shifter:
             return self.program
         times, paper = self.schedule.times, self.rule.semantics == "paper"
         deciding, centre = (times[i - 1], times[i]) if paper else (times[i + 1], times[i + 1])
-        if deciding <= self.rule.cutoff:
-            return self.program
+        if deciding <= self.rule.cutoff or not bool(torch.isfinite(x).all()):
+            return self.program  # of a state that is not finite the loop tells
         shift = self.rule.select(self.schedule, x, centre)
         if isinstance(shift, float) and shift == 0.0:
             return self.program

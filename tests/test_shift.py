@@ -9,6 +9,7 @@ from fewstep.samplers import run, sample
 from fewstep.samplers.shift import VarianceRule, main_calls
 from fewstep.space import OdeSchedule, ScheduleError, StepSpec
 from fewstep.space.baselines import baseline, f_pndm, named
+from fewstep.space.errors import ModelError
 from fewstep.space.noise import EDM, VPDiscrete, VPLinear
 from tests.oracles import Mixture, f64, gaussian, recorded_mixture, reference_noise
 
@@ -224,6 +225,36 @@ def test_what_cannot_be_shifted_is_refused():
     discrete = shifted(baseline("ddim/time", VPDiscrete(), 4), window=3)
     with pytest.raises(ScheduleError, match=r"call sample\(\)"):
         run(discrete.program, gaussian(VPDiscrete()), states(1), options=discrete.options)
+
+
+def test_shifted_images_of_a_stochastic_schedule_get_their_own_fresh_noise():
+    base, model, x_T = baseline("dpmpp2m/time", DDPM, 6), recorded_mixture(DDPM), states(3)
+    noisy = base.model_copy(
+        update={"steps": tuple(s.model_copy(update={"eta": 1.0}) for s in base.steps)}
+    )
+    schedule = shifted(noisy, window=25, semantics="pnm")
+    found = [
+        sample(schedule, model, x_T, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+    twice = sample(
+        schedule, model, x_T[:1].repeat(2, 1, 1, 1), generator=torch.Generator().manual_seed(0)
+    )
+    assert not torch.allclose(twice[0], twice[1], atol=1e-3)
+
+
+def test_a_state_that_is_not_finite_is_the_models_fault():
+    model = recorded_mixture(DDPM)
+
+    class Broken:
+        noise = DDPM
+
+        def __call__(self, x, t, **kwargs):
+            return model(x, t) * (float("nan") if float(t[0]) < 700 else 1.0)
+
+    with pytest.raises(ModelError, match=r"network call 2 .* not finite"):
+        sample(shifted(baseline("dpmpp2m/time", DDPM, 6), window=25), Broken(), states(2))
 
 
 def test_the_option_survives_the_file():
