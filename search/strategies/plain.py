@@ -74,7 +74,7 @@ class PlainS3:
     def propose(
         self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
     ) -> list[Proposal]:
-        """See `Strategy`; random members while too little is known to predict."""
+        """See `Strategy`; mutations of the best while too little is known to predict."""
         pool = members(self.domain, known)
         guests = self._guests(known)[:size]
         if guests:
@@ -96,7 +96,7 @@ class PlainS3:
         self, pool: Sequence[Member], size: int, rng: np.random.Generator
     ) -> list[Proposal]:
         if len({m.score for m in pool}) < LEAST_ROWS:
-            return [Proposal(self.domain.sample(rng), "random") for _ in range(size)]
+            return self._mutations(pool, size, rng)
         x = np.stack([self.domain.encode(m.schedule) for m in pool])
         if self._unseen(x, rng):
             return self._mutations(pool, size, rng)
@@ -113,10 +113,10 @@ class PlainS3:
     def _mutations(
         self, pool: Sequence[Member], size: int, rng: np.random.Generator
     ) -> list[Proposal]:
-        """Distinct members near the best known ones."""
+        """Distinct members near the best known ones; random where none is known."""
         told = {m.schedule.digest for m in pool}
         made: dict[str, Proposal] = {}
-        for _ in range(20 * size):
+        for _ in range(20 * size if pool else 0):
             parent = pool[min(int(rng.exponential(2.0)), len(pool) - 1)].schedule
             child = self.domain.mutate(parent, rng, scale=self.scale)
             if child.digest not in told and len(made) < size:
