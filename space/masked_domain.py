@@ -109,7 +109,8 @@ class MaskedDomain:
         for k, call in enumerate(schedule.calls):
             if call.mode != "parallel" and call.mode not in self.modes:
                 return f"call {k}: mode {call.mode!r} is not open"
-            if call.positions not in self.positions:
+            idle = k == self.nfe - 1 and call.mode == "parallel"  # it decides all that is left
+            if call.positions not in self.positions and not idle:
                 return f"call {k}: positions {call.positions!r} is not open"
             if not low <= call.temperature <= high:
                 return f"call {k}: temperature {call.temperature} is outside {low} to {high}"

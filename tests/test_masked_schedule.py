@@ -211,6 +211,16 @@ def test_every_move_stays_in_the_space_and_parameters_are_exact(domain: MaskedDo
         assert all(domain.mutate(s, rng).digest != s.digest for s in pool)
 
 
+def test_the_rule_of_a_last_call_that_decides_all_the_rest_is_no_choice() -> None:
+    open_ = MaskedDomain(9, 3, positions=("uniform", "confidence"))
+    closed = MaskedDomain(9, 3, positions=("confidence",))
+    surest = open_.baselines()["uniform/confidence"]
+    assert surest.calls[-1].positions == "uniform"
+    assert closed.contains(surest) is None
+    assert closed.canonical(surest).digest == surest.digest
+    assert "not open" in str(closed.contains(open_.baselines()["uniform"]))
+
+
 def test_a_run_of_calls_changes_alike() -> None:
     domain = MaskedDomain(
         12, 6, modes=("parallel", "extrapolate"), positions=("uniform", "confidence"),
