@@ -121,6 +121,14 @@ class Bench:
         }
 
 
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    """What a `Bench` reads from the command line."""
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--choose", type=int, default=128, help="samples named solvers compete on")
+    parser.add_argument("--fresh", type=int, default=1024)
+    parser.add_argument("--out", default="runs/bench_refine")
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write one run's file; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,18 +205,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("--model", default="digits")
     parser.add_argument("--nfe", nargs="+", type=int, default=[5])
     parser.add_argument("--variants", nargs="+", default=list(LABELS), choices=[*LABELS, "named"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=256, help="noise a run is fitted on")
     parser.add_argument("--held", type=int, default=128, help="noise the iterate is chosen by")
-    parser.add_argument("--choose", type=int, default=128, help="samples named solvers compete on")
-    parser.add_argument("--fresh", type=int, default=1024)
+    bench_options(parser)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--budget", type=int, default=400_000, help="evaluations of one run")
     parser.add_argument("--searches", default="runs/bench_search", help="runs of bench_search")
-    parser.add_argument("--out", default="runs/bench_refine")
     a = parser.parse_args()
     if a.what == "run":
         _run_all(a)

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.experiments.bench_refine import Bench, batch, write_json
+from fewstep.experiments.bench_refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.bench_search import Landscape
 from fewstep.search.strategies.fitting import Batch, Settings, held_out
-from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, fit
+from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, finite_lam, fit
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
@@ -88,7 +88,7 @@ class Family:
     def moved(self, free: FreeProgram, lam: np.ndarray) -> Tensor:
         """theta with the queries at `lam` and the weights as they are."""
         theta = torch.zeros_like(free.scale())
-        theta[: self.nfe] = torch.from_numpy(lam) - self.noise.lam(free.base.t).clamp(-12, 12)
+        theta[: self.nfe] = torch.from_numpy(lam) - finite_lam(self.noise, free.base.t)
         return theta
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
@@ -112,7 +112,7 @@ def run(family: Family, starts: int, seed: int) -> dict[str, Any]:
             free, theta = family.at(family.drawn(rng))
         else:
             free = family.model(best[1])
-            lam = family.noise.lam(free.base.t).clamp(-12, 12).numpy()
+            lam = finite_lam(family.noise, free.base.t).numpy()
             theta = family.moved(free, np.sort(lam + rng.normal(0, 0.5, family.nfe)))
         error, program, spent = family.fitted(free, theta, bench.a.few)
         calls += spent
@@ -165,7 +165,6 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("--model", default="digits")
     parser.add_argument("--nfe", nargs="+", type=int, default=[4, 5, 6, 8])
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the random starts")
@@ -174,9 +173,7 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=256, help="noise the iterate is chosen by")
     parser.add_argument("--batch", type=int, default=96, help="samples of a fit's first rounds")
     parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--choose", type=int, default=128, help="samples named solvers compete on")
-    parser.add_argument("--fresh", type=int, default=1024)
-    parser.add_argument("--out", default="runs/bench_refine")
+    bench_options(parser)
     a = parser.parse_args()
     if a.what == "report":
         print(report(Path(a.out)))

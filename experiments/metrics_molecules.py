@@ -12,9 +12,9 @@ FCD depends on the number of valid molecules: 2000 training molecules score 0.62
 a search compares the excess, which is the same for 350 as for 3000 molecules within 0.2 (training
 molecules: 0.2 and 0.03; the floor itself varies by 0.02; cf. Chong and Forsyth 1911.07023).
 
-ChemNet is read from the pinned `fcd_torch` wheel, the reference
-statistics ship beside the model as plain arrays (`--reference` makes them again from the pinned
-`molsets` wheel). Needs the extra `fewstep[molecules]` (rdkit).
+ChemNet is read from the pinned `fcd_torch` wheel, the reference statistics ship beside the model
+as plain arrays (`--reference` makes them again from the pinned `molsets` wheel). Needs the extra
+`fewstep[molecules]` (rdkit).
 
     python -m fewstep.experiments.metrics_molecules molecules.smi
     python -m fewstep.experiments.metrics_molecules --draw 2000     # the shipped model

@@ -233,9 +233,7 @@ class MaskedDomain:
                     values[f"count_{a}"] -= moved
                     values[f"count_{b}"] += moved
             for names in self._alike(chance, rng):
-                values |= self._changed(
-                    values, names, rng, scale if len(names) == 1 else 2 * scale
-                )
+                values |= self._changed(values, names, rng, scale)
             child = self.from_params(values)
             if child.digest != before.digest:
                 return child
@@ -262,10 +260,10 @@ class MaskedDomain:
     def _changed(
         self, values: Mapping[str, Any], names: list[str], rng: np.random.Generator, scale: float
     ) -> dict[str, Any]:
-        """New values of parameters of one kind, all moved by the same."""
+        """New values of parameters of one kind, all moved by the same, a run twice as far."""
         stem = names[0].rpartition("_")[0]
         if stem == "temperature":
-            factor = math.exp(rng.normal(0, scale))
+            factor = math.exp(rng.normal(0, scale if len(names) == 1 else 2 * scale))
             return {name: values[name] * factor for name in names}
         return dict.fromkeys(names, str(rng.choice(getattr(self, _FIELD[stem]))))
 

@@ -54,6 +54,11 @@ _FAR = 12.0
 _FREE = frozenset({"times", "query", "start", "land", "weights"})
 
 
+def finite_lam(noise: NoiseSchedule, t: Tensor) -> Tensor:
+    """lam of times; pure noise and clean data, which are infinitely far, count as +-12."""
+    return noise.lam(t).clamp(-_FAR, _FAR)
+
+
 @dataclass(frozen=True)
 class FreeProgram:
     """Every number of a program is its own unknown; theta = 0 is the program itself.
@@ -79,7 +84,7 @@ class FreeProgram:
         """
         theta = torch.zeros_like(self.scale())
         if self.base.nfe > 1:
-            lam = self.noise.lam(self.base.t).clamp(-_FAR, _FAR)
+            lam = finite_lam(self.noise, self.base.t)
             theta[0] = (lam[1] - lam[0] - 1).clamp(min=0)
         return theta
 
@@ -92,9 +97,8 @@ class FreeProgram:
         base, calls = self.base, self.base.nfe
         rows, columns = torch.tril_indices(calls, calls)
         by_t, by_e, by_b = theta.split([calls, calls, len(rows)])
-        ends = self.noise.lam(torch.tensor(self.noise.t_range, dtype=torch.float64))
-        low, high = ends.clamp(-_FAR, _FAR)
-        lam = self.noise.lam(base.t).clamp(-_FAR, _FAR)
+        low, high = finite_lam(self.noise, torch.tensor(self.noise.t_range, dtype=torch.float64))
+        lam = finite_lam(self.noise, base.t)
         b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
         lam = reflected(lam + by_t, low, high)
         if bool((lam.diff() <= 0).any()):
@@ -131,7 +135,7 @@ def _parts(program: Program) -> dict[str, Tensor]:
 
 def numbers(program: Program, noise: NoiseSchedule) -> Tensor:
     """The numbers of a canonical program in one vector, queries as lam."""
-    lam = noise.lam(program.t).clamp(-_FAR, _FAR)
+    lam = finite_lam(noise, program.t)
     parts = _parts(program) | {"t": lam}
     return torch.cat([value.reshape(-1) for value in parts.values()])
 
@@ -142,7 +146,7 @@ def _perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:
         if index < value.numel():
             moved = value.clone()
             if name == "t":
-                lam = noise.lam(value[index]).clamp(-_FAR, _FAR)
+                lam = finite_lam(noise, value[index])
                 moved[index] = noise.t_of_lam(lam + _DIFFERENCE)
             else:
                 moved.view(-1)[index] += _DIFFERENCE
@@ -362,7 +366,7 @@ def _whole(knobs: Knobs) -> bool:
     schedule = knobs.schedule
     every = set(knobs.names) >= _FREE and "guidance" not in knobs.names
     every = every and knobs.history >= schedule.nfe - 1 and schedule.program.guidance is None
-    lam = schedule.noise.lam(schedule.program.t).clamp(-_FAR, _FAR)
+    lam = finite_lam(schedule.noise, schedule.program.t)
     return every and schedule.first == "network" and bool((lam.diff() > 0).all())
 
 
@@ -372,8 +376,8 @@ def plain(program: Program, like: OdeSchedule, min_gap: float = 0.02) -> OdeSche
     What `Knobs` needs to express the program: shifts and weights make up for the rest.
     """
     noise = like.noise
-    lam = noise.lam(program.t).clamp(-_FAR, _FAR)
-    last = noise.lam(torch.tensor(like.times[-1:], dtype=torch.float64)).clamp(-_FAR, _FAR)
+    lam = finite_lam(noise, program.t)
+    last = finite_lam(noise, torch.tensor(like.times[-1:], dtype=torch.float64))
     levels = torch.sort(lam).values.tolist()
     for i in range(1, len(levels)):
         levels[i] = max(levels[i], levels[i - 1] + min_gap)
