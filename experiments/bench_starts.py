@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fewstep.experiments.bench_refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.bench_search import Landscape
-from fewstep.search.strategies.fitting import Batch, Settings, held_out
+from fewstep.search.strategies.fitting import Batch, Settings, per_sample
 from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, finite_lam, fit
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
@@ -48,7 +48,7 @@ class Family:
         self.base = baseline(self.named["name"], self.noise, nfe)
         self.train = batch(Landscape(bench.problem, a.samples, TRAIN), self.base)
         self.held = batch(Landscape(bench.problem, a.held, HELD), self.base)
-        self.settings = Settings(batch=a.batch)
+        self.settings = Settings()
 
     def model(self, program: Program) -> FreeProgram:
         """All numbers of a program, free."""
@@ -56,10 +56,8 @@ class Family:
 
     def error(self, program: Program, on: Batch) -> float:
         """Mean squared error of a program."""
-        free, denoiser = self.model(program), self.bench.problem.denoiser
-        zero = torch.zeros_like(free.scale())
-        [found] = held_out([free], [zero], denoiser, on, self.settings)
-        return found
+        denoiser = self.bench.problem.denoiser
+        return float(per_sample([program], denoiser, on, self.settings).mean())
 
     def fitted(self, free: FreeProgram, theta: Tensor, samples: int) -> tuple[float, Program, int]:
         """Held-out error, program and cost of one fit on the first `samples`."""
@@ -72,7 +70,6 @@ class Family:
             self.held,
             self.settings,
             rounds=self.bench.a.rounds,
-            few=min(samples, self.settings.batch),
             progress=lambda: None,
         )
         return found.error, free.program(found.theta), found.calls
@@ -171,7 +168,6 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=192, help="samples of every fit")
     parser.add_argument("--samples", type=int, default=1024, help="samples of the last fit")
     parser.add_argument("--held", type=int, default=256, help="noise the iterate is chosen by")
-    parser.add_argument("--batch", type=int, default=96, help="samples of a fit's first rounds")
     parser.add_argument("--rounds", type=int, default=16)
     bench_options(parser)
     a = parser.parse_args()

@@ -158,16 +158,16 @@ class RefineTable(Table):
 
     Args:
         top: best candidates that are tried as starts, per NFE, beside the best named solver; each
-            is refined for a short time, and the one that got furthest to the end.
+            is refined on `batch` samples, and the one that got furthest on all.
         closed_form: first give the starts extra weights by a ridge regression per step
             (`search.strategies.closed_form`), kept where the held-out error falls.
         samples: noise it is fitted on.
         held: noise the iterate is chosen by.
         method: "gauss-newton" (no gradient of the model needed) or "adam" (gradients through the
             sampler).
-        rounds: Gauss-Newton rounds.
+        rounds: Gauss-Newton rounds on `batch` samples, at most; on all of them half as many.
         steps: Adam steps.
-        batch: samples in one Adam step, or in the first Gauss-Newton rounds.
+        batch: samples in one Adam step, or of Gauss-Newton's rounds on few.
         rate: Adam's step size.
         history: older outputs of a step that get an extra weight.
         knobs: what may move (`search.strategies.knobs`); None is times, shifts and weights.

@@ -23,7 +23,7 @@ from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.closed_form import by_closed_form
 from fewstep.search.strategies.fitting import Batch, Settings
 from fewstep.search.strategies.knobs import open_knobs
-from fewstep.search.strategies.refine import TRIAL_ROUNDS, refine_best
+from fewstep.search.strategies.refine import refine_best
 from fewstep.space import OdeSchedule, load_schedule
 
 TRAIN, HELD = "train", "held"
@@ -136,8 +136,7 @@ def refine_cost(table: RefineTable, nfe: int) -> int:
         full = nfe * (3 * table.steps * table.batch + looks * table.held)
         return full + (table.top + 1) * full // 5
     jacobian = sum((c + 2) * (nfe - 1 - c) + nfe - c for c in range(nfe)) + 4 * nfe
-    few = min(table.batch, table.samples)
-    third = table.rounds // 3
-    tried = (table.top + 1) * TRIAL_ROUNDS
-    looks = (tried + table.rounds + 4) * table.held * nfe
-    return jacobian * (few * (third + tried) + table.samples * (table.rounds - third)) + looks
+    few, last = min(table.batch, table.samples), max(1, table.rounds // 2)
+    tried, polished = (table.top + 2) * table.rounds, (table.top + 1) * last
+    looks = (tried + polished + 2 * last + 4) * table.held * nfe
+    return jacobian * (few * (tried + polished) + 2 * table.samples * last) + looks

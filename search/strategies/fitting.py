@@ -16,6 +16,9 @@ from fewstep.search.strategies.knobs import DEFAULT
 from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.errors import ScheduleError
 
+MOST = 16.0
+"""Medians of the errors per sample that one sample counts for at most."""
+
 
 class Model(Protocol):
     """Numbers theta and the program they mean."""
@@ -63,15 +66,14 @@ class Settings:
     Args:
         knobs: which numbers move (`knobs.KNOBS`).
         method: "adam" or "gauss-newton".
-        rounds: Gauss-Newton rounds.
+        rounds: Gauss-Newton rounds on few samples, at most; on all of them half as many.
         steps: Adam steps.
-        batch: training samples in one Adam step, or in the first Gauss-Newton rounds; also what
+        batch: training samples in one Adam step, or in Gauss-Newton's rounds on few; also what
             runs as one piece.
         rate: Adam's step size at the start; falls to a twentieth by a cosine.
         decay: Adam: weight of the squared distance from theta = 0, beside the log error.
         pull: Gauss-Newton: the same, relative to the mean curvature.
-        least_gain: a Gauss-Newton round that lowers the error by a smaller share than this ends
-            the rounds on few samples, and two such rounds on all of them the fit.
+        least_gain: two Gauss-Newton rounds that lower the error by a smaller share end a fit.
         budget: network evaluations after which Gauss-Newton starts no further round; None is no
             limit.
         history: older outputs with an extra weight.
@@ -105,7 +107,7 @@ class Refined:
 
     Args:
         schedule: the result; the start itself if nothing better was found.
-        before: held-out error of the start.
+        before: held-out error of the start, a `robust_mean` over samples.
         after: held-out error of the result.
         curve: (step, held-out error) pairs.
         calls: network evaluations spent on this candidate, a backward pass counted as two.
@@ -153,6 +155,17 @@ def errors(
     return residuals(programs, denoiser, batch, settings).square().mean(dim=(1, 2))
 
 
+def robust_mean(each: Tensor) -> Tensor:
+    """Means (M,) of errors per sample (M, n), those above `MOST` medians counted as that.
+
+    Inf where a sample diverged. A sample that ends in another mode may carry half of a mean of
+    hundreds; which ones do is chance, and what is chosen by them, or bent to mend them, is worse
+    on other noise.
+    """
+    mean = each.clamp(max=MOST * each.median(dim=1, keepdim=True).values).mean(dim=1)
+    return torch.where(torch.isfinite(each).all(dim=1), mean, math.inf)
+
+
 @torch.no_grad()
 def held_out(
     models: Sequence[Model],
@@ -161,7 +174,7 @@ def held_out(
     batch: Batch,
     settings: Settings,
 ) -> list[float]:
-    """Error of every candidate on `batch`; inf where it diverges or does not compile."""
+    """`robust_mean` error of every candidate; inf where it diverges or does not compile."""
     found = [math.inf] * len(models)
     programs: dict[int, Program] = {}
     for i, (model, theta) in enumerate(zip(models, thetas, strict=True)):
@@ -169,11 +182,20 @@ def held_out(
             programs[i] = model.program(theta)
         except ScheduleError:
             continue
-    sums = torch.zeros(len(programs), dtype=torch.float64)
-    for at in range(0, len(batch), settings.batch):
-        part = batch.take(slice(at, at + settings.batch))
-        if programs:
-            sums += errors(list(programs.values()), denoiser, part, settings).double() * len(part)
-    for i, total in zip(programs, sums.tolist(), strict=True):
-        found[i] = total / len(batch) if math.isfinite(total) else math.inf
+    if not programs:
+        return found
+    each = per_sample(list(programs.values()), denoiser, batch, settings)
+    for i, mean in zip(programs, robust_mean(each).tolist(), strict=True):
+        found[i] = mean
     return found
+
+
+@torch.no_grad()
+def per_sample(
+    programs: Sequence[Program], denoiser: Denoiser, batch: Batch, settings: Settings
+) -> Tensor:
+    """Mean squared residual of every program on every sample, (M, n) in float64."""
+    starts = range(0, len(batch), settings.batch)
+    parts = [batch.take(slice(at, at + settings.batch)) for at in starts]
+    each = [residuals(programs, denoiser, part, settings).square().mean(dim=2) for part in parts]
+    return torch.cat(each, dim=1).double()

@@ -16,8 +16,9 @@ back. Then the program's own numbers are fitted first, which converges from near
 the schedule is written afterwards: one plain step for each query found, its shifts and weights
 fitted to the program without asking the network, then polished.
 
-The damping is Marquardt's, three values tried at once on a block of candidates. The first rounds
-look at few samples, the others at all.
+The damping is Marquardt's, three values tried at once on a block of candidates. A fit on few
+samples takes most of the way at a fraction of the cost; the fit on all of them starts where it
+ends.
 
 References: Levenberg 1944, Marquardt 1963 (J. SIAM 11, 431); Nocedal and Wright, Numerical
 Optimization, section 10.3.
@@ -36,12 +37,15 @@ from torch import Tensor
 from fewstep.samplers import Denoiser
 from fewstep.samplers.ode import prefix_groups
 from fewstep.search.strategies.fitting import (
+    MOST,
     Batch,
     Model,
     Refined,
     Settings,
     held_out,
+    per_sample,
     residuals,
+    robust_mean,
 )
 from fewstep.search.strategies.knobs import Knobs, reflected
 from fewstep.space import OdeSchedule, Program, StepSpec, stack
@@ -77,13 +81,13 @@ class FreeProgram:
         return torch.ones(calls + calls + calls * (calls + 1) // 2, dtype=torch.float64)
 
     def nearer(self) -> Tensor:
-        """theta with the first query at most 1 in lam before the second.
+        """theta with a first query at pure noise moved to at most 1 in lam before the second.
 
         Named solvers ask first at pure noise, where the network hardly depends on the time it is
         told: from there a fit finds no way to the better optimum.
         """
         theta = torch.zeros_like(self.scale())
-        if self.base.nfe > 1:
+        if self.base.nfe > 1 and bool(self.base.t[0] == self.noise.t_range[0]):
             lam = finite_lam(self.noise, self.base.t)
             theta[0] = (lam[1] - lam[0] - 1).clamp(min=0)
         return theta
@@ -164,7 +168,7 @@ class Linearised:
         slope: J^T r of these numbers.
         chain: d(numbers)/d(theta).
         live: which numbers of the program these are.
-        error: mean squared residual.
+        error: mean squared residual, as `fitting.robust_mean` takes it.
         calls: network evaluations spent.
     """
 
@@ -193,21 +197,21 @@ def linearise(
         base = canonical(model.program(theta))
         moved = [_perturbed(base, noise, i) for i in live.nonzero()[:, 0].tolist()]
         programs = [base, *moved]
-        asked = sum(len(set(groups)) for groups in prefix_groups(stack(programs)))
-        size, total = len(moved), 0.0
+        asked = base.nfe + sum(len(set(groups)) for groups in prefix_groups(stack(programs)))
+        each, size = per_sample([base], denoiser, batch, settings), len(moved)
+        heavy = each[0] > MOST * each.median()  # counted as constant, so without a slope
         normal, slope = torch.zeros(size, size).double(), torch.zeros(size).double()
         for at in range(0, len(batch), settings.batch):
             part = batch.take(slice(at, at + settings.batch))
-            r = residuals(programs, denoiser, part, settings, share=True).flatten(1)
+            of_sample = residuals(programs, denoiser, part, settings, share=True)
+            r = of_sample[:, ~heavy[at : at + settings.batch]].flatten(1)
             J = (r[1:] - r[0]) / _DIFFERENCE
             J = (J * torch.isfinite(J).all(dim=1, keepdim=True)).nan_to_num(0.0)  # it stays put
             normal += (J @ J.T).double()
             slope += (J @ r[0]).double()
-            total += float(r[0].square().sum(dtype=torch.float64))
-        count = len(batch) * r.shape[1] / len(part)
-    return Linearised(
-        normal / count, slope / count, chain[live], live, total / count, asked * len(batch)
-    )
+        count = len(batch) * of_sample.shape[2]
+    error = float(robust_mean(each))
+    return Linearised(normal / count, slope / count, chain[live], live, error, asked * len(batch))
 
 
 @dataclass
@@ -231,14 +235,9 @@ def fit(
     settings: Settings,
     *,
     rounds: int,
-    few: int,
     progress: Callable[[], None],
 ) -> _Found:
-    """Levenberg-Marquardt from `theta`; `few` training samples at first, then all.
-
-    It goes on to all of them once a round gains less than `settings.least_gain` or a third of the
-    rounds is over, and ends when two rounds on all of them gain less than that.
-    """
+    """Levenberg-Marquardt from `theta`, until two rounds gain less than `settings.least_gain`."""
     scale, damping, tired = model.scale(), 1e-2, 0
     [error] = held_out([model], [theta], denoiser, held, settings)
     best, best_theta, curve = error, theta, [error]
@@ -248,14 +247,13 @@ def fit(
     for turn in range(1, rounds + 1):
         if turn > 1 and settings.budget is not None and used >= settings.budget:
             break
-        batch = train.take(slice(0, few))
-        here = linearise(model, noise, theta, denoiser, batch, settings)
+        here = linearise(model, noise, theta, denoiser, train, settings)
         used += here.calls
         gain = 0.0
         for _ in range(4):
             options = [theta + _step(here, damping * m, theta, scale, settings) for m in _DAMPINGS]
-            scores = held_out([model] * len(options), options, denoiser, batch, settings)
-            used += len(options) * len(batch) * nfe
+            scores = held_out([model] * len(options), options, denoiser, train, settings)
+            used += len(options) * len(train) * nfe
             at = int(np.argmin(scores))
             if scores[at] < here.error:
                 theta, damping = options[at], max(damping * _DAMPINGS[at], 1e-7)
@@ -268,12 +266,10 @@ def fit(
         progress()
         if error < best:
             best, best_theta = error, theta
-        if few == len(train) and gain < settings.least_gain:
-            tired += 1
+        if gain < settings.least_gain:
+            tired, damping = tired + 1, min(damping, 1e-2)
             if tired == 2:
                 break
-        if gain < settings.least_gain or turn >= rounds // 3:
-            few, damping = len(train), min(damping, 1e-2)
     assert here is not None
     return _Found(best_theta, best, curve, used, here)
 
@@ -304,58 +300,50 @@ def by_gauss_newton(
     Args:
         knobs: what may move; theta = 0 is its schedule.
         denoiser: the model.
-        train: noise to fit on, the first `settings.batch` samples at first.
+        train: noise to fit on, the first `settings.batch` samples first.
         held: noise to choose the iterate by.
         settings: see `Settings`.
         progress: called with (round, rounds).
     """
     noise, done, calls = knobs.schedule.noise, 0, 0
     curve: list[float]
-    few = min(settings.batch, len(train))
+    few = train.take(slice(0, settings.batch))
+    last = max(1, settings.rounds // 2)  # rounds on all samples, each as dear as many on few
 
     def told() -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, settings.rounds)
+            progress(done, max(done, settings.rounds + last))
 
-    def go(model: Model, theta: Tensor, rounds: int, few: int) -> _Found:
+    def go(model: Model, theta: Tensor, rounds: int, on: Batch) -> _Found:
         nonlocal calls
         found = fit(
-            model,
-            noise,
-            theta,
-            denoiser,
-            train,
-            held,
-            settings,
-            rounds=rounds,
-            few=few,
-            progress=told,
+            model, noise, theta, denoiser, on, held, settings, rounds=rounds, progress=told
         )
         calls += found.calls
         curve.extend(found.curve)
         return found
 
+    def both(model: Model, theta: Tensor) -> _Found:
+        found = go(model, theta, settings.rounds, few)
+        return go(model, found.theta, last, train) if len(few) < len(train) else found
+
     [before] = held_out([knobs], [knobs.zeros()], denoiser, held, settings)
-    curve, rounds, options = [before], settings.rounds, [(before, knobs.schedule)]
+    curve, options, whole = [before], [(before, knobs.schedule)], False
     program = canonical(knobs.schedule.program)
     if _whole(knobs):
-        rounds = max(1, settings.rounds // 4)
         free = FreeProgram(program, noise)
-        found = go(free, free.nearer(), settings.rounds - rounds, few)
+        found = both(free, free.nearer())
         target, first = free.program(found.theta), knobs.schedule.times[0]
         like = plain(target, knobs.schedule)
         model = dataclasses.replace(knobs, schedule=like, reference=first)
         aim = found.error
-        found = go(model, project(model, target, found.last, settings), rounds, len(train))
+        found = go(model, project(model, target, found.last, settings), last, train)
         options.append((found.error, model.apply(found.theta)))
-        if found.error <= 1.5 * aim:
-            rounds = 0  # shifts and weights could express it
-        else:
-            rounds = settings.rounds
-    if rounds:
-        found = go(knobs, knobs.zeros(), rounds, few)
+        whole = found.error <= 1.5 * aim  # shifts and weights could express it
+    if not whole:
+        found = both(knobs, knobs.zeros())
         options.append((found.error, knobs.apply(found.theta)))
     after, result = min(options, key=lambda option: option[0])
     return Refined(result, before, after, tuple(enumerate(curve)), calls, "gauss-newton")

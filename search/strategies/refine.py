@@ -41,9 +41,6 @@ __all__ = [
     "refine_best",
 ]
 
-TRIAL_ROUNDS = 6
-"""Gauss-Newton rounds that every start gets before the best goes on."""
-
 
 class _Checkpointed:
     """A Denoiser whose activations are recomputed in the backward pass."""
@@ -119,7 +116,10 @@ def refine_best(
     *,
     seed: int = 0,
 ) -> tuple[int, Refined]:
-    """Refine every start for a short time, then the one that got furthest to the end.
+    """Refine every start cheaply, then the one that got furthest to the end.
+
+    Cheaply is, by Gauss-Newton, on the first `settings.batch` samples until that gains no more; by
+    Adam, a fifth of the steps.
 
     Returns:
         Which start it was, and its `Refined`, with the calls of all and `before` of this start.
@@ -127,9 +127,7 @@ def refine_best(
     settings = settings or Settings()
     if len(starts) == 1:
         return 0, refine(starts, denoiser, train, held, settings, seed=seed)[0]
-    short = dataclasses.replace(
-        settings, rounds=min(TRIAL_ROUNDS, settings.rounds), steps=max(1, settings.steps // 5)
-    )
+    short = dataclasses.replace(settings, steps=max(1, settings.steps // 5))
     part = train.take(slice(0, settings.batch)) if settings.method == "gauss-newton" else train
     tried = refine(starts, denoiser, part, held, short, seed=seed)
     at = min(range(len(tried)), key=lambda i: tried[i].after)
