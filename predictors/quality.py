@@ -5,6 +5,10 @@ at every number of calls; the Gaussian process (`predictors.gaussian`) reads the
 of one number of calls. Both are cross-validated on the same folds, and the one with the higher
 Kendall tau at the NFE in question predicts. Both read programs, not names (`space.tokens`).
 
+A process is too sure of itself where a search leads it: between few data, along directions that no
+result has yet varied. So the newest results are predicted from the others first, and uncertainties
+are widened by how far off that was.
+
 Targets are log scores (scores span decades, and ratios are what matters), with what is worse than
 `CUT` of the rows compressed: how bad a bad schedule is must not cost accuracy among good ones.
 Predictions are in those units, lower is better.
@@ -29,6 +33,7 @@ from fewstep.space.errors import FewstepError
 CUT, COMPRESSION = 0.6, 0.3
 FOLDS = 5
 LEAST_ROWS = 8  # fewer results at an NFE predict nothing
+_WIDEST = 6.0
 # Tokens' columns that are not functions of the others: level, shift, weights, e, k, guidance.
 _OWN = (0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14)
 
@@ -66,6 +71,7 @@ class QualityPredictor:
         nfe: the number of calls it predicts for.
         best: target of the best row it was fitted to.
         spread: standard deviation of the targets.
+        widened: what uncertainties are multiplied by, 1 to 6.
     """
 
     kind: str = "auto"
@@ -75,6 +81,7 @@ class QualityPredictor:
     nfe: int = 0
     best: float = math.nan
     spread: float = math.nan
+    widened: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", "sequence", "gaussian"):
@@ -84,13 +91,16 @@ class QualityPredictor:
         self.ranker = SequenceRanker()
         self.process = GaussianProcess()
 
-    def fit(self, tokens: Sequence[Tensor], scores: Sequence[float], nfe: int) -> QualityPredictor:
+    def fit(
+        self, tokens: Sequence[Tensor], scores: Sequence[float], nfe: int, newest: int = 0
+    ) -> QualityPredictor:
         """Train on everything scored.
 
         Args:
             tokens: per schedule (calls, F), any mix of calls.
             scores: finite scores, smaller is better.
             nfe: the number of calls predictions are wanted for.
+            newest: this many results at that NFE, the last given, widen the uncertainty.
 
         Returns:
             self.
@@ -116,6 +126,7 @@ class QualityPredictor:
             x = flatten(torch.stack([t for t, use in zip(tokens, here, strict=True) if use]))
             self.process.fit(x, y[here])
             self.tau["gaussian"] = kendall_tau(self.process.left_out(folds[here]), y[here])
+            self.widened = _off(x, y[here], newest)
         if self.kind in ("auto", "sequence"):
             rows = Rows.of(list(tokens))
             self.ranker.fit(rows, y, folds, self.seed)
@@ -132,7 +143,7 @@ class QualityPredictor:
             else:
                 each = self.ranker.each(_rows(tokens))
                 mean, std = each.mean(0), each.std(0)
-        return mean.double().numpy(), std.double().numpy()
+        return mean.double().numpy(), self.widened * std.double().numpy()
 
     def posterior(self, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Mean (n,) and joint covariance (n, n) for tokens (n, nfe, F)."""
@@ -147,7 +158,7 @@ class QualityPredictor:
                     torch.cdist(flatten(tokens), flatten(tokens)) / 0.1
                 )  # members agree along a line: part by distance too
                 cov = cov * torch.exp(-(near**2))
-        return mean.numpy(), cov.numpy()
+        return mean.numpy(), self.widened**2 * cov.numpy()
 
     def save(self, path: str | Path) -> Path:
         """Write PATH.safetensors (numbers) and PATH.json (the rest); no pickle."""
@@ -158,9 +169,9 @@ class QualityPredictor:
         tensors |= {f"gaussian.{k}": v.contiguous() for k, v in self.process.state().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path.with_suffix(".safetensors"))
-        about = {"format": "fewstep.quality", "version": 1, "kind": self.kind, "seed": self.seed}
+        about = {"format": "fewstep.quality", "version": 2, "kind": self.kind, "seed": self.seed}
         about |= {"tau": self.tau, "chosen": self.chosen, "nfe": self.nfe, "best": self.best}
-        about["spread"] = self.spread
+        about |= {"spread": self.spread, "widened": self.widened}
         path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return path
 
@@ -179,10 +190,10 @@ class QualityPredictor:
             tensors = load_file(path.with_suffix(".safetensors"))
         except (OSError, ValueError) as error:
             raise FewstepError(f"{path}: no quality predictor can be read ({error})") from None
-        if about.get("format") != "fewstep.quality" or about.get("version") != 1:
-            raise FewstepError(f"{path}: this is not a quality predictor of version 1")
+        if about.get("format") != "fewstep.quality" or about.get("version") != 2:
+            raise FewstepError(f"{path}: this is not a quality predictor of version 2")
         made = cls(about["kind"], about["seed"], about["tau"], about["chosen"], about["nfe"])
-        made.best, made.spread = about["best"], about["spread"]
+        made.best, made.spread, made.widened = (about[k] for k in ("best", "spread", "widened"))
         parts: dict[str, dict[str, Tensor]] = {"sequence": {}, "gaussian": {}}
         for name, value in tensors.items():
             model, _, key = name.partition(".")
@@ -191,6 +202,16 @@ class QualityPredictor:
         if parts["gaussian"]:
             made.process.restore(parts["gaussian"])
         return made
+
+
+def _off(x: Tensor, y: Tensor, newest: int) -> float:
+    """Root mean square of the last rows' distance from what the others predict, in its std."""
+    if newest < 1 or len(y) - newest < LEAST_ROWS:
+        return 1.0
+    process = GaussianProcess().fit(x[:-newest], y[:-newest])
+    with torch.no_grad():
+        mean, std = process.predict(x[-newest:])
+    return float(((y[-newest:] - mean) / std).square().mean().sqrt().clamp(1.0, _WIDEST))
 
 
 def _rows(tokens: Tensor) -> Rows:

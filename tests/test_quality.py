@@ -57,6 +57,23 @@ def test_a_saved_predictor_predicts_the_same_bits(kind, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_uncertainty_is_widened_by_how_far_off_the_newest_results_were(tmp_path):
+    x, scores = landscape(4, 60)
+    surprising = scores[:50] + [60.0 * s for s in scores[50:]]
+    plain = QualityPredictor("gaussian").fit(x, surprising, 4)
+    expected = QualityPredictor("gaussian").fit(x, scores, 4, newest=10)
+    widened = QualityPredictor("gaussian").fit(x, surprising, 4, newest=10)
+    assert plain.widened == 1
+    assert 1 <= expected.widened < 2 < widened.widened
+    at = torch.stack(x[:5])
+    (mean, std), (same, wider) = plain.predict(at), widened.predict(at)
+    np.testing.assert_array_equal(same, mean)
+    np.testing.assert_allclose(wider, widened.widened * std)
+    np.testing.assert_allclose(widened.posterior(at)[1].diagonal(), widened.predict(at)[1] ** 2)
+    widened.save(tmp_path / "quality")
+    assert QualityPredictor.load(tmp_path / "quality").widened == widened.widened
+
+
 def test_fitting_is_a_function_of_data_and_seed():
     x, scores = landscape(4, 40)
     a, b = (QualityPredictor("auto", seed=3).fit(x, scores, 4) for _ in range(2))

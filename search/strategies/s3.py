@@ -3,7 +3,8 @@
 The paper (USF, arXiv 2312.07243, section 4) gives the stages; its code is not released. Each
 generation here is one stage:
 
-1. Fit the quality predictor on every result so far, of every NFE (`predictors.quality`).
+1. Fit the quality predictor on every result so far, of every NFE (`predictors.quality`); its
+   uncertainty is widened by how far off it was on the last generation.
 2. Evolve: parents are the best schedules known, and members made from a neighbouring NFE by
    inserting or deleting a step. Each round takes a few step patterns (parents' own, mutated or
    crossed) and for each moves all inner times at once in lam, by Gaussian steps of log-uniform
@@ -136,7 +137,7 @@ class S3:
             return warm + [
                 Proposal(self.domain.sample(rng), "random") for _ in range(size - len(warm))
             ]
-        predictor = self._fit(known, pool, int(rng.integers(2**31)))
+        predictor = self._fit(known, pool, size, int(rng.integers(2**31)))
         everyone = self._evolve(predictor, pool, guests, rng)
         return self._choose(predictor, everyone, pool, size, rng)
 
@@ -150,8 +151,9 @@ class S3:
         return found
 
     def _fit(
-        self, known: Sequence[Evaluated], pool: Sequence[Member], seed: int
+        self, known: Sequence[Evaluated], pool: Sequence[Member], newest: int, seed: int
     ) -> QualityPredictor:
+        pool = sorted(pool, key=lambda m: m.told)
         rows = [(known[m.told].schedule, m.score) for m in pool]
         if self.predictor != "gaussian":
             for nfe in sorted({r.schedule.nfe for r in known} - {self.domain.nfe}):
@@ -159,7 +161,7 @@ class S3:
                 rows += [(known[m.told].schedule, m.score) for m in others]
         x = [tokens_of(s) for s, _ in rows]
         return QualityPredictor(self.predictor, seed).fit(
-            x, [score for _, score in rows], self.domain.nfe
+            x, [score for _, score in rows], self.domain.nfe, newest
         )
 
     def _evolve(
