@@ -123,7 +123,7 @@ class S3:
     elite: int = 20
     adopted: int = 3
     trust: float = 0.25
-    niche: float = 0.5
+    niche: float = 0.2
     name: str = field(default="s3")
 
     def propose(
