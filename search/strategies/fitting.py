@@ -17,7 +17,7 @@ from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.errors import ScheduleError
 
 MOST = 16.0
-"""Medians of the errors per sample that one sample counts for at most."""
+"""Medians of the errors per sample that a held-out sample counts for at most."""
 
 
 class Model(Protocol):
@@ -158,15 +158,14 @@ def errors(
 def robust_mean(each: Tensor) -> Tensor:
     """Means (M,) of errors per sample (M, n), those above `MOST` medians counted as that.
 
-    Inf where a sample diverged. A sample that ends in another mode may carry half of a mean of
-    hundreds; which ones do is chance, and what is chosen by them, or bent to mend them, is worse
-    on other noise.
+    Inf where a sample diverged. What is fitted is the plain mean; but which of a few hundred held
+    out samples end in another mode is chance, and an iterate chosen by them is no better on
+    other noise.
     """
     mean = each.clamp(max=MOST * each.median(dim=1, keepdim=True).values).mean(dim=1)
     return torch.where(torch.isfinite(each).all(dim=1), mean, math.inf)
 
 
-@torch.no_grad()
 def held_out(
     models: Sequence[Model],
     thetas: Sequence[Tensor],
@@ -175,6 +174,33 @@ def held_out(
     settings: Settings,
 ) -> list[float]:
     """`robust_mean` error of every candidate; inf where it diverges or does not compile."""
+    return _means(robust_mean, models, thetas, denoiser, batch, settings)
+
+
+def mean_errors(
+    models: Sequence[Model],
+    thetas: Sequence[Tensor],
+    denoiser: Denoiser,
+    batch: Batch,
+    settings: Settings,
+) -> list[float]:
+    """Mean error of every candidate; inf where it diverges or does not compile."""
+
+    def mean(each: Tensor) -> Tensor:
+        return each.mean(dim=1).nan_to_num(nan=math.inf)
+
+    return _means(mean, models, thetas, denoiser, batch, settings)
+
+
+@torch.no_grad()
+def _means(
+    mean: Callable[[Tensor], Tensor],
+    models: Sequence[Model],
+    thetas: Sequence[Tensor],
+    denoiser: Denoiser,
+    batch: Batch,
+    settings: Settings,
+) -> list[float]:
     found = [math.inf] * len(models)
     programs: dict[int, Program] = {}
     for i, (model, theta) in enumerate(zip(models, thetas, strict=True)):
@@ -185,8 +211,8 @@ def held_out(
     if not programs:
         return found
     each = per_sample(list(programs.values()), denoiser, batch, settings)
-    for i, mean in zip(programs, robust_mean(each).tolist(), strict=True):
-        found[i] = mean
+    for i, value in zip(programs, mean(each).tolist(), strict=True):
+        found[i] = value
     return found
 
 

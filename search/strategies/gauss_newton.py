@@ -37,15 +37,13 @@ from torch import Tensor
 from fewstep.samplers import Denoiser
 from fewstep.samplers.ode import prefix_groups
 from fewstep.search.strategies.fitting import (
-    MOST,
     Batch,
     Model,
     Refined,
     Settings,
     held_out,
-    per_sample,
+    mean_errors,
     residuals,
-    robust_mean,
 )
 from fewstep.search.strategies.knobs import Knobs, reflected
 from fewstep.space import OdeSchedule, Program, StepSpec, stack
@@ -168,7 +166,7 @@ class Linearised:
         slope: J^T r of these numbers.
         chain: d(numbers)/d(theta).
         live: which numbers of the program these are.
-        error: mean squared residual, as `fitting.robust_mean` takes it.
+        error: mean squared residual.
         calls: network evaluations spent.
     """
 
@@ -197,21 +195,21 @@ def linearise(
         base = canonical(model.program(theta))
         moved = [_perturbed(base, noise, i) for i in live.nonzero()[:, 0].tolist()]
         programs = [base, *moved]
-        asked = base.nfe + sum(len(set(groups)) for groups in prefix_groups(stack(programs)))
-        each, size = per_sample([base], denoiser, batch, settings), len(moved)
-        heavy = each[0] > MOST * each.median()  # counted as constant, so without a slope
+        asked = sum(len(set(groups)) for groups in prefix_groups(stack(programs)))
+        size, total = len(moved), 0.0
         normal, slope = torch.zeros(size, size).double(), torch.zeros(size).double()
         for at in range(0, len(batch), settings.batch):
             part = batch.take(slice(at, at + settings.batch))
-            of_sample = residuals(programs, denoiser, part, settings, share=True)
-            r = of_sample[:, ~heavy[at : at + settings.batch]].flatten(1)
+            r = residuals(programs, denoiser, part, settings, share=True).flatten(1)
             J = (r[1:] - r[0]) / _DIFFERENCE
             J = (J * torch.isfinite(J).all(dim=1, keepdim=True)).nan_to_num(0.0)  # it stays put
             normal += (J @ J.T).double()
             slope += (J @ r[0]).double()
-        count = len(batch) * of_sample.shape[2]
-    error = float(robust_mean(each))
-    return Linearised(normal / count, slope / count, chain[live], live, error, asked * len(batch))
+            total += float(r[0].square().sum(dtype=torch.float64))
+        count = len(batch) * r.shape[1] / len(part)
+    return Linearised(
+        normal / count, slope / count, chain[live], live, total / count, asked * len(batch)
+    )
 
 
 @dataclass
@@ -252,7 +250,7 @@ def fit(
         gain = 0.0
         for _ in range(4):
             options = [theta + _step(here, damping * m, theta, scale, settings) for m in _DAMPINGS]
-            scores = held_out([model] * len(options), options, denoiser, train, settings)
+            scores = mean_errors([model] * len(options), options, denoiser, train, settings)
             used += len(options) * len(train) * nfe
             at = int(np.argmin(scores))
             if scores[at] < here.error:
