@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fewstep.experiments.bench_refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.bench_search import Landscape
-from fewstep.search.strategies.fitting import Batch, Settings, per_sample
+from fewstep.search.strategies.fitting import Batch, Settings, held_out
 from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, finite_lam, fit
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
@@ -56,8 +56,10 @@ class Family:
 
     def error(self, program: Program, on: Batch) -> float:
         """Mean squared error of a program."""
-        denoiser = self.bench.problem.denoiser
-        return float(per_sample([program], denoiser, on, self.settings).mean())
+        free, denoiser = self.model(program), self.bench.problem.denoiser
+        zero = torch.zeros_like(free.scale())
+        [found] = held_out([free], [zero], denoiser, on, self.settings)
+        return found
 
     def fitted(self, free: FreeProgram, theta: Tensor, samples: int) -> tuple[float, Program, int]:
         """Held-out error, program and cost of one fit on the first `samples`."""

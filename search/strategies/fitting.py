@@ -16,9 +16,6 @@ from fewstep.search.strategies.knobs import DEFAULT
 from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.errors import ScheduleError
 
-MOST = 16.0
-"""Medians of the errors per sample that a held-out sample counts for at most."""
-
 
 class Model(Protocol):
     """Numbers theta and the program they mean."""
@@ -107,7 +104,7 @@ class Refined:
 
     Args:
         schedule: the result; the start itself if nothing better was found.
-        before: held-out error of the start, a `robust_mean` over samples.
+        before: held-out error of the start.
         after: held-out error of the result.
         curve: (step, held-out error) pairs.
         calls: network evaluations spent on this candidate, a backward pass counted as two.
@@ -155,17 +152,7 @@ def errors(
     return residuals(programs, denoiser, batch, settings).square().mean(dim=(1, 2))
 
 
-def robust_mean(each: Tensor) -> Tensor:
-    """Means (M,) of errors per sample (M, n), those above `MOST` medians counted as that.
-
-    Inf where a sample diverged. What is fitted is the plain mean; but which of a few hundred held
-    out samples end in another mode is chance, and an iterate chosen by them is no better on
-    other noise.
-    """
-    mean = each.clamp(max=MOST * each.median(dim=1, keepdim=True).values).mean(dim=1)
-    return torch.where(torch.isfinite(each).all(dim=1), mean, math.inf)
-
-
+@torch.no_grad()
 def held_out(
     models: Sequence[Model],
     thetas: Sequence[Tensor],
@@ -173,34 +160,7 @@ def held_out(
     batch: Batch,
     settings: Settings,
 ) -> list[float]:
-    """`robust_mean` error of every candidate; inf where it diverges or does not compile."""
-    return _means(robust_mean, models, thetas, denoiser, batch, settings)
-
-
-def mean_errors(
-    models: Sequence[Model],
-    thetas: Sequence[Tensor],
-    denoiser: Denoiser,
-    batch: Batch,
-    settings: Settings,
-) -> list[float]:
-    """Mean error of every candidate; inf where it diverges or does not compile."""
-
-    def mean(each: Tensor) -> Tensor:
-        return each.mean(dim=1).nan_to_num(nan=math.inf)
-
-    return _means(mean, models, thetas, denoiser, batch, settings)
-
-
-@torch.no_grad()
-def _means(
-    mean: Callable[[Tensor], Tensor],
-    models: Sequence[Model],
-    thetas: Sequence[Tensor],
-    denoiser: Denoiser,
-    batch: Batch,
-    settings: Settings,
-) -> list[float]:
+    """Error of every candidate on `batch`; inf where it diverges or does not compile."""
     found = [math.inf] * len(models)
     programs: dict[int, Program] = {}
     for i, (model, theta) in enumerate(zip(models, thetas, strict=True)):
@@ -208,20 +168,11 @@ def _means(
             programs[i] = model.program(theta)
         except ScheduleError:
             continue
-    if not programs:
-        return found
-    each = per_sample(list(programs.values()), denoiser, batch, settings)
-    for i, value in zip(programs, mean(each).tolist(), strict=True):
-        found[i] = value
+    sums = torch.zeros(len(programs), dtype=torch.float64)
+    for at in range(0, len(batch), settings.batch):
+        part = batch.take(slice(at, at + settings.batch))
+        if programs:
+            sums += errors(list(programs.values()), denoiser, part, settings).double() * len(part)
+    for i, total in zip(programs, sums.tolist(), strict=True):
+        found[i] = total / len(batch) if math.isfinite(total) else math.inf
     return found
-
-
-@torch.no_grad()
-def per_sample(
-    programs: Sequence[Program], denoiser: Denoiser, batch: Batch, settings: Settings
-) -> Tensor:
-    """Mean squared residual of every program on every sample, (M, n) in float64."""
-    starts = range(0, len(batch), settings.batch)
-    parts = [batch.take(slice(at, at + settings.batch)) for at in starts]
-    each = [residuals(programs, denoiser, part, settings).square().mean(dim=2) for part in parts]
-    return torch.cat(each, dim=1).double()

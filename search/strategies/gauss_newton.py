@@ -42,7 +42,6 @@ from fewstep.search.strategies.fitting import (
     Refined,
     Settings,
     held_out,
-    mean_errors,
     residuals,
 )
 from fewstep.search.strategies.knobs import Knobs, reflected
@@ -250,7 +249,7 @@ def fit(
         gain = 0.0
         for _ in range(4):
             options = [theta + _step(here, damping * m, theta, scale, settings) for m in _DAMPINGS]
-            scores = mean_errors([model] * len(options), options, denoiser, train, settings)
+            scores = held_out([model] * len(options), options, denoiser, train, settings)
             used += len(options) * len(train) * nfe
             at = int(np.argmin(scores))
             if scores[at] < here.error:
