@@ -28,10 +28,11 @@ from torch import Tensor
 from fewstep.experiments.bench_refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.bench_search import Landscape
 from fewstep.search.strategies.fitting import Batch, Settings, held_out
-from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, finite_lam, fit
+from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, fit
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
+from fewstep.space.noise import finite_lam
 
 TRAIN, HELD = 10_000, 15_000
 NEAR = 1.05

@@ -26,7 +26,7 @@ from fewstep.samplers.denoiser import data_prediction
 from fewstep.samplers.ode import advance_row, rows_of, start_scale, threshold
 from fewstep.space import OdeSchedule, Program, ProgramSchedule, ScheduleError, load_schedule
 from fewstep.space.baselines import dpm, multistep
-from fewstep.space.noise import VPDiscrete
+from fewstep.space.noise import VPDiscrete, finite_lam
 
 _KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
@@ -235,7 +235,7 @@ def _interpolated(schedules: Mapping[int, OdeSchedule | ProgramSchedule], n: int
     near = schedules[min(schedules, key=lambda k: abs(k - n))]
     times = near.times if isinstance(near, OdeSchedule) else (*near.times, near.noise.t_range[1])
     t = torch.tensor(times, dtype=torch.float64)
-    lam = near.noise.lam(t).clamp(-12, 12)
+    lam = finite_lam(near.noise, t)
     at = torch.linspace(0, len(t) - 1, n + 1, dtype=torch.float64)
     low = at.floor().long().clamp(max=len(t) - 2)
     inner = near.noise.t_of_lam(lam[low] + (at - low) * (lam[low + 1] - lam[low])).tolist()

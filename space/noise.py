@@ -32,9 +32,13 @@ __all__ = [
     "VPCosine",
     "VPDiscrete",
     "VPLinear",
+    "finite_lam",
     "noise_from_dict",
     "noise_to_dict",
 ]
+
+
+_FAR = 12.0
 
 
 @runtime_checkable
@@ -80,6 +84,11 @@ class NoiseSchedule(Protocol):
     def prior_scale(self, t: float) -> float:
         """Standard deviation of the start state x_T at time t."""
         ...
+
+
+def finite_lam(noise: NoiseSchedule, t: Tensor) -> Tensor:
+    """lam of times; pure noise and clean data, which are infinitely far, count as +-12."""
+    return noise.lam(t).clamp(-_FAR, _FAR)
 
 
 class _VP:

@@ -47,17 +47,11 @@ from fewstep.search.strategies.fitting import (
 from fewstep.search.strategies.knobs import Knobs, reflected
 from fewstep.space import OdeSchedule, Program, StepSpec, stack
 from fewstep.space.errors import ScheduleError
-from fewstep.space.noise import NoiseSchedule
+from fewstep.space.noise import NoiseSchedule, finite_lam
 
 _DIFFERENCE = 2e-3  # far above float32 rounding of the samples, far below where samples bend
 _DAMPINGS = (0.1, 1.0, 10.0)
-_FAR = 12.0
 _FREE = frozenset({"times", "query", "start", "land", "weights"})
-
-
-def finite_lam(noise: NoiseSchedule, t: Tensor) -> Tensor:
-    """lam of times; pure noise and clean data, which are infinitely far, count as +-12."""
-    return noise.lam(t).clamp(-_FAR, _FAR)
 
 
 @dataclass(frozen=True)

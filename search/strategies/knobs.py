@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fewstep.space import Program, compile
 from fewstep.space.errors import StudyError
+from fewstep.space.noise import finite_lam
 from fewstep.space.schedule import OdeSchedule, StepSpec
 
 KNOBS = (
@@ -44,7 +45,6 @@ KNOBS = (
 DEFAULT = ("times", "start_level", "query", "start", "land", "weights")
 _SHIFTS = {"query": "dt_query", "start": "dt_start", "land": "dt_land"}
 _REACH = 2.0  # of a shift, in lam
-_FAR = 12.0  # stands for lam = +-inf where gaps are laid out
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,6 @@ class Knobs:
         return self.schedule.model_copy(update={"steps": tuple(steps)})
 
     @cached_property
-    def _lam(self) -> Tensor:
-        t = torch.tensor(self.schedule.times, dtype=torch.float64)
-        lam: Tensor = self.schedule.noise.lam(t)
-        return lam
-
-    @cached_property
     def _layout(self) -> list[tuple[str, int]]:
         """Names and sizes of the parts of theta."""
         n = self.schedule.n_steps
@@ -107,7 +101,8 @@ class Knobs:
             if name == "times":
                 sizes.append((name, n))
             elif name == "start_level":
-                if bool(torch.isfinite(self._lam[0])):
+                first = torch.tensor(self.schedule.times[0], dtype=torch.float64)
+                if bool(torch.isfinite(self.schedule.noise.lam(first))):
                     sizes.append((name, 1))
             elif name == "weights":
                 sizes.append((name, sum(len(s.weights) for s in self.base.steps)))
@@ -145,7 +140,7 @@ class Knobs:
         if gaps_by is None and start_by is None:
             return times
         noise, n = self.schedule.noise, len(times) - 1
-        lam = self._lam.clamp(-_FAR, _FAR)
+        lam = finite_lam(noise, times)
         gaps = lam.diff()
         least = min(self.min_gap, 0.5 * float(gaps.min()))
         begin, first = lam[0], times[0]
