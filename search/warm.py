@@ -3,8 +3,9 @@
 A schedule of any number of calls serves every NFE, a file with only a program its own. Where a
 schedule is no member of the space as it stands, the members next to it join (the domain's `adopt`:
 of ODE schedules steps inserted or deleted, closed decisions neutral, times inside the space's
-own), and a note says why. At its own NFE a schedule is also scored as it stands, like a named
-solver outside the space: a refined schedule given back loses nothing.
+own), and a note says why. Such a schedule is also scored as it stands, like a named solver outside
+the space, one of fewer calls with calls of weight 0 added (`space.growing`): a refined schedule
+given back loses nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 from fewstep.search.config import StudyConfig
 from fewstep.search.family import Family
 from fewstep.search.strategies import Proposal
-from fewstep.space.errors import FewstepError, StudyError
+from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
+from fewstep.space.growing import grown
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
+from fewstep.space.schedule import OdeSchedule
 
 
 def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
@@ -66,11 +69,26 @@ def warm_start(
         reason = domain.contains(schedule)
         source, note = f"import:{name}", {} if reason is None else {"adopted": reason}
         made = [Proposal(member, source, note) for member in domain.adopt(schedule)]
-        lacks = getattr(schedule, "first", None) == "mean" and schedule.constant is None
-        if reason is not None and schedule.nfe == domain.nfe and not lacks:
-            made.insert(0, Proposal(schedule, source, {"outside": reason}))
+        itself = _itself(schedule, domain)
+        if itself is not None:
+            made.insert(0, Proposal(itself, source, {"outside": domain.contains(itself)}))
         for proposal in made:
             if proposal.schedule.digest not in seen:
                 seen.add(proposal.schedule.digest)
                 found.append(proposal)
     return found
+
+
+def _itself(schedule: Any, domain: Domain) -> Any:
+    """The same sampler at the domain's NFE, where the space does not hold it; else None."""
+    if getattr(schedule, "first", None) == "mean" and schedule.constant is None:
+        return None
+    if isinstance(schedule, OdeSchedule) and schedule.nfe < domain.nfe:
+        if domain.with_nfe(schedule.nfe).contains(schedule) is None:
+            return None
+        try:
+            return grown(schedule, domain.nfe)
+        except ScheduleError:
+            return None
+    outside = schedule.nfe == domain.nfe and domain.contains(schedule) is not None
+    return schedule if outside else None

@@ -13,6 +13,7 @@ from fewstep.search.warm import load_warm, warm_start
 from fewstep.space import OdeSchedule, StepSpec, StudyError, load_schedule, save_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
+from fewstep.space.growing import grown
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.noise import EDM, VPLinear
 from tests.drawn_studies import STUDY as DRAWN
@@ -108,6 +109,24 @@ def test_what_is_outside_the_space_is_scored_as_it_is_and_as_the_member_next_to_
     assert domain.contains(member.schedule) is None
     mean = given.model_copy(update={"first": "mean", "steps": (*steps, StepSpec())[:3]})
     assert all("outside" not in p.note for p in warm_start({"m": mean}, domain, []))
+
+
+def test_one_of_fewer_calls_outside_the_space_is_scored_with_calls_added():
+    plain = baseline("dpmpp2m/logsnr", NOISE, 3)
+    steps = (StepSpec(), *(StepSpec(order=2, weights=(0.2,), dt_land=0.01) for _ in range(2)))
+    given = plain.model_copy(update={"steps": steps})
+    longer, *members = warm_start({"refined": given}, OdeDomain(NOISE, 5), [])
+    assert longer.schedule == grown(given, 5)
+    assert "outside" in longer.note
+    assert all("adopted" in p.note for p in members)
+    member = warm_start({"plain": plain}, OdeDomain(NOISE, 5), [])
+    assert all("outside" not in p.note for p in member)
+    corrected = baseline("unipc2-bh2/logsnr", NOISE, 3)
+    steps = (corrected.steps[0].model_copy(update={"dt_land": 0.01}), *corrected.steps[1:])
+    with_it = {"x": corrected.model_copy(update={"steps": steps})}
+    found = warm_start(with_it, OdeDomain(NOISE, 5), [])
+    assert found
+    assert all("outside" not in p.note for p in found)
 
 
 @pytest.mark.parametrize(
