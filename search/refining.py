@@ -43,7 +43,7 @@ class RefineTask(Single):
     """The starts of one NFE, to refine.
 
     Args:
-        schedules: the starts' file forms; all start at one time.
+        schedules: the starts' file forms; all have one scale of x_T.
         constant: the constant image of the starts, if they have one.
         table: the study's [refine].
         seed: of the minibatches.
@@ -109,7 +109,8 @@ def best_starts(
 ) -> list[Evaluated]:
     """The best `top` distinct candidates, and the best of `named`: scored, deterministic.
 
-    All start at the best one's time and constant image: they share the noise they are fitted on.
+    All have the best one's scale of x_T and constant image: they share the noise they are fitted
+    on.
     """
     found: dict[str, Evaluated] = {}
 
@@ -121,7 +122,7 @@ def best_starts(
             if not isinstance(s, OdeSchedule) or s.program.stochastic:
                 continue
             first = next(iter(found.values()), e).schedule
-            if s.times[0] == first.times[0] and s.constant is first.constant:
+            if start_scale(s) == start_scale(first) and s.constant is first.constant:
                 found.setdefault(s.digest, e)
 
     take(known, top)
