@@ -254,7 +254,7 @@ def features(x: Array, place: tuple[Any, Any], degrees: Sequence[int]) -> Array:
         for v, d in zip((x, *place), degrees, strict=True)
     ]
     product = parts[0][:, :, None, None] * parts[1][:, None, :, None] * parts[2][:, None, None, :]
-    return product.reshape(len(x), -1)
+    return product.reshape(len(x), math.prod(d + 1 for d in degrees))  # x may be empty
 
 
 def design(

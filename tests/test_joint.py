@@ -163,6 +163,16 @@ def test_decisions_that_exist_at_no_setting_are_left_out():
         Family(VP, TEMPLATE, [Setting(2, 1.0)], ("compensation",))
 
 
+def test_a_setting_too_short_for_a_decision_leaves_it_to_the_others():
+    short, longer = Setting(2, 1.0), Setting(4, 1.0)
+    family = Family(VP, TEMPLATE, [short, longer], ("gap", "compensation"))
+    assert [i for name, i in family.free(4) if name == "compensation"] == [2, 3]
+    assert all(name == "gap" for name, _ in family.free(2))
+    theta = np.random.default_rng(0).normal(0, 0.1, family.size)
+    assert family.schedule(short, theta).nfe == 2
+    assert any(step.compensation != 1 for step in family.schedule(longer, theta).steps)
+
+
 def test_unknown_decisions_are_refused():
     with pytest.raises(StudyError, match="'colour' is not one of gap"):
         Family(VP, TEMPLATE, SETTINGS, ("colour",))
