@@ -159,6 +159,8 @@ class RefineTable(Table):
     Args:
         top: best candidates that are tried as starts, per NFE, beside the best named solver; each
             is refined on `batch` samples, and the one that got furthest on all.
+        grow: refine the NFEs one after another, from the fewest calls on; the best schedule of
+            each, with calls of weight 0 added (`space.growing`), is a start of the next.
         closed_form: first give the starts extra weights by a ridge regression per step
             (`search.strategies.closed_form`), kept where the held-out error falls.
         samples: noise it is fitted on.
@@ -175,6 +177,7 @@ class RefineTable(Table):
     """
 
     top: Annotated[int, Field(ge=1)] = 2
+    grow: bool = False
     closed_form: bool = False
     samples: Annotated[int, Field(ge=2)] = 512
     held: Annotated[int, Field(ge=2)] = 256

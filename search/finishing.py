@@ -16,44 +16,80 @@ from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool
 from fewstep.search.refining import RefineResult, RefineTask, best_starts, refine_cost
-from fewstep.search.rung import Rung
+from fewstep.search.rung import Rung, best_of
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ScheduleError, StudyError
+from fewstep.space.growing import grown
 from fewstep.space.noise import NoiseSchedule
 
 
 def finish_rungs(
     config: StudyConfig, pool: Pool, rungs: Mapping[int, Rung], display: Display
 ) -> dict[int, int]:
-    """Improve the starts of every NFE and tell the results; network evaluations by NFE."""
+    """Improve the starts of every NFE and tell the results; network evaluations by NFE.
+
+    All NFEs at once, the longest first. With [refine] grow one after another, from the fewest
+    calls on, so that each learns from the one before.
+    """
+    upwards = sorted(rungs)
+    if not (config.finish == "refine" and config.refine.grow):
+        return _improve(config, pool, {nfe: rungs[nfe] for nfe in upwards[::-1]}, None, display)
+    spent: dict[int, int] = {}
+    for below, nfe in zip([None, *upwards], upwards, strict=False):
+        start = None if below is None else _grown(rungs[below], nfe, display)
+        spent |= _improve(config, pool, {nfe: rungs[nfe]}, start, display)
+    return spent
+
+
+def _grown(rung: Rung, nfe: int, display: Display) -> Evaluated | None:
+    """The best schedule of a rung with calls added; its score stays, as its samples do."""
+    best = best_of(rung.known)
+    if best is None or not isinstance(best.schedule, OdeSchedule):
+        return None
+    try:
+        longer = grown(best.schedule, nfe)
+    except ScheduleError as error:
+        display.note(f"NFE {nfe}: {best.source} of NFE {rung.nfe} is no start: {error}")
+        return None
+    return Evaluated(longer, best.score, "ok", source=f"grown:nfe{rung.nfe:02d}")
+
+
+def _improve(
+    config: StudyConfig,
+    pool: Pool,
+    rungs: Mapping[int, Rung],
+    start: Evaluated | None,
+    display: Display,
+) -> dict[int, int]:
+    """The stage at some NFEs at once, in their order; `start` competes with the candidates."""
     stage = config.finish or ""
     tickets: dict[int, tuple[int, list[Evaluated]]] = {}
-    for nfe, rung in sorted(rungs.items(), reverse=True):  # the longest first
+    for nfe, rung in rungs.items():
         if rung.refined_before:
             continue
-        found = starts(config, rung)
+        found = starts(config, rung, start)
         alone = config.finish == "compensation" or not found
-        for group in [[start] for start in found] if alone else [found]:
+        for group in [[one] for one in found] if alone else [found]:
             tickets[pool.submit(_task(config, group))] = (nfe, group)
     proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
     for k in range(len(tickets)):
         display.stage(f"{stage} of {len(tickets)} schedules, {k} done")
         ticket, result = pool.collect()
         nfe, group = tickets[ticket]
-        start = group[0]
+        used = group[0]
         display.advance(result.evaluations)
         if isinstance(result, RefineResult) and result.schedule is not None:
-            start = group[result.start_used]
+            used = group[result.start_used]
             schedule = load_schedule(result.schedule)
-            if start.schedule.constant is not None:
-                schedule = schedule.with_constant(start.schedule.constant)
+            if used.schedule.constant is not None:
+                schedule = schedule.with_constant(used.schedule.constant)
             proposals[nfe][ticket] = Proposal(
-                schedule, f"{stage}:{start.source}", dict(result.note)
+                schedule, f"{stage}:{used.source}", dict(result.note)
             )
         else:
-            display.note(f"NFE {nfe}: {stage} of {start.source} failed ({result.message[0]})")
+            display.note(f"NFE {nfe}: {stage} of {used.source} failed ({result.message[0]})")
     spent: dict[int, int] = {}
     for nfe, rung in rungs.items():
         display.stage(f"NFE {nfe}: scoring the schedules of {stage}")
@@ -78,11 +114,12 @@ def _task(config: StudyConfig, group: list[Evaluated]) -> RefineTask | Compensat
     return RefineTask(bodies, constant, config.refine, config.search.seed, featured)
 
 
-def starts(config: StudyConfig, rung: Rung) -> list[Evaluated]:
+def starts(config: StudyConfig, rung: Rung, start: Evaluated | None = None) -> list[Evaluated]:
     """What the stage improves: the bases that the study names, else the best candidates."""
     table = config.compensation
     if config.finish != "compensation":
-        return best_starts(rung.known, config.refine.top, rung.named_known())
+        known = rung.known if start is None else [start, *rung.known]
+        return best_starts(known, config.refine.top, rung.named_known())
     if not table.base:
         usable = [
             e

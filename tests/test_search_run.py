@@ -194,6 +194,24 @@ def test_refined_candidates_are_told_last_with_their_cost_and_win_here(tmp_path)
     assert row.calls_spent == spent
 
 
+def test_with_grow_each_nfe_starts_from_the_one_below_and_a_cut_between_them_resumes(tmp_path):
+    settings = ["refine.grow=true", "search.nfe=[2,3,4]", "search.strategy=refine"]
+    settings += ["refine.rounds=6", "refine.samples=64", "refine.held=64", "refine.batch=32"]
+    whole = _search(tmp_path, tmp_path / "whole", *settings)
+    sources = [row.source for row in whole.rows]
+    assert sources[0].startswith("refine:")
+    assert "grown" not in sources[0]
+    assert sources[2] == "refine:grown:nfe03"
+    log = (whole.out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    ends = [i for i, line in enumerate(log) if b'"source":"refine:' in line]
+    assert len(ends) == 3
+    out = tmp_path / "cut"
+    out.mkdir()
+    (out / "log.jsonl").write_bytes(b"".join(log[: ends[1]]))
+    assert _search(tmp_path, out, *settings, resume=True).rows == whole.rows
+    assert trial_table(out) == trial_table(whole.out)
+
+
 def test_frechet_searches_too(tmp_path):
     outcome = _search(tmp_path, tmp_path / "out", "objective.name=frechet", "budget.candidates=20")
     (row,) = outcome.rows
