@@ -181,7 +181,7 @@ def linearise(
 ) -> Linearised:
     """Normal equations at theta, by forward differences of the program's numbers."""
     chain: Tensor = torch.autograd.functional.jacobian(
-        lambda th: numbers(canonical(model.program(th)), noise), theta
+        lambda th: numbers(canonical(model.program(th)), noise), theta, vectorize=True
     )
     live = (chain != 0).any(dim=1) & torch.isfinite(chain).all(dim=1)
     with torch.no_grad():
@@ -394,7 +394,7 @@ def project(
     off = miss(theta)
     error = float(off @ metric @ off)
     for _ in range(rounds):
-        chain: Tensor = torch.autograd.functional.jacobian(miss, theta)
+        chain: Tensor = torch.autograd.functional.jacobian(miss, theta, vectorize=True)
         seen = Linearised(metric, metric @ off, chain, live, error, 0)
         for _ in range(6):
             option = theta + _step(seen, damping, theta, scale, settings)
