@@ -91,7 +91,7 @@ def _improve(
         else:
             display.note(f"NFE {nfe}: {stage} of {used.source} failed ({result.message[0]})")
     spent: dict[int, int] = {}
-    for nfe, rung in rungs.items():
+    for nfe, rung in sorted(rungs.items()):
         display.stage(f"NFE {nfe}: scoring the schedules of {stage}")
         told = rung.extend([proposals[nfe][t] for t in sorted(proposals[nfe])])
         spent[nfe] = sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)

@@ -39,11 +39,17 @@ def grown(schedule: OdeSchedule, nfe: int) -> OdeSchedule:
         The schedule with its orders written out as extra weights; itself if nothing is to add.
 
     Raises:
-        ScheduleError: fewer calls than the schedule has, or a step that does more than mix outputs
-            (a corrector, a tableau, compensation, a start further back, fresh noise).
+        ScheduleError: fewer calls than the schedule has, the time shift as an option, or a step
+            that does more than mix outputs (a corrector, a tableau, compensation, a start further
+            back, fresh noise).
     """
     if nfe < schedule.nfe:
         raise ScheduleError(f"grown: the schedule makes {schedule.nfe} calls, more than {nfe}")
+    if nfe > schedule.nfe and "time_shift" in schedule.options:
+        raise ScheduleError(
+            "grown: options.time_shift moves levels while sampling, so that no call can be added "
+            "without changing the samples"
+        )
     if nfe > schedule.nfe:
         schedule = _written_out(schedule)
     while nfe > schedule.nfe:

@@ -112,6 +112,13 @@ def test_a_step_that_does_more_than_mix_outputs_is_refused(name, nfe, message):
         grown(baseline(name, VP, nfe), nfe + 1)
 
 
+def test_levels_chosen_while_sampling_are_refused():
+    option = {"time_shift": {"rule": "variance", "window": 5, "cutoff": 0.2}}
+    s = baseline("ddim/time", VP, 5).model_copy(update={"options": option})
+    with pytest.raises(ScheduleError, match="time_shift"):
+        grown(s, 6)
+
+
 def test_calls_are_not_taken_away():
     with pytest.raises(ScheduleError, match="makes 5 calls, more than 4"):
         grown(baseline("ddim/time", VP, 5), 4)
