@@ -12,9 +12,6 @@ that starts from here has only to find what the new call is good for.
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-
 import torch
 
 from fewstep.space.coefficients import first, step_weights
@@ -29,7 +26,8 @@ __all__ = ["grown"]
 def grown(schedule: OdeSchedule, nfe: int) -> OdeSchedule:
     """A schedule of `nfe` calls that gives the samples of one of fewer calls.
 
-    Calls come one at a time, in the middle (in lam) of the widest distance between two queries.
+    A call is added between the two middle queries, in the middle of their lam, several are spread
+    evenly among all: where queries are as good as they can be, the others then have least to move.
 
     Args:
         schedule: plain steps, whatever their order, basis, shifts and extra weights.
@@ -50,10 +48,11 @@ def grown(schedule: OdeSchedule, nfe: int) -> OdeSchedule:
             "grown: options.time_shift moves levels while sampling, so that no call can be added "
             "without changing the samples"
         )
-    if nfe > schedule.nfe:
+    more, gaps = nfe - schedule.nfe, max(1, schedule.n_steps - 1)
+    if more:
         schedule = _written_out(schedule)
-    while nfe > schedule.nfe:
-        schedule = _one_more(schedule)
+    for k in reversed(range(more)):
+        schedule = _one_more(schedule, int((k + 0.5) * gaps / more))
     return schedule
 
 
@@ -106,15 +105,10 @@ def _splittable(i: int, step: StepSpec) -> None:
             )
 
 
-def _one_more(schedule: OdeSchedule) -> OdeSchedule:
-    """One call more, in the widest gap of the queries; of a single query, after it."""
+def _one_more(schedule: OdeSchedule, at: int) -> OdeSchedule:
+    """One call more, between queries `at` and `at` + 1; of a single query, after it."""
     noise, times, steps = schedule.noise, list(schedule.times), list(schedule.steps)
-    asked = [t + step.dt_query for t, step in zip(times, steps, strict=False)]
-    if len(asked) == 1:
-        asked.append(times[-1])
-    lam = noise.lam(torch.tensor(asked, dtype=torch.float64)).tolist()
-    gaps = [b - a if math.isfinite(b - a) else 0.0 for a, b in pairwise(lam)]
-    at = gaps.index(max(gaps))
+    asked = [t + step.dt_query for t, step in zip(times, steps, strict=False)] + times[-1:]
     time, query = (_middle(noise, *ends[at : at + 2]) for ends in (times, asked))
     whole = steps[at]
     before = whole.model_copy(update={"dt_land": 0.0})

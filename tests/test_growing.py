@@ -74,7 +74,7 @@ def test_one_call_at_pure_noise_grows():
     assert bool((longer.b[:, 1:] == 0).all())
 
 
-def test_the_new_call_stands_in_the_widest_gap_of_the_queries_and_has_no_weight():
+def test_the_new_call_stands_between_the_middle_queries_and_has_no_weight():
     s = baseline("ddim/logsnr", VP, 4)
     steps = list(s.steps)
     lam = VP.lam(torch.tensor(s.times, dtype=torch.float64))
@@ -87,6 +87,14 @@ def test_the_new_call_stands_in_the_widest_gap_of_the_queries_and_has_no_weight(
     assert float(asked[2]) == pytest.approx(float(asked[1] + asked[3]) / 2)
     assert bool((longer.b[:, 2].abs() < 1e-12).all())
     assert bool((longer.b[3, [0, 1, 3]] != 0).any())
+
+
+@pytest.mark.parametrize(("more", "where"), [(1, [3]), (2, [2, 5]), (4, [1, 3, 5, 7])])
+def test_several_new_calls_are_spread_among_the_old(more, where):
+    s = baseline("ddim/logsnr", VP, 5)
+    longer = grown(s, 5 + more)
+    new = [i for i, t in enumerate(longer.times) if t not in s.times]
+    assert new == where
 
 
 def test_a_grown_schedule_is_a_file_like_any_other_and_nothing_to_add_changes_nothing(tmp_path):
