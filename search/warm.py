@@ -4,8 +4,8 @@ A schedule of any number of calls serves every NFE, a file with only a program i
 schedule is no member of the space as it stands, the members next to it join (the domain's `adopt`:
 of ODE schedules steps inserted or deleted, closed decisions neutral, times inside the space's
 own), and a note says why. Such a schedule is also scored as it stands, like a named solver outside
-the space, one of fewer calls with calls of weight 0 added (`space.growing`): a refined schedule
-given back loses nothing.
+the space, one of fewer calls with calls of weight 0 added where that is possible
+(`space.growing`): a refined schedule given back loses nothing.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ def warm_start(
     seen = {schedule.digest for schedule in taken}
     found = []
     for name, schedule in schedules.items():
-        reason = domain.contains(schedule)
-        source, note = f"import:{name}", {} if reason is None else {"adopted": reason}
+        source, reason = f"import:{name}", domain.contains(schedule)
+        note = {} if reason is None else {"adopted": reason}
         made = [Proposal(member, source, note) for member in domain.adopt(schedule)]
-        itself = _itself(schedule, domain)
-        if itself is not None:
-            made.insert(0, Proposal(itself, source, {"outside": domain.contains(itself)}))
+        itself = _at(domain.nfe, schedule)
+        outside = None if itself is None else domain.contains(itself)
+        if outside is not None:
+            made.insert(0, Proposal(itself, source, {"outside": outside}))
         for proposal in made:
             if proposal.schedule.digest not in seen:
                 seen.add(proposal.schedule.digest)
@@ -79,16 +80,13 @@ def warm_start(
     return found
 
 
-def _itself(schedule: Any, domain: Domain) -> Any:
-    """The same sampler at the domain's NFE, where the space does not hold it; else None."""
+def _at(nfe: int, schedule: Any) -> Any:
+    """The same sampler with `nfe` calls, None where there is none."""
     if getattr(schedule, "first", None) == "mean" and schedule.constant is None:
         return None
-    if isinstance(schedule, OdeSchedule) and schedule.nfe < domain.nfe:
-        if domain.with_nfe(schedule.nfe).contains(schedule) is None:
-            return None
+    if isinstance(schedule, OdeSchedule) and schedule.nfe < nfe:
         try:
-            return grown(schedule, domain.nfe)
+            return grown(schedule, nfe)
         except ScheduleError:
             return None
-    outside = schedule.nfe == domain.nfe and domain.contains(schedule) is not None
-    return schedule if outside else None
+    return schedule if schedule.nfe == nfe else None
