@@ -71,6 +71,7 @@ class Settings:
         decay: Adam: weight of the squared distance from theta = 0, beside the log error.
         pull: Gauss-Newton: the same, relative to the mean curvature.
         least_gain: two Gauss-Newton rounds that lower the error by a smaller share end a fit.
+            Small, as a call of weight 0 (`space.growing`) begins a fit on a plateau.
         budget: network evaluations after which Gauss-Newton starts no further round; None is no
             limit.
         history: older outputs with an extra weight.
@@ -89,7 +90,7 @@ class Settings:
     rate: float = 0.1
     decay: float = 1e-4
     pull: float = 1e-9
-    least_gain: float = 0.01
+    least_gain: float = 0.003
     budget: int | None = None
     history: int = 16
     every: int = 20
