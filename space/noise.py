@@ -205,23 +205,28 @@ class VPCosine(_VP):
 
     @property
     def _angle_0(self) -> float:
-        return math.pi / 2 * self.s / (1 + self.s)
+        return self._rate * self.s
 
-    def _angle(self, t: Tensor) -> Tensor:
-        return math.pi / 2 / (1 + self.s) * t + self._angle_0
+    @property
+    def _rate(self) -> float:
+        return math.pi / 2 / (1 + self.s)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.log(torch.cos(self._angle(t))) - math.log(math.cos(self._angle_0))
+        # cos(a + d)/cos(a) = cos d - tan(a) sin d: exactly 1 at t = 0 with any cosine's rounding
+        d = self._rate * t
+        fall = 2 * torch.sin(d / 2) ** 2 + math.tan(self._angle_0) * torch.sin(d)
+        return torch.log1p(-fall)
 
     def dlog_alpha(self, t: Tensor) -> Tensor:
-        return -torch.tan(self._angle(t)) * (math.pi / 2 / (1 + self.s))
+        return -torch.tan(self._rate * t + self._angle_0) * self._rate
 
     def t_of_lam(self, lam: Tensor) -> Tensor:
-        log_cosine = self._log_alpha_of_lam(lam) + math.log(math.cos(self._angle_0))
+        # log cos(a) by the sine, as cos(a) near 1 has lost half the digits of its distance to 1
+        log_cosine = self._log_alpha_of_lam(lam) + math.log1p(-(math.sin(self._angle_0) ** 2)) / 2
         # acos loses half the digits near the data end, where the cosine is close to 1
         sine = torch.sqrt(-torch.expm1(2 * log_cosine))
         angle = torch.atan2(sine, torch.exp(log_cosine))
-        return (angle - self._angle_0) * ((1 + self.s) * 2 / math.pi)
+        return (angle - self._angle_0) / self._rate
 
     def label(self, t: Tensor) -> Tensor:
         return self.label_scale * t
