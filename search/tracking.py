@@ -8,16 +8,52 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from fewstep.space.errors import StudyError
 
 DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _BATCH = 900
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block ends.
+
+    Raised inside a database's transaction they leave it open, and whoever writes next, such as the
+    end of the runs, finds the database locked. A second signal does not wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread only
+        return
+    held: list[int] = []
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        handler = handlers[signal.Signals(number)]
+        if held and callable(handler):
+            handler(number, frame)
+        held.append(number)
+
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 class Tracker(Protocol):
@@ -77,7 +113,7 @@ class NoTracker:
 
 
 class MlflowTracker:
-    """Reports to MLflow.
+    """Reports to MLflow; Ctrl-C and SIGTERM wait until a report is written.
 
     Args:
         uri: tracking URI; None is MLFLOW_TRACKING_URI, or else `DEFAULT_URI`.
@@ -181,13 +217,14 @@ class MlflowTracker:
         if not run_id:
             return
         last = self._points.get((run_id, metric))
-        if last is None:
-            history = self._client.get_metric_history(run_id, metric)
-            last = max((m.step for m in history), default=-1)
         now = int(time.time() * 1000)
-        fresh = [Metric(metric, value, now, step) for step, value in points if step > last]
-        for start in range(0, len(fresh), _BATCH):
-            self._client.log_batch(run_id, metrics=fresh[start : start + _BATCH])
+        with uninterrupted():
+            if last is None:
+                history = self._client.get_metric_history(run_id, metric)
+                last = max((m.step for m in history), default=-1)
+            fresh = [Metric(metric, value, now, step) for step, value in points if step > last]
+            for start in range(0, len(fresh), _BATCH):
+                self._client.log_batch(run_id, metrics=fresh[start : start + _BATCH])
         self._points[run_id, metric] = max(last, max((step for step, _ in points), default=last))
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
@@ -197,16 +234,19 @@ class MlflowTracker:
         now = int(time.time() * 1000)
         metrics = [Metric(name, float(value), now, 0) for name, value in values.items()]
         if metrics:
-            self._client.log_batch(self._id(nfe), metrics=metrics)
+            with uninterrupted():
+                self._client.log_batch(self._id(nfe), metrics=metrics)
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """See `Tracker`."""
-        self._client.log_artifact(self._id(nfe), str(path), folder or None)
+        with uninterrupted():
+            self._client.log_artifact(self._id(nfe), str(path), folder or None)
 
     def close(self, status: str) -> None:
         """See `Tracker`."""
-        for run_id in self._runs.values():
-            self._client.set_terminated(run_id, status=status)
+        with uninterrupted():
+            for run_id in self._runs.values():
+                self._client.set_terminated(run_id, status=status)
 
     def _id(self, nfe: int | None) -> str:
         return self._runs["parent" if nfe is None else str(nfe)]
