@@ -350,15 +350,17 @@ def advance_row(
 
 
 def threshold(D: Tensor, quantile: float = 0.995, minimum: float = 1.0) -> Tensor:
-    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487).
+    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487), or plain clipping.
 
     Clips each sample at its |D| quantile (at least `minimum`), then scales the clip to `minimum`.
 
     Args:
         D: data predictions, shape (B, *shape).
-        quantile: share of |D| below the clip, over one sample.
+        quantile: share of |D| below the clip, over one sample; 0 clips all at `minimum`.
         minimum: the clip is at least this.
     """
+    if quantile == 0:
+        return D.clamp(-minimum, minimum)
     clip = torch.quantile(D.abs().flatten(1), quantile, dim=1).clamp(min=minimum)
     s = bcast(clip, D)
     return D.clamp(-s, s) * (minimum / s)

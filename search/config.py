@@ -161,6 +161,9 @@ class RefineTable(Table):
             is refined on `batch` samples, and the one that got furthest on all.
         grow: refine the NFEs one after another, from the fewest calls on; the best schedule of
             each, with calls of weight 0 added (`space.growing`), is a start of the next.
+        mean: schedules may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
+            an analytical first step that costs no call. The image lies beside the schedule file.
+            Needs Gauss-Newton with times, shifts and weights open, as by default.
         closed_form: first give the starts extra weights by a ridge regression per step
             (`search.strategies.closed_form`), kept where the held-out error falls.
         samples: noise it is fitted on.
@@ -178,6 +181,7 @@ class RefineTable(Table):
 
     top: Annotated[int, Field(ge=1)] = 2
     grow: bool = False
+    mean: bool = False
     closed_form: bool = False
     samples: Annotated[int, Field(ge=2)] = 512
     held: Annotated[int, Field(ge=2)] = 256
@@ -189,6 +193,12 @@ class RefineTable(Table):
     history: Annotated[int, Field(ge=0)] = 16
     knobs: tuple[str, ...] | None = None
     checkpointed: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mean and self.method != "gauss-newton":
+            raise ValueError(f"mean needs method gauss-newton: set method, not {self.method!r}")
+        return self
 
 
 class TeacherTable(Table):

@@ -12,7 +12,7 @@ schedule found there, and what the regression loses when the setting is left out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,16 @@ class GramTask(Single):
         stream: which noise, and whose end points: `key`.
         samples: how many.
         guidance: scale; None is the problem's.
+        constant: the schedules' constant image, if they have one.
+        options: their run-time options.
     """
 
     program: Program
     stream: str
     samples: int
     guidance: float | None
+    constant: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def execute(self, evaluator: Evaluator) -> TaskResult:
         """The Gram matrix of the residuals, as values (1, M, M)."""
@@ -75,6 +79,8 @@ class GramTask(Single):
             evaluator.reference(key(self.stream, self.guidance)),
             cond=conditions(problem, indices),
             guidance=problem.guidance if self.guidance is None else self.guidance,
+            m=self.constant,
+            options=self.options,
         )
         return TaskResult(found[None], ("ok",), ("",), denoiser.evaluations, 0.0)
 
@@ -176,7 +182,8 @@ class Stage:
                 (HELD, self.config.cpr.held) if r.held else (TRAIN, self.config.cpr.samples)
             )
             program = stack([scaled(s) for s in r.schedules])
-            task = GramTask(program, stream, size, self._scale(r.setting.guidance))
+            like, scale = r.schedules[0], self._scale(r.setting.guidance)
+            task = GramTask(program, stream, size, scale, like.constant, like.options)
             tickets[self.pool.submit(task)] = k
         found: dict[int, Array] = {}
         while len(found) < len(tickets):
@@ -237,9 +244,7 @@ class Stage:
         plain = [
             Request(s, (schedule,), held=True)
             for s, schedule in sorted(found.items())
-            if not schedule.options
-            and schedule.constant is None
-            and not schedule.program.stochastic
+            if "time_shift" not in schedule.options and not schedule.program.stochastic
         ]
         errors = {r.setting: float(g[0, 0]) for r, g in zip(plain, self.look(plain), strict=True)}
         left = made.left_out

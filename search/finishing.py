@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from fewstep.search.compensating import CompensationTask, compensation_cost
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
@@ -26,20 +28,26 @@ from fewstep.space.noise import NoiseSchedule
 
 
 def finish_rungs(
-    config: StudyConfig, pool: Pool, rungs: Mapping[int, Rung], display: Display
+    config: StudyConfig,
+    pool: Pool,
+    rungs: Mapping[int, Rung],
+    display: Display,
+    mean: Tensor | None = None,
 ) -> dict[int, int]:
     """Improve the starts of every NFE and tell the results; network evaluations by NFE.
 
     All NFEs at once, the longest first. With [refine] grow one after another, from the fewest
-    calls on, so that each learns from the one before.
+    calls on, so that each learns from the one before. `mean` is the constant image that refined
+    schedules may use.
     """
     upwards = sorted(rungs)
     if not (config.finish == "refine" and config.refine.grow):
-        return _improve(config, pool, {nfe: rungs[nfe] for nfe in upwards[::-1]}, None, display)
+        longest_first = {nfe: rungs[nfe] for nfe in upwards[::-1]}
+        return _improve(config, pool, longest_first, None, display, mean)
     spent: dict[int, int] = {}
     for below, nfe in zip([None, *upwards], upwards, strict=False):
         start = None if below is None else _grown(rungs[below], nfe, display)
-        spent |= _improve(config, pool, {nfe: rungs[nfe]}, start, display)
+        spent |= _improve(config, pool, {nfe: rungs[nfe]}, start, display, mean)
     return spent
 
 
@@ -62,6 +70,7 @@ def _improve(
     rungs: Mapping[int, Rung],
     start: Evaluated | None,
     display: Display,
+    mean: Tensor | None,
 ) -> dict[int, int]:
     """The stage at some NFEs at once, in their order; `start` competes with the candidates."""
     stage = config.finish or ""
@@ -69,10 +78,10 @@ def _improve(
     for nfe, rung in rungs.items():
         if rung.refined_before:
             continue
-        found = starts(config, rung, start)
+        found = starts(config, rung, start, mean)
         alone = config.finish == "compensation" or not found
         for group in [[one] for one in found] if alone else [found]:
-            tickets[pool.submit(_task(config, group))] = (nfe, group)
+            tickets[pool.submit(_task(config, group, mean))] = (nfe, group)
     proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
     for k in range(len(tickets)):
         display.stage(f"{stage} of {len(tickets)} schedules, {k} done")
@@ -83,8 +92,9 @@ def _improve(
         if isinstance(result, RefineResult) and result.schedule is not None:
             used = group[result.start_used]
             schedule = load_schedule(result.schedule)
-            if used.schedule.constant is not None:
-                schedule = schedule.with_constant(used.schedule.constant)
+            constant = _constant(group, mean)
+            if constant is not None and schedule.first == "mean":
+                schedule = schedule.with_constant(constant)
             proposals[nfe][ticket] = Proposal(
                 schedule, f"{stage}:{used.source}", dict(result.note)
             )
@@ -96,30 +106,46 @@ def _improve(
         told = rung.extend([proposals[nfe][t] for t in sorted(proposals[nfe])])
         spent[nfe] = sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
         for p in told:
-            display.note(
+            text = (
                 f"NFE {nfe}: {p.source} {p.note[f'{stage}_before']:.4g} -> "
                 f"{p.note[f'{stage}_after']:.4g} (held-out noise)"
             )
+            if p.note.get("refine_method", config.refine.method) != config.refine.method:
+                text += f", by {p.note['refine_method']}: the model gives no gradient"
+            display.note(text)
     return spent
 
 
-def _task(config: StudyConfig, group: list[Evaluated]) -> RefineTask | CompensationTask:
+def _constant(group: list[Evaluated], mean: Tensor | None) -> Tensor | None:
+    """The constant image of a task: the search's, or the one that its starts bring along."""
+    constant: Tensor | None = group[0].schedule.constant
+    return constant if mean is None else mean
+
+
+def _task(
+    config: StudyConfig, group: list[Evaluated], mean: Tensor | None
+) -> RefineTask | CompensationTask:
     bodies = tuple(
         {k: v for k, v in start.schedule.to_dict().items() if k != "provenance"} for start in group
     )
-    constant = group[0].schedule.constant
+    constant = _constant(group, mean)
     if config.finish == "compensation":
         return CompensationTask(bodies[0], constant, config.compensation)
     featured = config.objective.name == "frechet"
     return RefineTask(bodies, constant, config.refine, config.search.seed, featured)
 
 
-def starts(config: StudyConfig, rung: Rung, start: Evaluated | None = None) -> list[Evaluated]:
+def starts(
+    config: StudyConfig,
+    rung: Rung,
+    start: Evaluated | None = None,
+    mean: Tensor | None = None,
+) -> list[Evaluated]:
     """What the stage improves: the bases that the study names, else the best candidates."""
     table = config.compensation
     if config.finish != "compensation":
         known = rung.known if start is None else [start, *rung.known]
-        return best_starts(known, config.refine.top, rung.named_known())
+        return best_starts(known, config.refine.top, rung.named_known(), mean)
     if not table.base:
         usable = [
             e

@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fewstep.search.evaluate import Result
 from fewstep.search.objective import Array
@@ -97,7 +99,7 @@ class Record:
     def generation(
         self, nfe: int, generation: int, proposals: Sequence[Mapping[str, Any]], elapsed: float
     ) -> None:
-        """Keep what a generation proposed: {"schedule", "source", "note"} each."""
+        """Keep what a generation proposed: {"schedule", "source", "note", "constant"} each."""
         line = {"event": "generation", "nfe": nfe, "generation": generation, "elapsed": elapsed}
         self._append(line | {"proposals": [dict(p) for p in proposals]})
 
@@ -152,6 +154,16 @@ def _row(digest: str, result: Result) -> dict[str, Any]:
         if result.measures is not None and result.measures.shape[1] > 1:
             row["further"] = _packed(result.measures[:, 1:])
     return row
+
+
+def packed_image(image: Tensor) -> dict[str, Any]:
+    """A constant image as JSON, for the log: its shape, and its numbers like scores."""
+    return {"shape": list(image.shape), "numbers": _packed(image.detach().float().cpu().numpy())}
+
+
+def unpacked_image(data: Mapping[str, Any]) -> Tensor:
+    """The image that `packed_image` wrote, float32."""
+    return torch.from_numpy(_unpacked(data["numbers"])).float().reshape(data["shape"])
 
 
 def _packed(values: Array) -> str:

@@ -44,7 +44,7 @@ class RefineTask(Single):
 
     Args:
         schedules: the starts' file forms; all have one scale of x_T.
-        constant: the constant image of the starts, if they have one.
+        constant: the constant image that they start from or may use, if there is one.
         table: the study's [refine].
         seed: of the minibatches.
         featured: minimise the distance of the objective's features instead of the samples'.
@@ -62,7 +62,7 @@ class RefineTask(Single):
         denoiser = evaluator.ode.denoiser
         starts: list[OdeSchedule] = [load_schedule(s) for s in self.schedules]
         if self.constant is not None:
-            starts = [s.with_constant(self.constant) for s in starts]
+            starts = [s.with_constant(self.constant) if s.first == "mean" else s for s in starts]
         settings = Settings(
             knobs=open_knobs(table.knobs),
             method=table.method,
@@ -105,12 +105,15 @@ class RefineTask(Single):
 
 
 def best_starts(
-    known: Sequence[Evaluated], top: int, named: Sequence[Evaluated] = ()
+    known: Sequence[Evaluated],
+    top: int,
+    named: Sequence[Evaluated] = (),
+    constant: Tensor | None = None,
 ) -> list[Evaluated]:
     """The best `top` distinct candidates, and the best of `named`: scored, deterministic.
 
-    All have the best one's scale of x_T and constant image: they share the noise they are fitted
-    on.
+    All have the best one's scale of x_T, constant image and run-time options: they share the noise
+    they are fitted on. Where refinement has a constant image of its own, none has another.
     """
     found: dict[str, Evaluated] = {}
 
@@ -119,10 +122,15 @@ def best_starts(
             if len(found) >= limit:
                 return
             s = e.schedule
-            if not isinstance(s, OdeSchedule) or s.program.stochastic:
+            if not isinstance(s, OdeSchedule) or s.program.stochastic or "time_shift" in s.options:
                 continue
             first = next(iter(found.values()), e).schedule
-            if start_scale(s) == start_scale(first) and s.constant is first.constant:
+            if start_scale(s) != start_scale(first) or s.options != first.options:
+                continue
+            theirs = s.constant
+            if constant is not None and theirs is not None and not torch.equal(theirs, constant):
+                continue
+            if constant is not None or theirs is first.constant:
                 found.setdefault(s.digest, e)
 
     take(known, top)
@@ -136,7 +144,9 @@ def refine_cost(table: RefineTable, nfe: int) -> int:
         looks = table.steps // Settings.every + 2
         full = nfe * (3 * table.steps * table.batch + looks * table.held)
         return full + (table.top + 1) * full // 5
-    jacobian = sum((c + 2) * (nfe - 1 - c) + nfe - c for c in range(nfe)) + 4 * nfe
+    image = 1 if table.mean else 0  # a weight more in every row, and two of the start
+    jacobian = sum((c + 2 + image) * (nfe - 1 - c) + nfe - c for c in range(nfe))
+    jacobian += (4 + 2 * image) * nfe
     few, last = min(table.batch, table.samples), max(1, table.rounds // 2)
     tried, polished = (table.top + 2) * table.rounds, (table.top + 1) * last
     looks = (tried + polished + 2 * last + 4) * table.held * nfe

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,9 @@ class _Search:
         with self.display, ThreadPoolExecutor(1) as background:
             self.display.stage("starting workers")
             opening = background.submit(self._open_tracker, tracker)
-            pool = open_pool(config, spec, evaluator, self.address)
-            status = "FAILED"
+            status, pool = "FAILED", None
             try:
+                pool = open_pool(config, spec, evaluator, self.address)
                 runs = opening.result()
                 self._announce(per_call, pool, list(next(iter(solvers.values()))))
                 outcome = self._work(
@@ -172,7 +172,9 @@ class _Search:
                 status = "KILLED"
                 raise
             finally:
-                pool.close()
+                if pool is not None:
+                    pool.close()
+                wait([opening])
                 tracker.close(status)
 
     def _open_tracker(self, tracker: Tracker) -> dict[str, str]:
@@ -281,7 +283,6 @@ class _Search:
                 config,
                 solvers[nfe],
                 strategies[nfe],
-                domain=domains[nfe],
                 scorer=scorer,
                 record=self.record,
                 table=table,
@@ -302,7 +303,9 @@ class _Search:
             for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
                 self._refer(teacher, evaluator, pool, stream, size)
         if config.finish is not None:
-            extra = finish_rungs(config, pool, rungs, self.display)
+            wants_mean = config.finish == "refine" and config.refine.mean
+            mean = self._endpoints[TRAIN].mean(0) if wants_mean else None
+            extra = finish_rungs(config, pool, rungs, self.display, mean)
         for stream in (SELECT, FRESH):
             self._refer(teacher, evaluator, pool, stream, config.final.samples)
         own_error = None

@@ -17,7 +17,7 @@ import numpy as np
 from fewstep.search.config import StudyConfig
 from fewstep.search.evaluate import Result
 from fewstep.search.racing import Race
-from fewstep.search.record import Record
+from fewstep.search.record import Record, packed_image, unpacked_image
 from fewstep.search.scoring import Batch, Scorer
 from fewstep.search.strategies import Evaluated, Proposal, Strategy
 from fewstep.search.study import TrialTable
@@ -67,7 +67,6 @@ class Rung:
         config: the study.
         named: the named solvers, by name.
         strategy: proposes generations from 1 on; None stops after the named solvers.
-        domain: the search space; gives back constants that a proposal's JSON does not hold.
         scorer: evaluates.
         record: the log.
         table: the Optuna trials.
@@ -86,7 +85,6 @@ class Rung:
         named: Mapping[str, Any],
         strategy: Strategy | None,
         *,
-        domain: Any,
         scorer: Scorer,
         record: Record,
         table: TrialTable,
@@ -98,7 +96,7 @@ class Rung:
         warm: Sequence[Proposal] = (),
     ) -> None:
         self.nfe, self._config, self._named, self._strategy = nfe, config, named, strategy
-        self._domain, self._scorer, self._record, self._table = domain, scorer, record, table
+        self._scorer, self._record, self._table = scorer, record, table
         self._earlier, self._warm = list(earlier), list(warm)
         self._clock, self._deadline, self._told = clock, deadline, told
         self._limit = limit
@@ -166,9 +164,8 @@ class Rung:
 
     def _restore(self, entry: Mapping[str, Any]) -> Proposal:
         schedule = load_schedule(entry["schedule"])
-        constant = getattr(self._domain, "constant", None)
-        if constant is not None and getattr(schedule, "first", None) == "mean":
-            schedule = schedule.with_constant(constant)
+        if entry.get("constant") is not None:
+            schedule = schedule.with_constant(unpacked_image(entry["constant"]))
         return Proposal(schedule, entry["source"], dict(entry["note"]))
 
     def _start(self, number: int, proposals: list[Proposal]) -> _Generation:
@@ -238,9 +235,14 @@ class Rung:
 
 
 def _entries(proposals: Sequence[Proposal]) -> list[dict[str, Any]]:
-    return [
-        {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note} for p in proposals
-    ]
+    found = []
+    for p in proposals:
+        entry = {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note}
+        constant = getattr(p.schedule, "constant", None)  # lies beside a schedule, not in it
+        if constant is not None:
+            entry["constant"] = packed_image(constant)
+        found.append(entry)
+    return found
 
 
 def _numbers(notes: Sequence[Mapping[str, Any]]) -> dict[str, float]:

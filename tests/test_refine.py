@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from fewstep.samplers import from_model, run, sample, start
+from fewstep.samplers.denoiser import bcast
 from fewstep.search.strategies.closed_form import fit_weights, teacher_states
 from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, linearise
-from fewstep.search.strategies.knobs import KNOBS, Knobs
+from fewstep.search.strategies.knobs import DEFAULT, KNOBS, Knobs
 from fewstep.search.strategies.refine import Batch, Settings, errors, refine, refine_best
 from fewstep.space import OdeSchedule, StepSpec, StudyError, compile, load_schedule, save_schedule
 from fewstep.space import noise as noises
@@ -21,9 +24,26 @@ _SHARP = recorded_mixture(VP)
 MODEL = Mixture(VP, _SHARP.weights, _SHARP.means, _SHARP.variances + 0.3)
 
 
-def batch(seed: int, n: int = 64) -> Batch:
+class Guided:
+    """A guided denoiser: the scale pulls the data prediction away from 0."""
+
+    noise = VP
+
+    def __call__(self, x, t, *, cond=None, guidance=None):
+        D = MODEL(x, t)
+        return D if guidance is None else D * bcast(torch.as_tensor(guidance), x) ** 0.25
+
+
+GUIDED = Guided()
+
+
+def guided(step: StepSpec, scale: float) -> StepSpec:
+    return step.model_copy(update={"guidance": scale})
+
+
+def batch(seed: int, n: int = 64, model: Mixture = MODEL) -> Batch:
     x = torch.randn(n, 2, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return Batch(x, sample(baseline("dpmpp3m/logsnr", VP, 120), MODEL, x))
+    return Batch(x, sample(baseline("dpmpp3m/logsnr", VP, 120), model, x))
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +98,19 @@ def test_the_canonical_program_is_the_same_sampler():
     assert torch.allclose(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("free", ["no", "yes", "image", "guidance"])
 def test_the_normal_equations_hold_the_gradient_of_the_error(free):
     s = baseline("dpmpp3m/logsnr", VP, 4)
-    model = FreeProgram(canonical(s.program), VP) if free else Knobs(s)
+    if free == "guidance":
+        s = s.model_copy(update={"steps": tuple(guided(step, 2.0) for step in s.steps)})
+    model = FreeProgram(canonical(s.program), VP, free == "guidance", free == "image")
+    model = Knobs(s) if free == "no" else model
     x = torch.randn(16, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    data = Batch(x, torch.zeros_like(x))
+    data = Batch(x, torch.zeros_like(x), constant=torch.ones(2, 2, 2, dtype=torch.float64))
     theta = 0.01 * torch.ones_like(model.scale())
-    here = linearise(model, VP, theta, MODEL, data, Settings())
+    here = linearise(model, VP, theta, GUIDED, data, Settings())
     th = theta.clone().requires_grad_()
-    errors([model.program(th)], MODEL, data, Settings()).sum().backward()
+    errors([model.program(th)], GUIDED, data, Settings()).sum().backward()
     slope = 2 * here.chain.T @ here.slope
     assert torch.allclose(slope, th.grad, rtol=2e-2, atol=2e-3 * float(th.grad.abs().max()))
 
@@ -100,6 +123,63 @@ def test_of_several_starts_the_one_that_gets_furthest_is_refined_to_the_end(nois
     assert best.before == pytest.approx(float(errors([starts[at].program], MODEL, held, short)))
     assert best.after < 0.1 * best.before
     assert best.calls > refine(starts[at : at + 1], MODEL, train, held, short)[0].calls
+
+
+def test_with_a_constant_image_schedules_go_further_and_are_files_with_an_image(tmp_path):
+    """Data far from 0, as images are: a start at pure noise lacks their mean."""
+    model = Mixture(VP, _SHARP.weights, _SHARP.means / 2 + 2, _SHARP.variances / 4 + 0.1)
+    train, held = batch(1, 128, model), batch(2, 64, model)
+    start, settings = [baseline("dpmpp2m/logsnr", VP, 3)], Settings(rounds=12)
+    [plain] = refine(start, model, train, held, settings)
+    image = train.target.mean(0)
+    with_image = [dataclasses.replace(b, constant=image) for b in (train, held)]
+    [out] = refine(start, model, *with_image, settings)
+    assert out.before == plain.before  # the image has no weight yet
+    assert out.after < 0.5 * plain.after
+    assert out.schedule.first == "mean"
+    assert out.schedule.nfe == 3
+    again = load_schedule(save_schedule(out.schedule, tmp_path / "refined.json"))
+    assert again.digest == out.schedule.digest
+    assert torch.equal(again.constant, image)
+    x = sample(again, model, held.x_T)
+    assert float((x - held.target).square().mean()) == pytest.approx(out.after, rel=1e-3)
+    [further] = refine([again], model, *with_image, settings)
+    assert further.after <= out.after
+
+
+def test_where_no_schedule_reaches_what_an_image_could_do_the_fit_goes_on_without(noise):
+    """Two far modes: the best start is p_0 = 1.6 times the noise, and schedules have p_0 <= 1."""
+    train, held, _ = noise
+    start, settings = [baseline("unipc2-bh2/quadratic", VP, 3)], Settings(rounds=12)
+    [plain] = refine(start, MODEL, train, held, settings)
+    image = [dataclasses.replace(b, constant=train.target.mean(0)) for b in (train, held)]
+    [out] = refine(start, MODEL, *image, settings)
+    assert out.after <= plain.after
+
+
+def test_guidance_of_every_call_is_fitted_with_the_program(noise):
+    """The teacher's scale is 1; a start at 2 finds its way back."""
+    train, held, _ = noise
+    start = baseline("dpmpp2m/logsnr", VP, 4)
+    start = start.model_copy(update={"steps": tuple(guided(s, 2.0) for s in start.steps)})
+    settings = Settings(knobs=(*DEFAULT, "guidance"), rounds=8)
+    [out] = refine([start], GUIDED, train, held, settings)
+    [fixed] = refine([start], GUIDED, train, held, Settings(rounds=8))
+    assert out.after < 0.5 * fixed.after
+    assert {s.guidance for s in fixed.schedule.steps} == {2.0}
+    assert all(s.guidance != 2.0 for s in out.schedule.steps)
+
+
+def test_run_time_options_are_fitted_with_and_stay(noise):
+    train, held, _ = noise
+    options = {"threshold": {"quantile": 0.0, "minimum": 0.9}}
+    start = baseline("dpmpp2m/logsnr", VP, 4).model_copy(update={"options": options})
+    [out] = refine([start], MODEL, train, held, Settings(rounds=3))
+    assert out.schedule.options == options
+    x = sample(out.schedule, MODEL, held.x_T)
+    assert float((x - held.target).square().mean()) == pytest.approx(out.after, rel=1e-3)
+    with pytest.raises(StudyError, match="run-time options"):
+        refine([start, baseline("dpmpp2m/logsnr", VP, 4)], MODEL, train, held)
 
 
 @pytest.mark.parametrize("method", ["adam", "gauss-newton"])
@@ -157,9 +237,11 @@ def test_checkpointing_changes_nothing_but_memory(noise):
 def test_a_feature_distance_is_minimised_in_feature_space(noise):
     train, held, _ = noise
     features = lambda x: x.flatten(1)[:, :2]  # noqa: E731
-    settings = Settings(method="gauss-newton", rounds=3, features=features)
-    [out] = refine([baseline("ddim/edm", VP, 4)], MODEL, train, held, settings)
-    assert out.after < 0.5 * out.before
+    settings, start = Settings(rounds=6, features=features), [baseline("dpmpp2m/logsnr", VP, 4)]
+    [out] = refine(start, MODEL, train, held, settings)
+    [plain] = refine(start, MODEL, train, held, Settings(rounds=6))
+    assert out.after < 0.2 * out.before
+    assert out.after < float(errors([plain.schedule.program], MODEL, held, settings))
 
 
 def test_closed_form_weights_reduce_every_kept_steps_held_out_error(noise):

@@ -196,7 +196,8 @@ def test_refined_candidates_are_told_last_with_their_cost_and_win_here(tmp_path)
 
 def test_with_grow_each_nfe_starts_from_the_one_below_and_a_cut_between_them_resumes(tmp_path):
     settings = ["refine.grow=true", "search.nfe=[2,4]", "search.strategy=refine"]
-    settings += ["refine.rounds=4", "refine.samples=32", "refine.held=64", "cpr.fit=false"]
+    settings += ["refine.rounds=6", "refine.samples=128", "refine.held=64", "refine.batch=32"]
+    settings += ["search.samples=64", "final.samples=128", "cpr.fit=false"]
     whole = _search(tmp_path, tmp_path / "whole", *settings)
     sources = [row.source for row in whole.rows]
     assert sources[0].startswith("refine:")
@@ -210,6 +211,34 @@ def test_with_grow_each_nfe_starts_from_the_one_below_and_a_cut_between_them_res
     (out / "log.jsonl").write_bytes(b"".join(log[: ends[1]]))
     assert _search(tmp_path, out, *settings, resume=True).rows == whole.rows
     assert trial_table(out, "tiny-nfe04") == trial_table(whole.out, "tiny-nfe04")
+
+
+def test_with_the_mean_schedules_have_an_image_beside_them_and_a_cut_search_resumes(tmp_path):
+    settings = ["refine.mean=true", "search.nfe=[2]", "search.strategy=refine"]
+    settings += ["refine.rounds=6", "refine.samples=64", "refine.held=64", "refine.batch=32"]
+    whole = _search(tmp_path, tmp_path / "whole", *settings)
+    path = whole.out / "schedules" / "nfe02.json"
+    schedule = load_schedule(path)
+    assert schedule.first == "mean"
+    assert path.with_suffix(".safetensors").exists()
+    assert schedule.constant.shape == (2,)
+    log = (whole.out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (end,) = [i for i, line in enumerate(log) if b'"source":"refine:' in line]
+    for kept in (end, end + 1):  # before the refinement, and before its result was scored
+        out = tmp_path / f"cut{kept}"
+        out.mkdir()
+        (out / "log.jsonl").write_bytes(b"".join(log[:kept]))
+        assert _search(tmp_path, out, *settings, resume=True).rows == whole.rows
+    more = ["search.nfe=[3]", "search.strategy=random", f"search.warm=['{path}']"]
+    more.append("budget.candidates=200")  # the named solvers come first
+    warm = _search(tmp_path, tmp_path / "warm", *more)
+    log = (warm.out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    out = tmp_path / "warm_cut"
+    out.mkdir()
+    first = next(i for i, line in enumerate(log) if b'"event":"generation"' in line)
+    (out / "log.jsonl").write_bytes(b"".join(log[: first + 1]))
+    assert _search(tmp_path, out, *more, resume=True).rows == warm.rows
+    assert any(row[-1]["source"] == "import:nfe02" for row in trial_table(out))
 
 
 def test_frechet_searches_too(tmp_path):
@@ -290,3 +319,44 @@ def test_a_terminated_search_ends_its_mlflow_runs(tmp_path):
     experiment = client.get_experiment_by_name("fewstep")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"KILLED"}
+
+
+def test_a_signal_waits_until_a_report_to_mlflow_is_written(tmp_path):
+    """One raised inside a transaction would leave the database locked for the end of the runs."""
+    from fewstep.search.tracking import MlflowTracker
+
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", "fewstep", [5])
+    runs = tracker.open("study", {}, {})
+    client, told = tracker._client, []
+    write = client.log_batch
+
+    def interrupted(run_id, **values):
+        signal.raise_signal(signal.SIGINT)
+        write(run_id, **values)
+        told.append(run_id)
+
+    client.log_batch = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        tracker.curve(5, "best", [(0, 1.0)])
+    assert told == [runs["5"]]
+    assert [m.value for m in client.get_metric_history(runs["5"], "best")] == [1.0]
+    tracker.close("KILLED")
+    assert {client.get_run(run).info.status for run in runs.values()} == {"KILLED"}
+
+
+def test_a_second_signal_does_not_wait():
+    from fewstep.search.tracking import uninterrupted
+
+    reached = []
+
+    @uninterrupted()
+    def reporting():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second")
+
+    with pytest.raises(KeyboardInterrupt):
+        reporting()
+    assert reached == ["after the first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

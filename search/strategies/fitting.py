@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Batch:
         target: the teacher's samples, (n, *shape).
         cond: conditioning tensors with leading axis n.
         guidance: guidance scale where the schedules set none.
-        constant: the constant image of schedules that start from one.
+        constant: the constant image m that schedules may start from; Gauss-Newton then fits its
+            weights as well.
     """
 
     x_T: Tensor
@@ -80,6 +81,7 @@ class Settings:
         checkpointed: recompute the network in the backward pass instead of storing it.
         features: samples (m, *shape) -> (m, f): the error is the mean squared difference of
             features; None compares the samples themselves.
+        options: run-time options that the schedules run with (`OdeSchedule.options`).
     """
 
     knobs: tuple[str, ...] = DEFAULT
@@ -97,6 +99,7 @@ class Settings:
     patience: int = 6
     checkpointed: bool = False
     features: Callable[[Tensor], Tensor] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def residuals(
         cond=dict(batch.cond) or None,
         guidance=batch.guidance,
         m=batch.constant,
+        options=dict(settings.options),
         check=False,
         share=share,
     )

@@ -1,7 +1,8 @@
 """Gauss-Newton on the numbers of a schedule, by way of the program they compile to.
 
 A program of C calls has C (C + 5) / 2 numbers that matter: the time of every query and, with each
-state written as y_c = p_c x_T + k_c m + sum_j W_cj D_j, the weights p_c and W_cj. One forward
+state written as y_c = p_c x_T + k_c m + sum_j W_cj D_j, the weights p_c and W_cj; with a constant
+image m also the weights k_c and the start, C + 2 more. One forward
 difference for each gives how the samples move,
 
     J_theta = J_program  d(program)/d(theta),
@@ -61,15 +62,24 @@ class FreeProgram:
     Args:
         base: a canonical program (`canonical`).
         noise: its noise schedule; queries stay within its times.
+        guided: the guidance scale of every call is unknown, too; `base` sets it.
+        constant: so are p_0, k_0 and the weights k of a constant image.
     """
 
     base: Program
     noise: NoiseSchedule
+    guided: bool = False
+    constant: bool = False
+
+    @property
+    def _sizes(self) -> list[int]:
+        calls = self.base.nfe
+        image = [2, calls] if self.constant else [0, 0]
+        return [calls, calls, calls * (calls + 1) // 2, calls if self.guided else 0, *image]
 
     def scale(self) -> Tensor:
         """1 for all."""
-        calls = self.base.nfe
-        return torch.ones(calls + calls + calls * (calls + 1) // 2, dtype=torch.float64)
+        return torch.ones(sum(self._sizes), dtype=torch.float64)
 
     def nearer(self) -> Tensor:
         """theta with a first query at pure noise moved to at most 1 in lam before the second.
@@ -84,14 +94,14 @@ class FreeProgram:
         return theta
 
     def program(self, theta: Tensor) -> Program:
-        """Queries moved in lam, weights of x_T and of the outputs as they are.
+        """Queries moved in lam, weights of x_T and of the outputs as they are, log guidance.
 
         Raises:
             ScheduleError: the queries would not be in the order of their times any more.
         """
         base, calls = self.base, self.base.nfe
         rows, columns = torch.tril_indices(calls, calls)
-        by_t, by_e, by_b = theta.split([calls, calls, len(rows)])
+        by_t, by_e, by_b, by_w, by_init, by_k = theta.split(self._sizes)
         low, high = finite_lam(self.noise, torch.tensor(self.noise.t_range, dtype=torch.float64))
         lam = finite_lam(self.noise, base.t)
         b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
@@ -99,7 +109,15 @@ class FreeProgram:
         if bool((lam.diff() <= 0).any()):
             raise ScheduleError("the queries are not in the order of their times")
         t = self.noise.t_of_lam(lam)
-        return dataclasses.replace(base, t=t, e=base.e + by_e, b=b)
+        guidance = base.guidance
+        if guidance is not None and self.guided:
+            guidance = guidance * torch.exp(by_w)
+        init, k = base.init, base.k
+        if self.constant:
+            init, k = init + by_init, k + by_k
+        return dataclasses.replace(
+            base, t=t, init=init, e=base.e + by_e, k=k, b=b, guidance=guidance
+        )
 
 
 def canonical(program: Program) -> Program:
@@ -316,25 +334,34 @@ def by_gauss_newton(
         curve.extend(found.curve)
         return found
 
-    def both(model: Model, theta: Tensor) -> _Found:
-        found = go(model, theta, settings.rounds, few)
+    def on_all(model: Model, found: _Found) -> _Found:
         return go(model, found.theta, last, train) if len(few) < len(train) else found
 
+    def whole(image: Tensor | None) -> bool:
+        """Fit all numbers of the program, then write them; whether the schedule expresses them."""
+        model, found = dataclasses.replace(free, constant=image is not None), first_fit
+        if image is not None:
+            theta = torch.zeros_like(model.scale())
+            theta[: len(found.theta)] = found.theta
+            found = go(model, theta, settings.rounds, few)
+        found = on_all(model, found)
+        target, aim = model.program(found.theta), found.error
+        like = plain(target, knobs.schedule, image)
+        steps = dataclasses.replace(knobs, schedule=like, reference=knobs.schedule.times[0])
+        found = go(steps, project(steps, target, found.last, settings), last, train)
+        options.append((found.error, steps.apply(found.theta)))
+        return found.error <= 1.5 * min(aim, first_fit.error)
+
     [before] = held_out([knobs], [knobs.zeros()], denoiser, held, settings)
-    curve, options, whole = [before], [(before, knobs.schedule)], False
-    program = canonical(knobs.schedule.program)
+    curve, options, expressed = [before], [(before, knobs.schedule)], False
     if _whole(knobs):
-        free = FreeProgram(program, noise)
-        found = both(free, free.nearer())
-        target, first = free.program(found.theta), knobs.schedule.times[0]
-        like = plain(target, knobs.schedule)
-        model = dataclasses.replace(knobs, schedule=like, reference=first)
-        aim = found.error
-        found = go(model, project(model, target, found.last, settings), last, train)
-        options.append((found.error, model.apply(found.theta)))
-        whole = found.error <= 1.5 * aim  # shifts and weights could express it
-    if not whole:
-        found = both(knobs, knobs.zeros())
+        base, image = canonical(knobs.base.program), train.constant
+        free = FreeProgram(base, noise, "guidance" in knobs.names and base.guidance is not None)
+        first_fit = go(free, free.nearer(), settings.rounds, few)
+        # what an image does for the start may lie outside what schedules reach (p_0 > 1)
+        expressed = any(whole(one) for one in ([None] if image is None else [image, None]))
+    if not expressed:
+        found = on_all(knobs, go(knobs, knobs.zeros(), settings.rounds, few))
         options.append((found.error, knobs.apply(found.theta)))
     after, result = min(options, key=lambda option: option[0])
     return Refined(result, before, after, tuple(enumerate(curve)), calls, "gauss-newton")
@@ -343,37 +370,48 @@ def by_gauss_newton(
 def _whole(knobs: Knobs) -> bool:
     """Whether the knobs open all numbers of the program, and it asks in the order of times."""
     schedule = knobs.schedule
-    every = set(knobs.names) >= _FREE and "guidance" not in knobs.names
-    every = every and knobs.history >= schedule.nfe - 1 and schedule.program.guidance is None
+    every = set(knobs.names) >= _FREE and knobs.history >= schedule.n_steps - 1
     lam = finite_lam(schedule.noise, schedule.program.t)
-    return every and schedule.first == "network" and bool((lam.diff() > 0).all())
+    known = schedule.first in ("network", "mean")
+    return every and known and bool((lam.diff() > 0).all())
 
 
-def plain(program: Program, like: OdeSchedule, min_gap: float = 0.02) -> OdeSchedule:
+def plain(
+    program: Program, like: OdeSchedule, constant: Tensor | None = None, min_gap: float = 0.02
+) -> OdeSchedule:
     """First-order steps from query to query of a program, those out of order set apart.
 
-    What `Knobs` needs to express the program: shifts and weights make up for the rest.
+    What `Knobs` needs to express the program: shifts and weights make up for the rest. With a
+    constant image an analytical first step, which costs no call, leads to the first query.
     """
     noise = like.noise
     lam = finite_lam(noise, program.t)
-    last = finite_lam(noise, torch.tensor(like.times[-1:], dtype=torch.float64))
+    top, last = finite_lam(
+        noise, torch.tensor([noise.t_range[0], like.times[-1]], dtype=torch.float64)
+    )
     levels = torch.sort(lam).values.tolist()
+    if constant is not None:
+        levels.insert(0, float(top))
     for i in range(1, len(levels)):
         levels[i] = max(levels[i], levels[i - 1] + min_gap)
-    top = float(last) - min_gap
+    most = float(last) - min_gap
     for i in reversed(range(len(levels))):
-        levels[i] = min(levels[i], top)
-        top = levels[i] - min_gap
+        levels[i] = min(levels[i], most)
+        most = levels[i] - min_gap
     times = noise.t_of_lam(torch.tensor(levels, dtype=torch.float64)).tolist()
     first = min(times[0], noise.t_range[0])
-    n = len(times)
-    return OdeSchedule(
+    scales = [None] * len(lam) if program.guidance is None else program.guidance.tolist()
+    if constant is not None:
+        scales.insert(0, scales[0])  # of a step without a call
+    made = OdeSchedule(
         noise=noise,
         times=(first, *times[1:], like.times[-1]),
-        steps=tuple(StepSpec() for _ in range(n)),
+        steps=tuple(StepSpec(guidance=scale) for scale in scales),
+        first="network" if constant is None else "mean",
         shift_keeps=like.shift_keeps,
         options=like.options,
     )
+    return made if constant is None else made.with_constant(constant)
 
 
 def project(

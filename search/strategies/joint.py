@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Request:
-    """Schedules of one setting to run on the noise of a stream."""
+    """Schedules of one setting, constant image and run-time options, and the noise to run on."""
 
     setting: Setting
     schedules: tuple[OdeSchedule, ...]
@@ -95,6 +96,8 @@ def gram(
     *,
     cond: Cond | None = None,
     guidance: float | None = None,
+    m: Tensor | None = None,
+    options: Mapping[str, Any] | None = None,
     images: int = 256,
 ) -> Array:
     """Gram matrix of the residuals of M stacked programs, per element, (M, M).
@@ -106,6 +109,8 @@ def gram(
         target: the teacher's end points.
         cond: conditioning tensors with leading axis B.
         guidance: guidance scale where the programs set none.
+        m: their constant image, if they have one.
+        options: their run-time options.
         images: in one network call, about.
     """
     count = len(program.r)
@@ -121,6 +126,8 @@ def gram(
                 x_T[part],
                 cond=some,
                 guidance=guidance,
+                m=m,
+                options=dict(options or {}),
                 check=False,
                 share=True,
             )

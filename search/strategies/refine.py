@@ -89,11 +89,18 @@ def refine(
         One `Refined` per start, in order. The error never exceeds the start's on `held`.
 
     Raises:
-        StudyError: different NFEs, or an unknown knob.
+        StudyError: different NFEs or run-time options, the time shift among these, or an unknown
+            knob.
     """
-    settings = settings or Settings()
     if len({s.nfe for s in starts}) != 1:
         raise StudyError("refine: schedules of different NFE cannot run as one batch; group them")
+    options = starts[0].options
+    if any(s.options != options for s in starts) or "time_shift" in options:
+        raise StudyError(
+            "refine: schedules with other run-time options cannot run as one batch, and one with "
+            "options.time_shift has no program to fit: leave them out"
+        )
+    settings = dataclasses.replace(settings or Settings(), options=options)
     knobs = [
         Knobs(s, settings.knobs, settings.history, guidance=train.guidance or held.guidance)
         for s in starts
