@@ -88,7 +88,16 @@ def _globals(schedule: OdeSchedule) -> list[str]:
     """What holds for the schedule as a whole."""
     lines = []
     if schedule.first != "network":
-        lines.append(f"analytical first step: {schedule.first}")
+        what = {
+            "mean": "the network's first answer is taken to be the constant image beside the file",
+            "zero": "the network's first answer is taken to be 0",
+            "usf_zero": "eps = x, as USF released it",
+        }[schedule.first]
+        p, k = schedule.program.init.tolist()
+        start = f"{p:.4g} x_T" + (f" + {k:.4g} m" if k else "")
+        lines.append(f"analytical first step, no call: {what}; sampling starts at {start}")
+        if schedule.first == "mean" and schedule.constant is None:
+            lines.append("the constant image is missing: call with_constant(m) before sampling")
     if any(step.compensation != 1 for step in schedule.steps):
         lines.append(
             "compensation: a step's newest output is replaced for good by its interpolation "

@@ -175,7 +175,9 @@ def _diffusers(schedule: Loaded, folder: Path, stem: str) -> list[Path]:
         raise FewstepError(
             "exporting for diffusers needs it: pip install 'fewstep[diffusers]'"
         ) from None
-    FewstepScheduler(schedule=schedule.to_dict()).save_pretrained(str(folder))
+    image = getattr(schedule, "constant", None)
+    constants = None if image is None else [image.tolist()]
+    FewstepScheduler(schedule=schedule.to_dict(), constants=constants).save_pretrained(str(folder))
     return [folder / "scheduler_config.json"]
 
 

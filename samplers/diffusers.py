@@ -6,7 +6,9 @@ The program is run as by `samplers.ode`: `timesteps` holds what the network is t
 every call, shifted queries included); the rows stay private and are indexed by a counter, so
 equal or non-integer timesteps are safe. The noise schedule of the FILE holds; where the pipeline's
 configuration names another one, that is an error and not a silent mixture. Whole schedules live in
-the configuration, so saving and loading a pipeline keeps them.
+the configuration, so saving and loading a pipeline keeps them. A schedule with an analytical first
+step starts from p_0 x_T + k_0 m, which `scale_model_input` makes: pipelines that do not call it
+are refused.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         beta_end: as `beta_start`.
         beta_schedule: as `beta_start`.
         use_flow_sigmas: true, so that flow pipelines do not pass sigmas of their own.
+        constants: for each schedule its constant image as nested lists, or None; by default what
+            lies beside its file.
     """
 
     _compatibles = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"]  # noqa: RUF012
@@ -62,6 +66,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float | None = None,
         beta_schedule: str | None = None,
         use_flow_sigmas: bool = True,
+        constants: list[Any] | None = None,
     ) -> None:
         if prediction_type not in _KINDS:
             raise ScheduleError(
@@ -72,8 +77,14 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                 "schedule is missing: give a schedule file, e.g. schedule='nfe05.json'"
             )
         files = schedule if isinstance(schedule, list) else [schedule]
-        loaded = [_load(f) for f in files]
-        self.register_to_config(schedule=[s.to_dict() for s in loaded])
+        images = constants or [None] * len(files)
+        if len(images) != len(files):
+            raise ScheduleError(f"{len(images)} constants for {len(files)} schedules")
+        loaded = [_load(f, image) for f, image in zip(files, images, strict=True)]
+        self.register_to_config(
+            schedule=[s.to_dict() for s in loaded],
+            constants=[None if s.constant is None else s.constant.tolist() for s in loaded],
+        )
         self._schedules: dict[int, OdeSchedule | ProgramSchedule] = {s.nfe: s for s in loaded}
         self._check_betas(loaded[0], beta_start, beta_end, beta_schedule, num_train_timesteps)
         self._begin_index: int | None = None
@@ -146,10 +157,32 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = start_scale(schedule)
         self._run: Program | None = None
         self._c: int | None = None
+        self._scaled = False
 
     def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
-        """The state is given to the network as it is."""
-        return sample
+        """The state is given to the network as it is, but x_T as the schedule's start."""
+        if self._c is not None and self._run is not None and self._c < self._run.nfe:
+            return sample
+        self._scaled = True
+        return self._start(sample).to(sample.dtype)
+
+    def _start(self, x_T: Tensor) -> Tensor:
+        """p_0 x_T + k_0 m; itself where there is no analytical first step."""
+        p, k = self._schedule.program.init.tolist()
+        if (p, k) == (1.0, 0.0) or self._begin_index:
+            return x_T
+        y = p * x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+        return y if k == 0.0 else y + k * self._constant(y)
+
+    def _constant(self, like: Tensor) -> Tensor:
+        m = self._schedule.constant
+        if m is None:
+            raise ScheduleError(
+                "the schedule starts from a constant image: load it from its file, with the "
+                ".safetensors beside it, or give constants"
+            )
+        image: Tensor = m.to(like)
+        return image
 
     def _begin(self, sample: Tensor) -> None:
         k = self._begin_index or 0
@@ -157,13 +190,14 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         self._run, self._rows = schedule.program, rows_of(schedule.program)
         self._history: list[Tensor] = []
         self._x_T = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        if bool(self._run.init[1] != 0) or bool((self._run.k != 0).any()):
+        self._y = self._start(self._x_T)
+        if self._y is not self._x_T and not self._scaled:
             raise ScheduleError(
-                "a schedule with a constant image cannot run in a diffusers pipeline"
+                "this pipeline does not call scale_model_input, which an analytical first step "
+                "needs: use a schedule whose first step asks the network"
             )
-        self._y = float(self._run.init[0]) * self._x_T
-        self._told = sample
-        self._c = 0
+        self._m = self._constant(self._y) if bool((self._run.k != 0).any()) else None
+        self._told, self._c, self._scaled = sample, 0, False
 
     def step(
         self,
@@ -197,7 +231,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         fresh = None
         if self._rows["g"][c] != 0.0:
             fresh = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-        y = advance_row(self._rows, c, y, self._x_T, None, self._history, fresh)
+        y = advance_row(self._rows, c, y, self._x_T, self._m, self._history, fresh)
         self._y, self._told = y, y.to(sample.dtype)
         self._c = c + 1
         return SchedulerOutput(prev_sample=self._told) if return_dict else (self._told,)
@@ -212,9 +246,13 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return alpha * original_samples + sigma * noise
 
 
-def _load(source: str | os.PathLike[str] | Mapping[str, Any]) -> OdeSchedule | ProgramSchedule:
+def _load(
+    source: str | os.PathLike[str] | Mapping[str, Any], image: object
+) -> OdeSchedule | ProgramSchedule:
     data = json.loads(json.dumps(source)) if isinstance(source, Mapping) else source
     schedule = load_schedule(data)
+    if image is not None and isinstance(schedule, OdeSchedule):
+        schedule = schedule.with_constant(torch.tensor(image, dtype=torch.float32))
     if not isinstance(schedule, OdeSchedule | ProgramSchedule):
         raise ScheduleError(
             f"kind {schedule.kind!r} does not run in a diffusers pipeline: use kind ode"

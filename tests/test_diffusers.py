@@ -104,6 +104,42 @@ def test_a_refined_digits_schedule_replays_on_the_shipped_model():
     assert float((ours - theirs).abs().max()) <= bound * max(1.0, float(ours.abs().max()))
 
 
+def analytical() -> OdeSchedule:
+    """An analytical first step from a constant image, which later steps use, too."""
+    image = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    return OdeSchedule(
+        noise=TABLE,
+        times=(999.0, 800.0, 502.5, 301.1, 0.0),
+        steps=(StepSpec(), StepSpec(order=2), StepSpec(order=3), StepSpec(weights=(0.1, 0.2))),
+        first="mean",
+    ).with_constant(image)
+
+
+def test_an_analytical_first_step_starts_where_the_pipeline_scales_its_input(tmp_path):
+    net = unet()
+    model = lambda x, t: net(x, t).sample  # noqa: E731
+    z = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    schedule = analytical()
+    path = save_schedule(schedule, tmp_path / "nfe03.json")
+    FewstepScheduler(schedule=str(path)).save_pretrained(tmp_path / "kept")
+    scheduler = FewstepScheduler.from_pretrained(tmp_path / "kept")
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        ours = sample(schedule, from_model(model, TABLE, "eps"), z)
+        for _ in range(2):  # a scheduler serves one picture after another
+            x = z
+            for t in scheduler.timesteps:
+                both = scheduler.scale_model_input(torch.cat([x, x]), t)  # as for guidance
+                out = model(both, t.expand(len(both))).chunk(2)[0]
+                x = scheduler.step(out, t, x).prev_sample
+            assert torch.allclose(x, ours, rtol=0, atol=5e-6)
+    with pytest.raises(ScheduleError, match="does not call scale_model_input"):
+        scheduler.step(torch.zeros_like(z), scheduler.timesteps[0], z)
+    alone = FewstepScheduler(schedule=schedule.to_dict())
+    with pytest.raises(ScheduleError, match="safetensors beside it"):
+        alone.scale_model_input(z)
+
+
 def test_saving_and_loading_keeps_the_schedule(tmp_path):
     scheduler = FewstepScheduler(schedule=mixed().to_dict())
     scheduler.save_pretrained(tmp_path)
