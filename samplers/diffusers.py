@@ -171,7 +171,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         p, k = self._schedule.program.init.tolist()
         if (p, k) == (1.0, 0.0) or self._begin_index:
             return x_T
-        y = p * x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+        y: Tensor = p * x_T.to(torch.promote_types(x_T.dtype, torch.float32))
         return y if k == 0.0 else y + k * self._constant(y)
 
     def _constant(self, like: Tensor) -> Tensor:
