@@ -81,7 +81,7 @@ class Landscape:
         self.teacher = self._run(teacher.program, start(teacher, self._z))
 
     @torch.no_grad()
-    def _run(self, program: Program, x_T: Tensor) -> Tensor:
+    def _run(self, program: Program, x_T: Tensor, m: Tensor | None = None) -> Tensor:
         made = []
         for rows in torch.arange(len(x_T)).split(BLOCK):
             cond = None if self._cond is None else {k: v[rows] for k, v in self._cond.items()}
@@ -92,18 +92,23 @@ class Landscape:
                 x_T[rows],
                 cond=cond,
                 guidance=guidance,
+                m=m,
                 check=False,
             )
             made.append(x)
         return torch.cat(made, dim=-len(self.problem.shape) - 1)
 
     def per_sample(self, schedules: Sequence[OdeSchedule]) -> np.ndarray:
-        """Scores of each schedule on each sample, shape (M, samples); inf where it diverged."""
+        """Scores of each schedule on each sample, shape (M, samples); inf where it diverged.
+
+        All start from one constant image, if from any.
+        """
         size = max(1, BLOCK // self.samples)
         found = []
         for at in range(0, len(schedules), size):
             block = schedules[at : at + size]
-            y = self._run(stack([s.program for s in block]), start(block[0], self._z))
+            program, m = stack([s.program for s in block]), block[0].constant
+            y = self._run(program, start(block[0], self._z), m)
             found.append(((y - self.teacher) ** 2).flatten(2).mean(-1).double())
         scores: np.ndarray = torch.cat(found).nan_to_num(nan=float("inf")).numpy()
         return scores

@@ -8,14 +8,16 @@ C (C + 5) / 2 numbers, query times and weights, so the best program bounds every
 below. Start 0 is the best named solver; of the others, two in three have queries drawn
 uniformly in lam and a second-order solver's weights, and one in three the best program so far with
 its queries moved at random. Each is fitted by Gauss-Newton on a few samples; the best goes on with
---samples. Scores are endpoint MSE over the best named solver's on the same samples. If many starts
-end at one optimum and none below it, that is where the family ends, as far as one can see.
+--samples. With --mean programs also use the mean image of the samples: C + 2 numbers more. Scores
+are endpoint MSE over the best named solver's on the same samples. If many starts end at one
+optimum and none below it, that is where the family ends, as far as one can see.
 One JSON file per model and NFE in OUT; those that are there are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -49,11 +51,17 @@ class Family:
         self.base = baseline(self.named["name"], self.noise, nfe)
         self.train = batch(Landscape(bench.problem, a.samples, TRAIN), self.base)
         self.held = batch(Landscape(bench.problem, a.held, HELD), self.base)
+        self.again = batch(bench.again, self.base)
+        if a.mean:
+            image = self.train.target.mean(0)
+            self.train, self.held, self.again = (
+                dataclasses.replace(b, constant=image) for b in (self.train, self.held, self.again)
+            )
         self.settings = Settings()
 
     def model(self, program: Program) -> FreeProgram:
         """All numbers of a program, free."""
-        return FreeProgram(canonical(program), self.noise)
+        return FreeProgram(canonical(program), self.noise, constant=self.bench.a.mean)
 
     def error(self, program: Program, on: Batch) -> float:
         """Mean squared error of a program."""
@@ -127,15 +135,17 @@ def run(family: Family, starts: int, seed: int) -> dict[str, Any]:
     assert best is not None
     free = family.model(best[1])
     error, program, spent = family.fitted(free, torch.zeros_like(free.scale()), len(family.train))
-    fresh = family.error(program, batch(bench.again, family.base))
+    fresh = family.error(program, family.again)
     return {
         "model": bench.a.model,
         "nfe": family.nfe,
+        "mean": bench.a.mean,
         "named": family.named,
         "ends": ends,
         "held": error / reference,
         "fresh": fresh / family.named["fresh"],
         "queries": family.noise.lam(program.t).tolist(),
+        "start": program.init.tolist(),
         "calls": calls + spent,
         "samples": [bench.a.few, len(family.train)],
         "seconds": time.perf_counter() - begun,
@@ -148,14 +158,16 @@ def report(folder: Path) -> str:
     if not runs:
         raise FewstepError(f"{folder}: no runs found; start some with `run`")
     lines = [
-        "| model | NFE | starts | near the best | held out | fresh | queries, lam | evaluations |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | NFE | mean | starts | near the best | held out | fresh | queries, lam "
+        "| evaluations |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in runs:
         near = sum(e < NEAR * min(r["ends"]) for e in r["ends"])
         queries = ", ".join(f"{q:.2f}" for q in r["queries"])
         lines.append(
-            f"| {r['model']} | {r['nfe']} | {len(r['ends'])} | {near} | {r['held']:.3f} "
+            f"| {r['model']} | {r['nfe']} | {'yes' if r['mean'] else 'no'} | {len(r['ends'])} "
+            f"| {near} | {r['held']:.3f} "
             f"| {r['fresh']:.3f} | {queries} | {r['calls'] / 1e6:.1f}M |"
         )
     return "\n".join(lines)
@@ -172,6 +184,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024, help="samples of the last fit")
     parser.add_argument("--held", type=int, default=256, help="noise the iterate is chosen by")
     parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--mean", action="store_true", help="use the mean image, too")
     bench_options(parser)
     a = parser.parse_args()
     if a.what == "report":
@@ -180,7 +193,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(a)
     for nfe in a.nfe:
-        path = Path(a.out) / f"{a.model}_{nfe}_starts.json"
+        path = Path(a.out) / f"{a.model}_{nfe}{'_mean' if a.mean else ''}_starts.json"
         if not path.exists():
             write_json(path, run(Family(bench, nfe), a.starts, a.seed))
     print(report(Path(a.out)))
