@@ -160,6 +160,7 @@ def lint(
     ],
 ) -> None:
     """Check schedule files: what they say, and that their programs are what they say."""
+    from fewstep.experiments import explain
     from fewstep.space import load_schedule
 
     wrong = 0
@@ -171,6 +172,8 @@ def lint(
             print(f"fewstep: error: {error}", file=sys.stderr)
         else:
             print(f"{file}: ok, {schedule.kind}, {schedule.nfe} calls")
+            for note in explain.missing(schedule):
+                print(f"{file}: note: {note}")
     if wrong:
         raise typer.Exit(2)
 
@@ -368,6 +371,7 @@ def import_(
     ] = None,
 ) -> None:
     """Read a schedule that others published."""
+    from fewstep.experiments import explain
     from fewstep.experiments.importing import import_usf
     from fewstep.space import save_schedule
 
@@ -382,8 +386,8 @@ def import_(
             "note: the file also scales the network's skip connections; that edits the network, "
             "not the solver, and is kept in provenance only"
         )
-    if schedule.first == "mean":
-        print("note: its first step needs the data mean: call with_constant(m) before sampling")
+    for note in explain.missing(schedule):
+        print(f"note: {note}")
 
 
 @app.command(

@@ -96,8 +96,7 @@ def _globals(schedule: OdeSchedule) -> list[str]:
         p, k = schedule.program.init.tolist()
         start = f"{p:.4g} x_T" + (f" + {k:.4g} m" if k else "")
         lines.append(f"analytical first step, no call: {what}; sampling starts at {start}")
-        if schedule.first == "mean" and schedule.constant is None:
-            lines.append("the constant image is missing: call with_constant(m) before sampling")
+        lines += missing(schedule)
     if any(step.compensation != 1 for step in schedule.steps):
         lines.append(
             "compensation: a step's newest output is replaced for good by its interpolation "
@@ -106,6 +105,18 @@ def _globals(schedule: OdeSchedule) -> list[str]:
             "before; 1 is off"
         )
     return lines
+
+
+def missing(schedule: Loaded) -> list[str]:
+    """What a schedule lacks before it can be sampled, a line each."""
+    if not isinstance(schedule, OdeSchedule) or schedule.first != "mean":
+        return []
+    if schedule.constant is not None:
+        return []
+    return [
+        "its constant image, the data mean, is missing: put it beside the file, under the same "
+        "name with .safetensors, or call with_constant(m)"
+    ]
 
 
 def steps_table(schedule: Loaded) -> Table:

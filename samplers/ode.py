@@ -142,8 +142,8 @@ def run(
     p = _Coefficients(program, x_T)
     if m is None and p.uses_m:
         raise ScheduleError(
-            "the schedule starts from a constant image: load it from its file, or call "
-            "with_constant(m)"
+            "the schedule starts from a constant image, which lies beside its file under the "
+            "same name with .safetensors: copy it along, or call with_constant(m)"
         )
     groups = prefix_groups(program) if stacked and share else None
     origin = x_T.expand(count, batch, *shape)

@@ -226,3 +226,17 @@ print([name for name in {heavy} if name in sys.modules])
     assert done.stdout.strip() == "[]"
     assert called(capsys, "--help")[0] == 0
     assert called(capsys, "search", "--help")[0] == 0
+
+
+def test_a_schedule_without_its_image_says_what_is_missing(capsys, tmp_path):
+    import torch
+
+    plain = baseline("dpmpp2m/logsnr", VPLinear(), 4)
+    schedule = plain.model_copy(update={"first": "mean"}).with_constant(torch.ones(1, 2))
+    path = save_schedule(schedule, tmp_path / "mean.json")
+    assert "missing" not in called(capsys, "lint", path)[1]
+    path.with_suffix(".safetensors").unlink()
+    for command in ("lint", "show"):
+        code, out, _ = called(capsys, command, path)
+        assert code == 0
+        assert "put it beside the file" in out
