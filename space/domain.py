@@ -79,7 +79,10 @@ class OdeDomain:
         if not self.first or not set(self.first) <= {"network", "mean", "zero"}:
             raise ScheduleError(f"domain: first {self.first!r}: use 'network', 'mean', 'zero'")
         if "mean" in self.first and self.constant is None:
-            raise ScheduleError("domain: first 'mean' needs the constant image: give constant")
+            raise ScheduleError(
+                "domain: first 'mean' needs the constant image: give constant (in a study, let "
+                "refinement use the mean: [refine] mean = true)"
+            )
         for band in (self.start_band, self.end_band):
             if band is not None and not band[0] < band[1]:
                 raise ScheduleError(f"domain: band {band} must be (low, high) with low < high")
