@@ -343,8 +343,7 @@ def by_gauss_newton(
         if image is not None:
             theta = torch.zeros_like(model.scale())
             theta[: len(found.theta)] = found.theta
-            found = go(model, theta, settings.rounds, few)
-        found = on_all(model, found)
+            found = go(model, theta, last, train)
         target, aim = model.program(found.theta), found.error
         like = plain(target, knobs.schedule, image)
         steps = dataclasses.replace(knobs, schedule=like, reference=knobs.schedule.times[0])
@@ -357,7 +356,7 @@ def by_gauss_newton(
     if _whole(knobs):
         base, image = canonical(knobs.base.program), train.constant
         free = FreeProgram(base, noise, "guidance" in knobs.names and base.guidance is not None)
-        first_fit = go(free, free.nearer(), settings.rounds, few)
+        first_fit = on_all(free, go(free, free.nearer(), settings.rounds, few))
         # what an image does for the start may lie outside what schedules reach (p_0 > 1)
         expressed = any(whole(one) for one in ([None] if image is None else [image, None]))
     if not expressed:
