@@ -148,6 +148,7 @@ def refine_cost(table: RefineTable, nfe: int) -> int:
     jacobian = sum((c + 2 + image) * (nfe - 1 - c) + nfe - c for c in range(nfe))
     jacobian += (4 + 2 * image) * nfe
     few, last = min(table.batch, table.samples), max(1, table.rounds // 2)
-    tried, polished = (table.top + 2) * table.rounds, (table.top + 1) * last
-    looks = (tried + polished + 2 * last + 4) * table.held * nfe
-    return jacobian * (few * (tried + polished) + 2 * table.samples * last) + looks
+    tried, polished = (table.top + 2) * table.rounds, (table.top + 1) * last * (1 + image)
+    on_all = (2 + image) * last
+    looks = (tried + polished + on_all + 4) * table.held * nfe
+    return jacobian * (few * (tried + polished) + table.samples * on_all) + looks

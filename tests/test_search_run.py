@@ -214,8 +214,9 @@ def test_with_grow_each_nfe_starts_from_the_one_below_and_a_cut_between_them_res
 
 
 def test_with_the_mean_schedules_have_an_image_beside_them_and_a_cut_search_resumes(tmp_path):
-    settings = ["refine.mean=true", "search.nfe=[2]", "search.strategy=refine"]
+    settings = ["refine.mean=true", "refine.grow=true", "search.nfe=[2,3]", "cpr.fit=false"]
     settings += ["refine.rounds=6", "refine.samples=64", "refine.held=64", "refine.batch=32"]
+    settings.append("search.strategy=refine")
     whole = _search(tmp_path, tmp_path / "whole", *settings)
     path = whole.out / "schedules" / "nfe02.json"
     schedule = load_schedule(path)
@@ -223,8 +224,9 @@ def test_with_the_mean_schedules_have_an_image_beside_them_and_a_cut_search_resu
     assert path.with_suffix(".safetensors").exists()
     assert schedule.constant.shape == (2,)
     log = (whole.out / "log.jsonl").read_bytes().splitlines(keepends=True)
-    (end,) = [i for i, line in enumerate(log) if b'"source":"refine:' in line]
-    for kept in (end, end + 1):  # before the refinement, and before its result was scored
+    ends = [i for i, line in enumerate(log) if b'"source":"refine:' in line]
+    assert len(ends) == 2
+    for kept in (ends[1], ends[1] + 1):  # before a refinement, and before its result was scored
         out = tmp_path / f"cut{kept}"
         out.mkdir()
         (out / "log.jsonl").write_bytes(b"".join(log[:kept]))
