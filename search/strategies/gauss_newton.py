@@ -15,7 +15,8 @@ sample at C = 5, 148 at C = 8). No gradient of the model is needed.
 Where times, shifts and weights are all open, nothing but the choice of numbers holds the program
 back. Then the program's own numbers are fitted first, which converges from nearly any start, and
 the schedule is written afterwards: one plain step for each query found, its shifts and weights
-fitted to the program without asking the network, then polished.
+fitted to the program without asking the network, then polished. A constant image joins where the
+fit without it has ended, so that it can only help; it is written as an analytical first step.
 
 The damping is Marquardt's, three values tried at once on a block of candidates. A fit on few
 samples takes most of the way at a fraction of the cost; the fit on all of them starts where it
