@@ -117,9 +117,9 @@ def _improve(
 
 
 def _constant(group: list[Evaluated], mean: Tensor | None) -> Tensor | None:
-    """The constant image of a task: the search's, or the one that its starts bring along."""
+    """The constant image of a task: what its best start brings along, else the search's."""
     constant: Tensor | None = group[0].schedule.constant
-    return constant if mean is None else mean
+    return mean if constant is None else constant
 
 
 def _task(

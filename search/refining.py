@@ -112,8 +112,8 @@ def best_starts(
 ) -> list[Evaluated]:
     """The best `top` distinct candidates, and the best of `named`: scored, deterministic.
 
-    All have the best one's scale of x_T, constant image and run-time options: they share the noise
-    they are fitted on. Where refinement has a constant image of its own, none has another.
+    All have the best one's scale of x_T and run-time options, and its constant image, `constant`
+    where it has none, or none: they share the noise they are fitted on.
     """
     found: dict[str, Evaluated] = {}
 
@@ -127,10 +127,13 @@ def best_starts(
             first = next(iter(found.values()), e).schedule
             if start_scale(s) != start_scale(first) or s.options != first.options:
                 continue
+            image = constant if first.constant is None else first.constant
             theirs = s.constant
-            if constant is not None and theirs is not None and not torch.equal(theirs, constant):
-                continue
-            if constant is not None or theirs is first.constant:
+            if theirs is None:
+                shared = constant is not None or image is None
+            else:
+                shared = image is not None and torch.equal(theirs, image)
+            if shared:
                 found.setdefault(s.digest, e)
 
     take(known, top)

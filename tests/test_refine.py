@@ -9,6 +9,8 @@ import torch
 
 from fewstep.samplers import from_model, run, sample, start
 from fewstep.samplers.denoiser import bcast
+from fewstep.search.refining import best_starts
+from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.closed_form import fit_weights, teacher_states
 from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, linearise
 from fewstep.search.strategies.knobs import DEFAULT, KNOBS, Knobs
@@ -280,3 +282,21 @@ def test_bad_settings_are_one_clear_line(noise):
     model = from_model(lambda x, t: x, VP, "x0")
     [same] = refine([baseline("ddim/time", VP, 2)], model, train, held, Settings(steps=1, every=1))
     assert same.after <= same.before
+
+
+def test_starts_share_one_image_that_of_the_best_if_it_has_one():
+    plain = baseline("dpmpp2m/logsnr", VP, 4)
+    mine, other = torch.ones(2), torch.zeros(2)
+
+    def starting(name, image):
+        steps = baseline(name, VP, 5).model_copy(update={"first": "mean"})
+        return steps.with_constant(image)
+
+    scored = [starting("dpmpp2m/logsnr", mine), plain, starting("ddim/edm", other)]
+    known = [Evaluated(s, float(i), "ok") for i, s in enumerate(scored)]
+    taken = lambda known, image: [int(e.score) for e in best_starts(known, 3, (), image)]  # noqa: E731
+    assert taken(known, other) == [0, 1]  # the best brings its own, the search's has no say
+    assert taken(known[1:], other) == [1, 2]
+    assert taken(known[1:], mine) == [1]
+    assert taken(known, None) == [0]
+    assert taken(known[1:], None) == [1]
