@@ -147,7 +147,7 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
         f"fewstep/{name_of(path)}"
         for folder in LAYERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".typed", ".toml", ".yaml", ".safetensors"}
+        if path.suffix in {".py", ".typed", ".toml", ".yaml", ".json", ".safetensors"}
     }
     assert wanted - names == set()
 
