@@ -323,7 +323,15 @@ def test_a_terminated_search_ends_its_mlflow_runs(tmp_path):
     assert {run.info.status for run in runs} == {"KILLED"}
 
 
-def test_a_signal_waits_until_a_report_to_mlflow_is_written(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_waits_until_a_report_to_mlflow_is_written(tmp_path, interruptible):
     """One raised inside a transaction would leave the database locked for the end of the runs."""
     from fewstep.search.tracking import MlflowTracker
 
@@ -346,7 +354,7 @@ def test_a_signal_waits_until_a_report_to_mlflow_is_written(tmp_path):
     assert {client.get_run(run).info.status for run in runs.values()} == {"KILLED"}
 
 
-def test_a_second_signal_does_not_wait():
+def test_a_second_signal_does_not_wait(interruptible):
     from fewstep.search.tracking import uninterrupted
 
     reached = []
