@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: install  ## search schedules for the digits model: runs/demo (about 5 minutes)
-	@$(BIN)/fewstep search experiments/digits.toml --out runs/demo --overwrite
+	@$(BIN)/fewstep search experiments/studies/digits.toml --out runs/demo --overwrite
 
 test: install check  ## check, then every test
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest
@@ -70,7 +70,7 @@ ui: $(STAMP)  ## open MLflow on the runs of the demo
 	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 results: $(STAMP)  ## print the committed tables of results
-	@cat experiments/RESULTS.md experiments/results_*.md
+	@cat experiments/RESULTS.md experiments/results/*.md
 
 clean:  ## remove what builds and tools leave (keeps .venv, runs and assets)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.experiments.usf import from_usf
+from fewstep.experiments.cli.usf import from_usf
 from fewstep.space import OdeSchedule, StepSpec
 from fewstep.space.baselines import dpm, f_pndm, in_basis, multistep, s_pndm, unipc
 from tests.oracles import reference_noise

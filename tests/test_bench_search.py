@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.experiments.bench_search import best_so_far, markdown, summarise
+from fewstep.experiments.benchmarks.search import best_so_far, markdown, summarise
 
 
 def result(strategy: str, seed: int, scores: list[float | None], fresh: float) -> dict:

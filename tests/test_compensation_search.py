@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fewstep.experiments import explain
+from fewstep.experiments.cli import explain
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.space import StudyError, load_schedule

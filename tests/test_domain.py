@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.experiments.importing import import_usf
+from fewstep.experiments.cli.importing import import_usf
 from fewstep.space import OdeSchedule, StepSpec
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain

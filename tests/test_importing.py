@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from fewstep.experiments.importing import import_usf
+from fewstep.experiments.cli.importing import import_usf
 from fewstep.space import ScheduleError, load_schedule, save_schedule
 from tests.oracles import REFERENCE
 

@@ -113,7 +113,7 @@ def test_the_digits_study_runs_as_a_submitted_job(tmp_path, wheel, cluster):
     environment, address, ray = cluster
     folder = tmp_path / "study"
     folder.mkdir()
-    shutil.copy(ROOT / "experiments" / "digits.toml", folder)
+    shutil.copy(ROOT / "experiments" / "studies" / "digits.toml", folder)
     out, database = tmp_path / "out", tmp_path / "ml" / "mlflow.db"
     settings = [*SETTINGS, f"tracking.uri=sqlite:///{database}"]
     runtime = {"working_dir": str(folder), "py_modules": [str(wheel)]}

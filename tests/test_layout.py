@@ -24,12 +24,15 @@ PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
 LAYERS = ["space", "samplers", "predictors", "search", "experiments"]
 """Each folder may import only those before it."""
 
+UNPACKED = "experiments/benchmarks"
+"""In the repository, not in the wheel: what measures."""
+
 HEAVY = ["ray", "optuna", "mlflow", "sklearn", "matplotlib", "diffusers"]
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 PINNED_PICKLES = {
     # `--reference` re-saves MOSES's pickled statistics as plain arrays, once, from a wheel whose
     # sha256 is checked first; nothing else reads them.
-    "experiments/metrics_molecules.py",
+    "experiments/benchmarks/metrics_molecules.py",
 }
 IMPORT_NAMES = {"scikit-learn": "sklearn"}
 
@@ -85,7 +88,7 @@ def test_every_package_folder_is_listed_and_every_listed_folder_is_a_package() -
     found = {
         "fewstep." + ".".join(path.parent.relative_to(ROOT).parts)
         for path in python_files(*LAYERS)
-        if path.name == "__init__.py"
+        if path.name == "__init__.py" and not path.is_relative_to(ROOT / UNPACKED)
     }
     assert found == set(PACKAGES)
 
@@ -149,7 +152,8 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in {".py", ".typed", ".toml", ".yaml", ".json", ".safetensors"}
     }
-    assert wanted - names == set()
+    left_out = {name for name in wanted if name.startswith(f"fewstep/{UNPACKED}/")}
+    assert wanted - names == left_out
 
 
 BLOCKER = """

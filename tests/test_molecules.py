@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fewstep.experiments import metrics_molecules
+from fewstep.experiments.benchmarks import metrics_molecules
 from fewstep.experiments.models import molecules, train_molecules
 from fewstep.experiments.models.assets import AssetError
 from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig

@@ -7,7 +7,7 @@ from fewstep.search.config import load_study, study_from_dict
 from fewstep.space import StudyError
 from tests.studies import STUDY, write_study
 
-STUDIES = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+STUDIES = sorted((Path(__file__).parents[1] / "experiments" / "studies").glob("*.toml"))
 
 
 def _data(**tables):

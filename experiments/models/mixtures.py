@@ -2,9 +2,9 @@
 
 q^b is no mixture for a real b, but its samples are at hand: draws of the modes, narrowed to
 variance v/b, resampled in proportion to q^b over their density. `problem` is the 8-dimensional
-mixture that `experiments/particles.toml` searches particle schedules for: a population is scored
-by its energy distance to samples of q^b, its own for every population, so that populations are
-independent and the score's interval holds the truth's sampling error too.
+mixture that `experiments/studies/particles.toml` searches particle schedules for: a population is
+scored by its energy distance to samples of q^b, its own for every population, so that populations
+are independent and the score's interval holds the truth's sampling error too.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedPro
     Raises:
         StudyError: rdkit or the pinned wheel is absent; the message says how to get it.
     """
-    from fewstep.experiments.metrics_molecules import MoleculeScore
+    from fewstep.experiments.benchmarks.metrics_molecules import MoleculeScore
 
     net = load_net(WEIGHTS if path is None else path, device=device)
     score = MoleculeScore(device)

@@ -1,13 +1,13 @@
 """Weighted particles, measured on Gaussian mixtures whose annealed laws are known.
 
-    python -m fewstep.experiments.bench_particles table        # 40 components in the plane
-    python -m fewstep.experiments.bench_particles dimensions   # weights as the dimension grows
-    python -m fewstep.experiments.bench_particles floor        # the score of exact samples
+    python -m fewstep.experiments.benchmarks.particles table        # 40 components in the plane
+    python -m fewstep.experiments.benchmarks.particles dimensions  # weights as it grows
+    python -m fewstep.experiments.benchmarks.particles floor       # the score of exact samples
 
 `table` follows the mixture table of Skreta et al. 2503.02819 (annealing to temperature 1/3 by
 the authors' policies). `dimensions` prints effective sample size and surviving ancestors for
 d = 2, 8, 32, 64, with best-of-K beside them. `floor` is what K exact samples of the 8-dimensional
-target score, the least that a schedule of `experiments/particles.toml` can reach on average.
+target score, the least that a schedule of `studies/particles.toml` can reach on average.
 The mixtures are in `experiments/models/mixtures.py`.
 """
 

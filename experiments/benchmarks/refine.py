@@ -1,8 +1,8 @@
 """What each part of refinement is worth, and how far it goes: an ablation and the moonshot.
 
-    python -m fewstep.experiments.bench_refine run --nfe 5 --seeds 5
-    python -m fewstep.experiments.bench_refine run --nfe 4 6 8 10 --variants all --seeds 1
-    python -m fewstep.experiments.bench_refine report
+    python -m fewstep.experiments.benchmarks.refine run --nfe 5 --seeds 5
+    python -m fewstep.experiments.benchmarks.refine run --nfe 4 6 8 10 --variants all --seeds 1
+    python -m fewstep.experiments.benchmarks.refine report
 
 Every run starts from the best named solver, or from the winner of a search of `bench_search` with
 strategy s3 and the same seed (--searches), and is fitted by Gauss-Newton on noise of its own seed;
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.experiments.bench_search import FRESH, Landscape, problem
+from fewstep.experiments.benchmarks.search import FRESH, Landscape, problem
 from fewstep.samplers import start
 from fewstep.search.strategies.closed_form import by_closed_form
 from fewstep.search.strategies.fitting import Batch, Settings

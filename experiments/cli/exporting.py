@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from fewstep.experiments.explain import Loaded
+from fewstep.experiments.cli.explain import Loaded
 from fewstep.space import save_schedule
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.masked import MaskedSchedule

@@ -1,12 +1,12 @@
 """Dynamic compensation, its original recipe, refinement and CPR on the digits model.
 
-    python -m fewstep.experiments.bench_compensation compensated
-    python -m fewstep.experiments.bench_compensation refined
-    python -m fewstep.experiments.bench_compensation refined --nfe 7 --guidance 3 6 7.5
-    python -m fewstep.experiments.bench_compensation refined --nfe 5 8 --guidance 6
-    python -m fewstep.experiments.bench_compensation cpr      # polynomials of the refined cells
-    python -m fewstep.experiments.bench_compensation joint    # polynomials fitted end to end
-    python -m fewstep.experiments.bench_compensation table
+    python -m fewstep.experiments.benchmarks.compensation compensated
+    python -m fewstep.experiments.benchmarks.compensation refined
+    python -m fewstep.experiments.benchmarks.compensation refined --nfe 7 --guidance 3 6 7.5
+    python -m fewstep.experiments.benchmarks.compensation refined --nfe 5 8 --guidance 6
+    python -m fewstep.experiments.benchmarks.compensation cpr    # polynomials of refined cells
+    python -m fewstep.experiments.benchmarks.compensation joint  # polynomials fitted end to end
+    python -m fewstep.experiments.benchmarks.compensation table
 
 A cell is one (NFE, guidance): choose the best named solvers on TUNE noise, search on SEARCH noise
 (half of it held out), report the mean squared error of the end point, per element, on fresh TEST
@@ -267,7 +267,7 @@ def table(a: argparse.Namespace) -> str:
     lines = [
         "# Compensation and CPR on the digits model",
         "",
-        "`python -m fewstep.experiments.bench_compensation",
+        "`python -m fewstep.experiments.benchmarks.compensation",
         "compensated | refined | cpr | joint | table`",
         f"(seeds: tune {TUNE}, search {SEARCH}, original {ORIGINAL}, refine {REFINE},",
         f"test {TEST}).",

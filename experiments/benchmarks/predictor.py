@@ -1,6 +1,6 @@
 """How well the quality predictor ranks candidates it has not seen.
 
-    OMP_NUM_THREADS=1 python -P -m fewstep.experiments.bench_predictor --seeds 3
+    OMP_NUM_THREADS=1 python -P -m fewstep.experiments.benchmarks.predictor --seeds 3
 
 Per seed, 300 candidates of the released evolution and 300 of S3, the same space and samples. A
 predictor is trained on the first 150 and asked for the order of the next 150: Kendall's tau with
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fewstep.experiments.bench_search import Bench
+from fewstep.experiments.benchmarks.search import Bench
 from fewstep.predictors.quality import QualityPredictor, kendall_tau
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.s3 import tokens_of

@@ -1,7 +1,7 @@
 """How far a program of so many calls goes: fits of all its numbers from many starts.
 
-    python -m fewstep.experiments.bench_starts run --nfe 4 5 6 8 --starts 20
-    python -m fewstep.experiments.bench_starts report
+    python -m fewstep.experiments.benchmarks.starts run --nfe 4 5 6 8 --starts 20
+    python -m fewstep.experiments.benchmarks.starts report
 
 Every deterministic schedule of C calls without a constant image compiles to a program of
 C (C + 5) / 2 numbers, query times and weights, so the best program bounds every schedule from
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.experiments.bench_refine import Bench, batch, bench_options, write_json
-from fewstep.experiments.bench_search import Landscape
+from fewstep.experiments.benchmarks.refine import Bench, batch, bench_options, write_json
+from fewstep.experiments.benchmarks.search import Landscape
 from fewstep.search.strategies.fitting import Batch, Settings, held_out
 from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, fit
 from fewstep.space import OdeSchedule, Program, StepSpec

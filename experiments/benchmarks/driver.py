@@ -1,6 +1,6 @@
 """What the driver costs per candidate beside the network: compile, store, log, propose.
 
-    OMP_NUM_THREADS=1 python -P -m fewstep.experiments.bench_driver
+    OMP_NUM_THREADS=1 python -P -m fewstep.experiments.benchmarks.driver
 
 A search in this process on a model that costs next to nothing (the exact denoiser of one Gaussian
 in two dimensions), with everything a real one has: the log, the Optuna journal, MLflow in SQLite.
@@ -69,7 +69,7 @@ class Clock:
 def measure(strategy: str, nfe: int, candidates: int, samples: int, out: Path) -> dict[str, float]:
     """Milliseconds per candidate of one search."""
     study = {
-        "model": {"factory": "fewstep.experiments.bench_driver:problem"},
+        "model": {"factory": "fewstep.experiments.benchmarks.driver:problem"},
         "budget": {"candidates": candidates},
         "search": {
             "nfe": [nfe], "strategy": strategy, "samples": samples, "workers": 0,

@@ -1,6 +1,6 @@
 """Weighted particles on the digits model: products of two classes, and guided classes.
 
-    python -m fewstep.experiments.bench_particles_digits --picture digits_particles.png
+    python -m fewstep.experiments.benchmarks.particles_digits --picture digits_particles.png
 
 A product q_i q_j asks for images that both class models find likely; guidance w for what
 classifier-free guidance aims at, q^{1-w} q_class^w. Each is drawn without weights (drift only) and

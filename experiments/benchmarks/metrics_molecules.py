@@ -16,10 +16,10 @@ ChemNet is read from the pinned `fcd_torch` wheel, the reference statistics ship
 as plain arrays (`--reference` makes them again from the pinned `molsets` wheel). Needs the extra
 `fewstep[molecules]` (rdkit).
 
-    python -m fewstep.experiments.metrics_molecules molecules.smi
-    python -m fewstep.experiments.metrics_molecules --draw 2000     # the shipped model
-    python -m fewstep.experiments.metrics_molecules --train 2000    # the floor at this number
-    python -m fewstep.experiments.metrics_molecules --reference
+    python -m fewstep.experiments.benchmarks.metrics_molecules molecules.smi
+    python -m fewstep.experiments.benchmarks.metrics_molecules --draw 2000     # the shipped model
+    python -m fewstep.experiments.benchmarks.metrics_molecules --train 2000  # the floor at 2000
+    python -m fewstep.experiments.benchmarks.metrics_molecules --reference
 
 References:
     Polykovskiy et al. 1811.12823 (MOSES); Preuer et al. 1803.09518 (FCD).

@@ -6,9 +6,9 @@ same samples and the same number of candidates; only the strategy and its seed d
 again on fresh ones. Scores are endpoint MSE, the mean over samples and
 pixels of the squared distance to a fine-grid solution from the same noise.
 
-    python -m fewstep.experiments.bench_search run --models digits --nfe 5 8 --seeds 5
-    python -m fewstep.experiments.bench_search rescore --models digits --fresh 4096
-    python -m fewstep.experiments.bench_search report
+    python -m fewstep.experiments.benchmarks.search run --models digits --nfe 5 8 --seeds 5
+    python -m fewstep.experiments.benchmarks.search rescore --models digits --fresh 4096
+    python -m fewstep.experiments.benchmarks.search report
 
 Each run is a JSON file in OUT, written when it ends; runs that are there are not repeated, so the
 benchmark can be stopped and continued, or run in pieces. `rescore` scores the winners again on

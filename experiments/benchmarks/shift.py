@@ -1,8 +1,8 @@
 """Time shift: none, the variance rule at its best, searched constant offsets; DEIS bases.
 
-    python -m fewstep.experiments.bench_shift shift --model digits --nfe 5 10
-    python -m fewstep.experiments.bench_shift deis --model digits --nfe 5 8 10
-    python -m fewstep.experiments.bench_shift basis --model digits --nfe 5 8 10
+    python -m fewstep.experiments.benchmarks.shift shift --model digits --nfe 5 10
+    python -m fewstep.experiments.benchmarks.shift deis --model digits --nfe 5 8 10
+    python -m fewstep.experiments.benchmarks.shift basis --model digits --nfe 5 8 10
 
 Mean squared error of the end point per element on fresh TEST noise, against a teacher of many
 calls; the rule's window, cutoff, semantics and data variance are chosen on TUNE noise over a grid,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.experiments.explain import Loaded
+from fewstep.experiments.cli.explain import Loaded
 from fewstep.samplers import AnyProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig

@@ -1,6 +1,6 @@
 """Candidates per second: one by one, as one batch, as one batch with shared prefixes.
 
-    python -m fewstep.experiments.bench_throughput [--model digits galaxy] [--repeats 5]
+    python -m fewstep.experiments.benchmarks.throughput [--model digits galaxy] [--repeats 5]
 
 The three ways take turns in one run and CPU time is counted, so that a busy machine disturbs all
 alike; medians of the repeats and their ratios are printed, with the share of network calls that

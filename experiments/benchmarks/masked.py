@@ -1,8 +1,8 @@
 """Masked diffusion, measured: first hitting against ancestral sampling, and the precision fault.
 
-    python -m fewstep.experiments.bench_masked time                     # the molecule model
-    python -m fewstep.experiments.bench_masked time --vocabulary 50257  # a stand-in network
-    python -m fewstep.experiments.bench_masked precision
+    python -m fewstep.experiments.benchmarks.masked time                     # the molecule model
+    python -m fewstep.experiments.benchmarks.masked time --vocabulary 50257  # a stand-in network
+    python -m fewstep.experiments.benchmarks.masked precision
 
 `time` runs, one after the other on the same network, batch and machine: first hitting token by
 token; ancestral sampling with the network asked at every step; the same cached (asked only after

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.experiments.usf import from_usf
+from fewstep.experiments.cli.usf import from_usf
 from fewstep.space import OdeSchedule, ScheduleError, StudyError
 
 # What the released files say nothing of: each family's noise schedule, from its sampler code.

@@ -1,6 +1,6 @@
 """What the loop costs beside the network: total time over time inside the network, in one run.
 
-    python -m fewstep.experiments.bench_executor [--model galaxy|digits] [--batch 64] [--nfe 8]
+    python -m fewstep.experiments.benchmarks.executor [--model galaxy] [--batch 64] [--nfe 8]
 
 Each repetition samples once with our loop and once with each of diffusers' UniPC and DPM-Solver++
 schedulers, one thread, the same network and batch. The network's own time is taken around each
@@ -82,7 +82,7 @@ def measure(run: Callable[[], Tensor], net: Timed) -> tuple[float, float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Print the table; returns the median ratio by name."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.experiments.bench_executor")
+    parser = argparse.ArgumentParser(prog="python -m fewstep.experiments.benchmarks.executor")
     parser.add_argument("--model", choices=("galaxy", "digits"), default="galaxy")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--nfe", type=int, default=8)

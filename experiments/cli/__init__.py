@@ -1,0 +1,1 @@
+"""The commands of `fewstep`, one file each for what they do."""

@@ -1,0 +1,83 @@
+"""The command that searches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.experiments.cli.app import Settings, app, console
+from fewstep.space.errors import StudyError
+
+
+@app.command(
+    epilog="Example:  fewstep search experiments/studies/digits.toml --out runs/demo "
+    "--set search.samples=128"
+)
+def search(
+    study: Annotated[
+        Path, typer.Argument(help="Study file (TOML).", metavar="STUDY.toml", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for what the search leaves; default runs/NAME.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Settings = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", help="Short for --set search.strategy=NAME.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard the search in --out.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="Ray cluster to use: auto, host:port or ray://host:port.",
+            show_default=False,
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the closing table only.")
+    ] = False,
+) -> None:
+    """Find schedules for the model of a study, and the evidence that they are better."""
+    from fewstep.search.config import load_study
+
+    overrides = list(settings or [])
+    if strategy is not None:
+        overrides.append(f"search.strategy={strategy}")
+    config = load_study(study, overrides)
+    if resume and overwrite:
+        raise StudyError("--resume and --overwrite contradict each other: give one")
+    from fewstep.experiments.cli import explain
+    from fewstep.search import run
+    from fewstep.search.display import Silent, Terminal, duration
+
+    folder = out or Path("runs") / config.name
+    display = Silent() if quiet else Terminal()
+    outcome = run.search(
+        config, folder, resume=resume, overwrite=overwrite, address=address, display=display
+    )
+    screen = console()
+    closing = explain.closing(outcome.rows, outcome.objective, folder, named=not quiet)
+    screen.print(*closing, sep="\n", highlight=False)
+    each = len(config.search.guidance or ()) > 1
+    where = f"in {outcome.out}{' and its folder of each scale' if each else ''}"
+    screen.print(
+        f"{duration(outcome.seconds)}; schedules, pictures and report.html are {where}",
+        highlight=False,
+        soft_wrap=True,
+    )

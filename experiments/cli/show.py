@@ -1,0 +1,172 @@
+"""Commands that look at schedule files: show, lint, compare, report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.experiments.cli.app import Settings, app, console
+from fewstep.space.errors import FewstepError, StudyError
+
+
+@app.command(epilog="Example:  fewstep show runs/demo/schedules/nfe05.json")
+def show(
+    file: Annotated[
+        Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)
+    ],
+) -> None:
+    """Explain a schedule step by step; neutral values are greyed."""
+    from fewstep.experiments.cli import explain
+    from fewstep.space import load_schedule
+
+    schedule = load_schedule(file)
+    screen = console()
+    for line in explain.headline(schedule):
+        screen.print(line, highlight=False, soft_wrap=True)
+    screen.print(explain.steps_table(schedule))
+
+
+@app.command(epilog="Example:  fewstep lint runs/demo/schedules/*.json")
+def lint(
+    files: Annotated[
+        list[Path], typer.Argument(help="Schedule files.", metavar="FILE...", show_default=False)
+    ],
+) -> None:
+    """Check schedule files: what they say, and that their programs are what they say."""
+    from fewstep.experiments.cli import explain
+    from fewstep.space import load_schedule
+
+    wrong = 0
+    for file in files:
+        try:
+            schedule = load_schedule(file)
+        except FewstepError as error:
+            wrong += 1
+            print(f"fewstep: error: {error}", file=sys.stderr)
+        else:
+            print(f"{file}: ok, {schedule.kind}, {schedule.nfe} calls")
+            for note in explain.missing(schedule):
+                print(f"{file}: note: {note}")
+    if wrong:
+        raise typer.Exit(2)
+
+
+@app.command(
+    epilog="Example:  fewstep compare runs/demo/schedules/nfe05.json ipndm3.json "
+    "--study experiments/studies/digits.toml"
+)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Schedule file.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Schedule file.", metavar="B")],
+    study: Annotated[
+        Path | None,
+        typer.Option("--study", help="Also score both with this study's model."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=2, help="Samples to score on.")
+    ] = 256,
+    settings: Settings = None,
+) -> None:
+    """Say what differs between two schedules and, with a study, how their scores compare."""
+    from fewstep.experiments.cli import explain
+    from fewstep.space import load_schedule
+
+    a, b = load_schedule(first), load_schedule(second)
+    lines = explain.differences(a, b)
+    for line in lines or ["the same sampler"]:
+        print(line)
+    if study is None:
+        return
+    import tempfile
+
+    from rich.table import Table
+
+    from fewstep.experiments.cli.drawing import compare_scores
+    from fewstep.search.config import load_study
+
+    config = load_study(study, settings or [])
+    with tempfile.TemporaryDirectory() as cache:
+        rows = compare_scores([(str(first), a), (str(second), b)], config, samples, Path(cache))
+    table = Table(title=f"{rows[0].objective}, {samples} samples, same noise")
+    for head in ("schedule", "NFE", "mean", "median", "ratio to A", "95%"):
+        table.add_column(head, no_wrap=True)
+    for row in rows:
+        median = "–" if row.median is None else f"{row.median:.4g}"
+        low, high = row.interval
+        cells = (row.name, str(row.nfe), f"{row.score:.4g}", median, f"{row.ratio:.3f}")
+        table.add_row(*cells, f"{low:.3f}–{high:.3f}")
+    console().print(table)
+
+
+@app.command(
+    epilog="Examples:  fewstep report runs/demo   |   "
+    "fewstep report nfe05.json --study experiments/studies/digits.toml"
+)
+def report(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a search, or a schedule file.", metavar="DIR|FILE", show_default=False
+        ),
+    ],
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            help="Study file: for a schedule file; for a folder whose model's module lies beside "
+            "the study file.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=2, help="Fresh samples of each score.")
+    ] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="PNG to write; default decisions.png, in the folder.",
+            show_default=False,
+        ),
+    ] = None,
+    mattered: Annotated[
+        bool, typer.Option("--decisions/--no-decisions", help="Score decisions, or only tables.")
+    ] = True,
+    settings: Settings = None,
+) -> None:
+    """Say what a search found, and which decisions of its schedules mattered at which step."""
+    from fewstep.experiments.cli import explain, reporting
+    from fewstep.search import decisions
+    from fewstep.search.display import Terminal
+
+    if out is not None and out.is_dir():
+        raise StudyError(f"--out {out} is a folder: name a PNG file")
+    screen = console()
+    folder = what if not what.is_file() else None
+    if folder is None:
+        found = reporting.of_file(what, study, settings or [], samples, Terminal())
+    else:
+        if settings:
+            raise StudyError("--set goes with a schedule file: a search's settings are its own")
+        rows, objective = reporting.rows_of(folder)
+        screen.print(*explain.closing(rows, objective, folder), sep="\n", highlight=False)
+        if not mattered:
+            return
+        if len({row.guidance for row in rows}) > 1:
+            print(f"which decisions mattered: fewstep report {folder}/w{rows[-1].guidance:g}")
+            return
+        found = reporting.of_folder(folder, rows, study, samples, Terminal())
+        if not found:
+            return
+    for explained in found:
+        screen.print(decisions.decisions_table(explained))
+    picture = decisions.decisions_picture(out or (folder or Path()) / "decisions.png", found)
+    if folder is not None:
+        decisions.add_section(folder / "report.html", found, picture)
+    for explained in found:
+        for line in decisions.words(explained):
+            screen.print(line, highlight=False, soft_wrap=True)
+    screen.print(str(picture), highlight=False, soft_wrap=True)
