@@ -12,6 +12,7 @@ in pieces; candidates only share the starting noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -349,18 +350,22 @@ def advance_row(
     return y
 
 
-def threshold(D: Tensor, quantile: float = 0.995, minimum: float = 1.0) -> Tensor:
+def threshold(
+    D: Tensor, quantile: float = 0.995, minimum: float = 1.0, maximum: float = math.inf
+) -> Tensor:
     """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487), or plain clipping.
 
-    Clips each sample at its |D| quantile (at least `minimum`), then scales the clip to `minimum`.
+    Clips each sample at its |D| quantile (`minimum` to `maximum`), then scales the clip to
+    `minimum`.
 
     Args:
         D: data predictions, shape (B, *shape).
         quantile: share of |D| below the clip, over one sample; 0 clips all at `minimum`.
         minimum: the clip is at least this.
+        maximum: the clip is at most this.
     """
     if quantile == 0:
         return D.clamp(-minimum, minimum)
-    clip = torch.quantile(D.abs().flatten(1), quantile, dim=1).clamp(min=minimum)
+    clip = torch.quantile(D.abs().flatten(1), quantile, dim=1).clamp(min=minimum, max=maximum)
     s = bcast(clip, D)
     return D.clamp(-s, s) * (minimum / s)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from fewstep.space.betas import BETAS, log_alpha_of, named_betas
 from fewstep.space.errors import ScheduleError
 
 __all__ = [
@@ -240,13 +241,13 @@ class VPDiscrete(_VP):
     published schedules end there.
 
     Args:
-        betas: "linear" or "scaled_linear" (squares of a linspace of roots), or the N betas
-            themselves.
+        betas: a name of `space.betas.BETAS`, or the N betas themselves.
         beta_start: first beta of a named schedule.
         beta_end: last beta of a named schedule.
         n: number of training steps of a named schedule.
         alphas_cumprod: the N products of (1 - beta), given instead of betas; strictly decreasing,
             within (0, 1).
+        zero_snr: the betas are rescaled to leave no signal at the last training step.
     """
 
     betas: str | tuple[float, ...] = "scaled_linear"
@@ -254,25 +255,20 @@ class VPDiscrete(_VP):
     beta_end: float = 0.012
     n: int = 1000
     alphas_cumprod: tuple[float, ...] | None = None
+    zero_snr: bool = False
     type: ClassVar[str] = "vp_discrete"
 
     def __post_init__(self) -> None:
-        if (
-            self.alphas_cumprod is None
-            and isinstance(self.betas, str)
-            and self.betas not in ("linear", "scaled_linear")
-        ):
+        named = self.alphas_cumprod is None and isinstance(self.betas, str)
+        if named and self.betas not in BETAS:
             raise ScheduleError(
-                f"noise.betas {self.betas!r}: give 'linear', 'scaled_linear' or the list of betas"
+                f"noise.betas {self.betas!r}: give one of {', '.join(BETAS)}, or the list of betas"
             )
         table = self.table
         if len(table) < 2:
             raise ScheduleError("noise.n: a discrete schedule needs at least 2 training steps")
-        if (
-            not bool(torch.isfinite(table).all())
-            or bool((table.diff() >= 0).any())
-            or float(table[0]) >= 0
-        ):
+        finite = bool(torch.isfinite(table).all())
+        if not finite or bool((table.diff() >= 0).any()) or float(table[0]) >= 0:
             raise ScheduleError(
                 "noise.alphas_cumprod must decrease strictly and lie within (0, 1): check betas"
             )
@@ -282,18 +278,11 @@ class VPDiscrete(_VP):
         """log alpha at the labels 0..N-1, float64."""
         if self.alphas_cumprod is not None:
             return 0.5 * torch.log(torch.tensor(self.alphas_cumprod, dtype=torch.float64))
-        if isinstance(self.betas, tuple):
-            betas = torch.tensor(self.betas, dtype=torch.float64)
-        elif self.betas == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, self.n, dtype=torch.float64)
+        if isinstance(self.betas, str):
+            betas = named_betas(self.betas, self.beta_start, self.beta_end, self.n)
         else:
-            betas = (
-                torch.linspace(
-                    self.beta_start**0.5, self.beta_end**0.5, self.n, dtype=torch.float64
-                )
-                ** 2
-            )
-        return 0.5 * torch.log(torch.cumprod(1 - betas, dim=0))
+            betas = torch.tensor(self.betas, dtype=torch.float64)
+        return log_alpha_of(betas, zero_snr=self.zero_snr)
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -333,14 +322,19 @@ class EDM:
     Args:
         sigma_max: first time, > sigma_min.
         sigma_min: last time of the named grids before an optional 0, > 0.
+        labels: what the network is told: "sigma"; "log", log(sigma)/4 as EDM's own networks are;
+            "atan", 2 atan(sigma)/pi.
     """
 
     sigma_max: float = 80.0
     sigma_min: float = 0.002
+    labels: str = "sigma"
     type: ClassVar[str] = "edm"
 
     def __post_init__(self) -> None:
         _check(self, self.sigma_max, self.sigma_min, positive=("sigma_min", "sigma_max"))
+        if self.labels not in ("sigma", "log", "atan"):
+            raise ScheduleError(f"noise.labels {self.labels!r}: use sigma, log or atan")
 
     @property
     def t_range(self) -> tuple[float, float]:
@@ -363,7 +357,9 @@ class EDM:
         return torch.exp(-lam)
 
     def label(self, t: Tensor) -> Tensor:
-        return t
+        if self.labels == "log":
+            return torch.log(t) / 4
+        return 2 * torch.atan(t) / math.pi if self.labels == "atan" else t
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), torch.ones_like(t)
@@ -452,7 +448,9 @@ def noise_from_dict(data: dict[str, Any]) -> NoiseSchedule:
                 f"{', '.join(sorted(known))}"
             )
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int | float | str):
+            if isinstance(number, bool) != (key == "zero_snr") or not isinstance(
+                number, int | float | str
+            ):
                 raise ScheduleError(f"noise.{key} holds {number!r}: numbers are needed")
     try:
         return cast(NoiseSchedule, cls(**values))
@@ -469,9 +467,13 @@ def noise_to_dict(noise: NoiseSchedule) -> dict[str, Any]:
     if isinstance(noise, VPDiscrete):  # keep only what the table depends on
         if noise.alphas_cumprod is not None:
             return {"type": noise.type, "alphas_cumprod": data["alphas_cumprod"]}
-        if not isinstance(noise.betas, str):
-            return {"type": noise.type, "betas": data["betas"]}
         del data["alphas_cumprod"]
+        if not isinstance(noise.betas, str):
+            data = {k: data[k] for k in ("type", "betas", "zero_snr")}
+        if not noise.zero_snr:
+            del data["zero_snr"]
+    if isinstance(noise, EDM) and noise.labels == "sigma":
+        del data["labels"]
     return data
 
 
