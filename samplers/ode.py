@@ -12,7 +12,6 @@ in pieces; candidates only share the starting noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from fewstep.samplers.denoiser import Cond, Denoiser, bcast
 from fewstep.samplers.shift import Shifter
 from fewstep.space.errors import ModelError, ScheduleError
+from fewstep.space.options import Threshold
 from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
@@ -47,8 +47,8 @@ def start(schedule: OdeSchedule | ProgramSchedule, z: Tensor) -> Tensor:
     """x_T from unit noise.
 
     Args:
-        schedule: the schedule to start; its first time sets the scale (1 for VP, sigma for EDM and
-            rectified flow).
+        schedule: the schedule to start; the time it starts from sets the scale (1 for VP, sigma
+            for EDM and rectified flow).
         z: standard normal, shape (B, *shape).
     """
     return start_scale(schedule) * z
@@ -56,7 +56,7 @@ def start(schedule: OdeSchedule | ProgramSchedule, z: Tensor) -> Tensor:
 
 def start_scale(schedule: OdeSchedule | ProgramSchedule) -> float:
     """Standard deviation of x_T."""
-    return schedule.noise.prior_scale(schedule.times[0])
+    return float(schedule.noise.prior_scale(schedule.start))
 
 
 @torch.no_grad()
@@ -287,7 +287,7 @@ class _Coefficients:
         graph = any(v.requires_grad for v in values.values()) or x.requires_grad
         single = lead is None and not (graph or torch.is_grad_enabled())
         self._rows = rows_of(program) if single else None
-        self.uses_m = bool((program.k != 0).any()) or bool((program.init[..., 1] != 0).any())
+        self.uses_m = program.uses_constant
 
     def noisy(self, c: int) -> bool:
         """Whether row c adds fresh noise."""
@@ -351,7 +351,10 @@ def advance_row(
 
 
 def threshold(
-    D: Tensor, quantile: float = 0.995, minimum: float = 1.0, maximum: float = math.inf
+    D: Tensor,
+    quantile: float = Threshold.quantile,
+    minimum: float = Threshold.minimum,
+    maximum: float = Threshold.maximum,
 ) -> Tensor:
     """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487), or plain clipping.
 

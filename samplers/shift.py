@@ -24,106 +24,39 @@ two of the five that exist, the others are upstream defects.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-
 import torch
 from torch import Tensor
 
 from fewstep.space.coefficients import TABLEAUS
 from fewstep.space.errors import ScheduleError
+from fewstep.space.options import VarianceRule
 from fewstep.space.program import Program, compile
 from fewstep.space.schedule import OdeSchedule
 
-SEMANTICS = ("paper", "pnm")
 
+def select(rule: VarianceRule, schedule: OdeSchedule, x: Tensor, centre: float) -> Tensor | float:
+    """The shift in model time chosen for states x (B, *shape) around time `centre`.
 
-@dataclass(frozen=True)
-class VarianceRule:
-    """The option `options["time_shift"]` of a schedule.
-
-    Args:
-        rule: "variance", the only one.
-        window: half-width in training steps, an integer >= 0; 0 is off.
-        cutoff: no shift at or below this time, in model time.
-        semantics: "paper" or "pnm" (module docstring).
-        per: one shift per "image", or per "batch" from the mean variance.
-        data_variance: v, the variance of the data per pixel, >= 0; 0 is the published rule.
+    Returns:
+        (B,) float64 on the CPU; a number with per = "batch", and where all choose the centre.
     """
-
-    window: int
-    cutoff: float
-    semantics: str = "paper"
-    per: str = "image"
-    data_variance: float = 0.0
-    rule: str = "variance"
-
-    def __post_init__(self) -> None:
-        for ok, message in (
-            (self.rule == "variance", f"rule {self.rule!r} is unknown: use 'variance'"),
-            (_number(self.cutoff), f"cutoff {self.cutoff!r} must be a time"),
-            (
-                isinstance(self.window, int) and 0 <= self.window,
-                f"window {self.window!r} must be a whole number of training steps, 0 or more",
-            ),
-            (
-                self.semantics in SEMANTICS,
-                f"semantics {self.semantics!r} is unknown: use one of {', '.join(SEMANTICS)}",
-            ),
-            (self.per in ("image", "batch"), f"per {self.per!r} must be 'image' or 'batch'"),
-            (
-                _number(self.data_variance) and self.data_variance >= 0,
-                f"data_variance {self.data_variance!r} must be 0 or more",
-            ),
-        ):
-            if not ok:
-                raise ScheduleError(f"options.time_shift.{message}")
-
-    @classmethod
-    def of(cls, schedule: OdeSchedule) -> VarianceRule:
-        """The rule of a schedule that has one.
-
-        Raises:
-            ScheduleError: a missing, unknown or impossible setting; it is named.
-        """
-        option = schedule.options["time_shift"]
-        if not isinstance(option, Mapping):
-            raise ScheduleError(f"options.time_shift {option!r}: an object is needed")
-        known = [f.name for f in fields(cls)]
-        for name in option:
-            if name not in known:
-                raise ScheduleError(
-                    f"options.time_shift.{name} is unknown: use {', '.join(known)}"
-                )
-        for name in ("rule", "window", "cutoff"):
-            if name not in option:
-                raise ScheduleError(f"options.time_shift.{name} is missing")
-        return cls(**option)
-
-    def select(self, schedule: OdeSchedule, x: Tensor, centre: float) -> Tensor | float:
-        """The shift in model time chosen for states x (B, *shape) around time `centre`.
-
-        Returns:
-            (B,) float64 on the CPU; a number with per = "batch", and where all choose the centre.
-        """
-        noise = schedule.noise
-        high, low = noise.t_range
-        steps = torch.arange(-self.window, self.window + 1, dtype=torch.float64)
-        t = centre + steps * training_step(schedule)
-        inside = (t >= min(low, centre)) & (t <= high)
-        t, steps = t[inside], steps[inside]
-        table = noise.sigma(t) ** 2 + self.data_variance * noise.alpha(t) ** 2
-        variance = x.to(torch.float64).flatten(1).var(dim=1).cpu()
-        if self.per == "batch":
-            variance = variance.mean()
-        gap = (variance[..., None] - table) ** 2
-        # numpy's argmin is the first minimum by definition
-        best = torch.from_numpy(gap.numpy().argmin(-1, keepdims=True)).squeeze(-1)
-        if bool((steps[best] == 0).all()):
-            return 0.0
-        shift = t[best] - centre
-        return float(shift) if self.per == "batch" else shift
+    noise = schedule.noise
+    high, low = noise.t_range
+    steps = torch.arange(-rule.window, rule.window + 1, dtype=torch.float64)
+    t = centre + steps * training_step(schedule)
+    inside = (t >= min(low, centre)) & (t <= high)
+    t, steps = t[inside], steps[inside]
+    table = noise.sigma(t) ** 2 + rule.data_variance * noise.alpha(t) ** 2
+    variance = x.to(torch.float64).flatten(1).var(dim=1).cpu()
+    if rule.per == "batch":
+        variance = variance.mean()
+    gap = (variance[..., None] - table) ** 2
+    # numpy's argmin is the first minimum by definition
+    best = torch.from_numpy(gap.numpy().argmin(-1, keepdims=True)).squeeze(-1)
+    if bool((steps[best] == 0).all()):
+        return 0.0
+    shift = t[best] - centre
+    return float(shift) if rule.per == "batch" else shift
 
 
 def training_step(schedule: OdeSchedule) -> float:
@@ -159,7 +92,7 @@ class Shifter:
     """The shifts chosen so far, and the program they compile to."""
 
     def __init__(self, schedule: OdeSchedule) -> None:
-        self.schedule, self.rule = schedule, VarianceRule.of(schedule)
+        self.schedule, self.rule = schedule, VarianceRule.of(schedule.options)
         self.program: Program = schedule.program
         training_step(schedule)  # refused before the first call
         self._step_of = main_calls(schedule)
@@ -181,7 +114,7 @@ class Shifter:
         deciding, centre = (times[i - 1], times[i]) if paper else (times[i + 1], times[i + 1])
         if deciding <= self.rule.cutoff or not bool(torch.isfinite(x).all()):
             return self.program  # of a state that is not finite the loop tells
-        shift = self.rule.select(self.schedule, x, centre)
+        shift = select(self.rule, self.schedule, x, centre)
         if isinstance(shift, float) and shift == 0.0:
             return self.program
         for values in self._shifts.values():
@@ -193,7 +126,3 @@ class Shifter:
                 f"the time shift of step {i} has no program ({error}): use a smaller window"
             ) from None
         return self.program
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fewstep.space.errors import ScheduleError
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import FORMAT, LOADERS, VERSION
@@ -20,8 +22,8 @@ def load_schedule(source: str | os.PathLike[str] | dict[str, Any]) -> Any:
         source: path or dict.
 
     Returns:
-        An `OdeSchedule` (kind "ode"), a `ProgramSchedule` (a file with only a program), or what
-        `LOADERS` holds for its kind.
+        An `OdeSchedule` (kind "ode"), a `ProgramSchedule` (a file with a program and no steps), or
+        what `LOADERS` holds for its kind; with the constant image that lies beside the file.
 
     Raises:
         ScheduleError: not JSON, another format, an unknown version, NaN, or choices that make no
@@ -48,11 +50,25 @@ def load_schedule(source: str | os.PathLike[str] | dict[str, Any]) -> Any:
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
     beside = path.with_suffix(".safetensors")
-    if getattr(schedule, "first", None) == "mean" and beside.exists():
-        from safetensors.torch import load_file
-
-        return schedule.with_constant(load_file(beside)["constant"])
+    if getattr(schedule, "uses_constant", False) and beside.exists():
+        try:
+            return schedule.with_constant(_image(beside))
+        except ScheduleError as error:
+            raise ScheduleError(f"{beside}: {error}") from None
     return schedule
+
+
+def _image(path: Path) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ScheduleError(f"the constant image cannot be read ({error})") from None
+    if set(found) != {"constant"}:
+        raise ScheduleError(f"holds {sorted(found)}: one tensor named 'constant' is needed")
+    return found["constant"]
 
 
 def _no_constant(name: str) -> float:
@@ -85,12 +101,12 @@ def save_schedule(schedule: Any, path: str | os.PathLike[str]) -> Path:
     text = json.dumps(schedule.to_dict(), indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     constant = getattr(schedule, "constant", None)
-    if constant is not None:
+    if constant is not None and schedule.uses_constant:
         from safetensors.torch import save_file
 
         _replace(
             path.with_suffix(".safetensors"),
-            lambda p: save_file({"constant": constant.contiguous()}, p),
+            lambda p: save_file({"constant": constant.detach().contiguous()}, p),
         )
     _replace(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
     return path

@@ -1,45 +1,61 @@
 """More calls, the same samples: calls added to a schedule with weight 0.
 
-A step that takes the state from s to t with a mix F of outputs is two steps with the same F, from
-s to a level u between and from u to t, since
+In a program the new call is asked at a mix of the states around it,
 
-    Psi(s -> t; F) = Psi(u -> t; F) Psi(s -> u; F)
+    y' = A y_i + B y_{i+1},    A alpha_i + B alpha_{i+1} = alpha',
+                               A sigma_i + B sigma_{i+1} = sigma'
 
-for every formulation: F counts as constant within a step. The network is asked at u as well, and
-its answer gets weight 0 there and in all later steps. What was fitted stays as it is, and a fit
-that starts from here has only to find what the new call is good for.
+which for first-order steps is where the trajectory passes the new level. With row i written as
+y_{i+1} = r y_i + f, f the part without the state, the two rows
+
+    y' = (A + B r) y_i + B f,     y_{i+1} = r / (A + B r) y' + A / (A + B r) f
+
+give y_{i+1} again. The new output gets weight 0 in all later rows. What was fitted stays as it
+is, and a fit that starts from here has only to find what the new call is good for.
+
+In steps the same is two steps with the same mix F of outputs, from s to a level u between and from
+u to t, since Psi(s -> t; F) = Psi(u -> t; F) Psi(s -> u; F) for every formulation.
 """
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
+from torch import Tensor
 
 from fewstep.space.coefficients import first, step_weights
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
+from fewstep.space.program import Program, ProgramSchedule, at_times
 from fewstep.space.schedule import OdeSchedule, StepSpec
 from fewstep.space.solve import Choices
 
 __all__ = ["grown"]
 
 
-def grown(schedule: OdeSchedule, nfe: int) -> OdeSchedule:
+@overload
+def grown(schedule: OdeSchedule, nfe: int) -> OdeSchedule: ...
+@overload
+def grown(schedule: ProgramSchedule, nfe: int) -> ProgramSchedule: ...
+def grown(schedule: OdeSchedule | ProgramSchedule, nfe: int) -> OdeSchedule | ProgramSchedule:
     """A schedule of `nfe` calls that gives the samples of one of fewer calls.
 
     A call is added between the two middle queries, in the middle of their lam, several are spread
     evenly among all: where queries are as good as they can be, the others then have least to move.
 
     Args:
-        schedule: plain steps, whatever their order, basis, shifts and extra weights.
+        schedule: any program, or plain steps, whatever their order, basis, shifts and extra
+            weights. `ProgramSchedule.of` makes a program of any other steps.
         nfe: network calls of the result, at least as many as the schedule's.
 
     Returns:
         The schedule with its orders written out as extra weights; itself if nothing is to add.
 
     Raises:
-        ScheduleError: fewer calls than the schedule has, the time shift as an option, or a step
-            that does more than mix outputs (a corrector, a tableau, compensation, a start further
-            back, fresh noise).
+        ScheduleError: fewer calls than the schedule has, the time shift as an option, fresh noise,
+            or a step that does more than mix outputs (a corrector, a tableau, compensation, a
+            start further back).
     """
     if nfe < schedule.nfe:
         raise ScheduleError(f"grown: the schedule makes {schedule.nfe} calls, more than {nfe}")
@@ -48,12 +64,66 @@ def grown(schedule: OdeSchedule, nfe: int) -> OdeSchedule:
             "grown: options.time_shift moves levels while sampling, so that no call can be added "
             "without changing the samples"
         )
-    more, gaps = nfe - schedule.nfe, max(1, schedule.n_steps - 1)
-    if more:
-        schedule = _written_out(schedule)
-    for k in reversed(range(more)):
-        schedule = _one_more(schedule, int((k + 0.5) * gaps / more))
+    more = nfe - schedule.nfe
+    if more == 0:
+        return schedule
+    if isinstance(schedule, ProgramSchedule):
+        if schedule.program.stochastic:
+            raise ScheduleError("grown: the program adds fresh noise: no call can be added")
+        program = schedule.program
+        for at in _gaps(more, program.nfe):
+            program = _one_more_call(program, schedule.noise, at, schedule.end)
+        return schedule.model_copy(update={"program": program})
+    schedule = _written_out(schedule)
+    for at in _gaps(more, schedule.n_steps):
+        schedule = _one_more(schedule, at)
     return schedule
+
+
+def _gaps(more: int, points: int) -> list[int]:
+    """Where to add `more` points among `points`: the gaps after these, the last one first."""
+    gaps = max(1, points - 1)
+    return [int((k + 0.5) * gaps / more) for k in reversed(range(more))]
+
+
+def _one_more_call(program: Program, noise: NoiseSchedule, at: int, end: float) -> Program:
+    """One call more, between calls `at` and `at` + 1; of a single call, between it and the end."""
+    ends = torch.tensor([*program.t.tolist(), end], dtype=torch.float64)[at : at + 2]
+    between = noise.t_of_lam(finite_lam(noise, ends).mean())
+    (alpha, alpha_next), (sigma, sigma_next) = noise.alpha(ends), noise.sigma(ends)
+    whole = alpha * sigma_next - alpha_next * sigma
+    a, b = torch.zeros_like(whole), torch.ones_like(whole)  # both calls at one level: y' = y_{i+1}
+    if bool(whole != 0):
+        a = (noise.alpha(between) * sigma_next - alpha_next * noise.sigma(between)) / whole
+        b = (alpha * noise.sigma(between) - noise.alpha(between) * sigma) / whole
+    r = program.r[at]
+    kept = a + b * r
+    share = torch.ones_like(kept) if bool(r == 0) else a / kept
+
+    def rows(old: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        return torch.cat([old[:at], before[None], after[None], old[at + 1 :]])
+
+    def split(old: Tensor) -> Tensor:
+        return rows(old, b * old[at], share * old[at])
+
+    mixes = split(program.b)
+    unused = torch.zeros_like(mixes[:, :1])
+    grown = Program(
+        t=rows(program.t, program.t[at], between),
+        label=program.label,
+        alpha=program.alpha,
+        sigma=program.sigma,
+        init=program.init,
+        r=rows(program.r, kept, torch.zeros_like(r) if bool(r == 0) else r / kept),
+        e=split(program.e),
+        k=split(program.k),
+        b=torch.cat([mixes[:, : at + 1], unused, mixes[:, at + 1 :]], dim=1),
+        g=split(program.g),
+        guidance=None
+        if program.guidance is None
+        else rows(program.guidance, program.guidance[at], program.guidance[at]),
+    )
+    return at_times(grown, noise, grown.t)
 
 
 def _written_out(schedule: OdeSchedule) -> OdeSchedule:

@@ -15,17 +15,26 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
+from fewstep.space.base import (
+    FORMAT,
+    VERSION,
+    Replayable,
+    need,
+    require_nfe,
+    require_within,
+)
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
-from fewstep.space.schedule import FORMAT, VERSION, OdeSchedule
+from fewstep.space.schedule import OdeSchedule
 from fewstep.space.solve import Choices, Number, Tape, solve
 
 _TINY = 1e-13  # a coefficient below this is rounding, and is stored as 0
@@ -71,6 +80,23 @@ class Program:
         """True if any row adds noise."""
         return bool((self.g != 0).any())
 
+    @property
+    def uses_constant(self) -> bool:
+        """True if any row, or the start, has a weight for the constant image."""
+        return bool((self.k != 0).any() or (self.init[..., 1] != 0).any())
+
+    def __eq__(self, other: object) -> bool:
+        """The same numbers, bit for bit."""
+        if not isinstance(other, Program):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(
+            a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b)
+            for a, b in pairs
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     @cached_property
     def digest(self) -> str:
         """Hash over the numbers, 12 significant digits, |x| < 1e-13 taken as 0."""
@@ -99,6 +125,8 @@ class Program:
             ScheduleError: a missing field, a wrong length or a number that is not finite; the
                 field is named.
         """
+        if not isinstance(data, Mapping):
+            raise ScheduleError(f"program is {data!r}: an object is needed")
         size = len(data["t"]) if isinstance(data.get("t"), list) else 0
         values: dict[str, Tensor] = {}
         for name in ("t", "label", "alpha", "sigma", "init", "r", "e", "k"):
@@ -266,15 +294,70 @@ def stack(programs: Sequence[Program]) -> Program:
     return Program(**parts)
 
 
-@dataclass(frozen=True, eq=False)
-class ProgramSchedule:
-    """A file with only a program: it can be replayed and compared, not edited or explained."""
+class ProgramSchedule(Replayable):
+    """A fitted program: a schedule that is its numbers, without steps.
 
+    Args:
+        noise: the noise schedule of the program's times (a `NoiseSchedule` or its JSON form).
+        program: the numbers; its alpha, sigma and label are the noise schedule's at its times.
+        start: the time x_T belongs to [the first query's]; x_T = prior_scale(start) * unit noise.
+        end: the time the sample belongs to [clean data].
+        options: run-time options; the time shift needs steps.
+        provenance: where it comes from, such as the schedule a fit started from; free JSON.
+    """
+
+    kind: Literal["ode"] = "ode"
     program: Program
-    noise: NoiseSchedule
-    options: dict[str, Any]
-    provenance: dict[str, Any]
-    kind: str = "ode"
+    start: float
+    end: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ends(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The neutral values of `start` and `end`, which follow from the other fields."""
+        noise, program = data.get("noise"), data.get("program")
+        noise = noise_from_dict(noise) if isinstance(noise, dict) else noise
+        if isinstance(noise, NoiseSchedule) and isinstance(program, Program):
+            ends = {"start": float(program.t[..., 0].max()), "end": noise.t_data}
+            data = ends | {k: v for k, v in data.items() if k not in ends or v is not None}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        program, t = self.program, self.program.t
+        need(t.ndim == 1, "program: one program is needed, not several stacked ones")
+        require_within(self.noise, {"start": self.start, "end": self.end})
+        need(self.end < self.start, f"end {self.end} is not below start {self.start}")
+        need(bool((program.sigma > 0).all()), "program.sigma must be positive at every call")
+        told = at_times(program, self.noise, t)
+        for name in ("alpha", "sigma", "label"):
+            a, b = getattr(program, name), getattr(told, name)
+            need(
+                bool(((a - b).abs() <= 1e-9 * (1 + b.abs())).all()),
+                f"program.{name} is not the noise schedule's at program.t",
+            )
+        need(
+            "time_shift" not in self.options,
+            "options.time_shift moves the levels of steps: a program without steps has none",
+        )
+        return self
+
+    @classmethod
+    def of(cls, schedule: Replayable) -> ProgramSchedule:
+        """The same sampler without its steps; a program schedule is itself."""
+        if isinstance(schedule, ProgramSchedule):
+            return schedule
+        if not isinstance(schedule, OdeSchedule):
+            raise ScheduleError(f"{type(schedule).__name__} has no program")
+        made = cls(
+            noise=schedule.noise,
+            program=schedule.program,
+            start=schedule.start,
+            end=schedule.end,
+            options=schedule.options,
+            provenance=schedule.provenance,
+        )
+        return made if schedule.constant is None else made.with_constant(schedule.constant)
 
     @property
     def nfe(self) -> int:
@@ -286,26 +369,66 @@ class ProgramSchedule:
         """The query times."""
         return tuple(self.program.t.tolist())
 
-    @property
-    def digest(self) -> str:
-        """Hash of the sampler: program, noise schedule, options."""
-        return sampler_digest(self.program, self.noise, self.options)
+    def tail(self, k: int) -> ProgramSchedule:
+        """The program from call k on, for a start in the middle (image to image).
 
-    @property
-    def constant(self) -> Tensor | None:
-        """No constant image."""
-        return None
+        Its x_T is a state y at the time of call k. What was known before is folded into the rows:
+        older outputs D_j (j < k) and the constant image are taken to be D_k, and the old x_T and
+        the state that the rows before lead to have the noise that D_k implies,
+
+            eps = (y - alpha_k D_k) / sigma_k
+            x_T = alpha_start D_k + sigma_start eps
+            y_k = (p_k alpha_start + k_k + sum_j W_kj) D_k + q_k eps
+
+        where y_k = p_k x_T + k_k m + sum_j W_kj D_j is that state written out and q_k its noise,
+        sigma_start p_k, or with fresh noise the root of the sum of squares. y_k is y itself where
+        the state lies at the level of the query, as that of a named solver does. Where all
+        outputs (and the image) are one constant, the samples are those of the whole program.
+
+        Args:
+            k: a call, 0..nfe - 1; 0 is the schedule itself.
+
+        Raises:
+            ScheduleError: k is no call.
+        """
+        program = self.program
+        need(0 <= k < self.nfe, f"call {k} is not one of {self.nfe}")
+        if k == 0:
+            return self
+        start = torch.tensor(self.start, dtype=torch.float64)
+        alpha_start, sigma_start = self.noise.alpha(start), self.noise.sigma(start)
+        alpha, sigma = program.alpha[k], program.sigma[k]
+        p, rest, fresh = written_out(program)
+        noise = torch.hypot(sigma_start * p[k], torch.linalg.vector_norm(fresh[k]))
+        noise = torch.copysign(noise, p[k])
+        here = p[k] * alpha_start + rest[k].sum()
+        r, b = program.r[k:].clone(), program.b[k:, k:].clone()
+        b[:, 0] += program.e[k:] * (alpha_start - alpha * sigma_start / sigma)
+        b[:, 0] += program.k[k:] + program.b[k:, :k].sum(-1)
+        b[0, 0] += r[0] * (here - alpha * noise / sigma)
+        r[0] = r[0] * noise / sigma
+        cut = {name: getattr(program, name)[k:] for name in ("t", "label", "alpha", "sigma", "g")}
+        folded = Program(
+            **cut,
+            init=torch.tensor([1.0, 0.0], dtype=torch.float64),
+            r=r,
+            e=program.e[k:] * sigma_start / sigma,
+            k=torch.zeros_like(program.k[k:]),
+            b=b,
+            guidance=None if program.guidance is None else program.guidance[k:],
+        )
+        return self.model_copy(update={"program": folded, "start": float(program.t[k])})
 
     def to_dict(self) -> dict[str, Any]:
         """The file form."""
-        head = {
+        return {
             "format": FORMAT,
             "version": VERSION,
             "kind": self.kind,
             "nfe": self.nfe,
             "noise": noise_to_dict(self.noise),
-        }
-        return head | {
+            "start": self.start,
+            "end": self.end,
             "options": self.options,
             "program": self.program.to_dict(),
             "provenance": self.provenance,
@@ -314,21 +437,34 @@ class ProgramSchedule:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ProgramSchedule:
         """Read the file form."""
-        if "noise" not in data:
-            raise ScheduleError("noise is missing from the schedule file")
-        noise = noise_from_dict(data["noise"])
-        return cls(
-            Program.from_dict(data["program"]),
-            noise,
-            dict(data.get("options") or {}),
-            dict(data.get("provenance") or {}),
-        )
+        need("noise" in data, "noise is missing from the schedule file")
+        body = {k: v for k, v in data.items() if k not in ("format", "version", "nfe")}
+        made = cls(**body | {"program": Program.from_dict(data["program"])})
+        if "nfe" in data:
+            require_nfe(data["nfe"], made.nfe, "program")
+        return made
 
 
-def sampler_digest(program: Program, noise: NoiseSchedule, options: Mapping[str, Any]) -> str:
-    """Hash of everything that decides a sample: equal digests are equal samplers."""
-    text = json.dumps([program.digest, noise_to_dict(noise), dict(options)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+def written_out(program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    """Every state without the states before it: y_c = p_c x_T + (k_c, W_c) (m, D) + G_c noise.
+
+    Returns:
+        p (C+1,), the weights of x_T; (C+1, 1 + C), those of the image and the outputs; and
+        (C+1, C), those of the fresh noise; the last row is the sample.
+    """
+    unit = torch.eye(program.nfe, dtype=torch.float64)
+    p, fresh = [program.init[0]], [torch.zeros_like(program.b[0])]
+    rest = [torch.cat([program.init[1:], torch.zeros_like(program.b[0])])]
+    for c, r in enumerate(program.r):
+        p.append(r * p[-1] + program.e[c])
+        rest.append(r * rest[-1] + torch.cat([program.k[c : c + 1], program.b[c]]))
+        fresh.append(r * fresh[-1] + program.g[c] * unit[c])
+    return torch.stack(p), torch.stack(rest), torch.stack(fresh)
+
+
+def at_times(program: Program, noise: NoiseSchedule, t: Tensor) -> Program:
+    """A program that asks the network at other times: t, and label, alpha and sigma with it."""
+    return replace(program, t=t, label=noise.label(t), alpha=noise.alpha(t), sigma=noise.sigma(t))
 
 
 def _numbers(value: object, name: str, size: int) -> Tensor:

@@ -8,61 +8,29 @@ plain solver's bit for bit. Nothing that is loaded here can execute code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PrivateAttr,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
-from torch import Tensor
+from pydantic import model_validator
 
+from fewstep.space.base import FORMAT, VERSION, Frozen, Replayable, Timed, need, require_nfe
 from fewstep.space.coefficients import RELAXATIONS, TABLEAUS
 from fewstep.space.errors import ScheduleError
-from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
+from fewstep.space.noise import noise_to_dict
 
 if TYPE_CHECKING:
     from fewstep.space.program import Program
 
-FORMAT = "fewstep.schedule"
-VERSION = 1
-
-
-class Frozen(BaseModel):
-    """A pydantic value whose construction errors are one-line `ScheduleError`s."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
-    )
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ScheduleError(_first_line(error, type(self).__name__)) from None
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A validated copy with some fields changed; nothing computed before is kept."""
-        kept = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**kept | dict(update or {}))
-
-
-def _first_line(error: ValidationError, name: str) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ScheduleError):
-        return str(cause)
-    if first["type"] == "extra_forbidden":
-        return f"{where} is not a field of {name}: remove it or check the spelling"
-    return f"{where or name}: {first['msg']} (got {first['input']!r})"
+__all__ = [
+    "FORMAT",
+    "LOADERS",
+    "VERSION",
+    "Frozen",
+    "OdeSchedule",
+    "StepSpec",
+    "Timed",
+]
 
 
 class StepSpec(Frozen):
@@ -128,54 +96,52 @@ class StepSpec(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _need(1 <= self.order <= 4, f"order {self.order} is outside 1..4")
-        _need(self.start >= 0, f"start {self.start} must be 0 (newest) or more")
-        _need(0 <= self.eta <= 1, f"eta {self.eta} is outside 0..1")
+        need(1 <= self.order <= 4, f"order {self.order} is outside 1..4")
+        need(self.start >= 0, f"start {self.start} must be 0 (newest) or more")
+        need(0 <= self.eta <= 1, f"eta {self.eta} is outside 0..1")
         for name in (self.relaxation, self.corrector_relaxation):
-            _need(
+            need(
                 name in RELAXATIONS,
                 f"relaxation {name!r} is unknown: use one of {', '.join(RELAXATIONS)}",
             )
         if self.tableau is not None:
-            _need(
+            need(
                 self.tableau in TABLEAUS,
                 f"tableau {self.tableau!r} is unknown: use one of {', '.join(TABLEAUS)}",
             )
-            _need(
+            need(
                 self.order == 1 and self.corrector == "none",
                 "a tableau step takes order 1 and no corrector",
             )
-            _need(
+            need(
                 self.basis in ("lam", "rho", "t", "label"),
                 "a tableau step places its stages in basis lam, rho, t or label",
             )
-        _need(
+        need(
             self.basis != "label" or self.tableau is not None,
             "basis label places the stages of a tableau: use basis t",
         )
         if self.slope_points is not None:
-            _need(self.order > 1, "slope_points needs order 2 or more")
-            _need(
+            need(self.order > 1, "slope_points needs order 2 or more")
+            need(
                 1 <= self.slope_points < self.order,
                 f"slope_points {self.slope_points} must lie in 1..order-1",
             )
         if self.corrector_order is not None:
-            _need(self.corrector != "none", "corrector_order is given but corrector is none")
-            _need(
+            need(self.corrector != "none", "corrector_order is given but corrector is none")
+            need(
                 2 <= self.corrector_order <= 5,
                 f"corrector_order {self.corrector_order} is outside 2..5",
             )
         if self.corrector_slope_points is not None:
             top = self.points_corrector - 1
-            _need(
-                self.corrector != "none", "corrector_slope_points is given but corrector is none"
-            )
-            _need(
+            need(self.corrector != "none", "corrector_slope_points is given but corrector is none")
+            need(
                 1 <= self.corrector_slope_points <= top,
                 f"corrector_slope_points {self.corrector_slope_points} must lie in 1..{top}",
             )
-        _need(self.eta == 0 or self.corrector == "none", "a step with eta > 0 takes no corrector")
-        _need(self.basis != "power" or self.power > 0, f"power {self.power} must be positive")
+        need(self.eta == 0 or self.corrector == "none", "a step with eta > 0 takes no corrector")
+        need(self.basis != "power" or self.power > 0, f"power {self.power} must be positive")
         return self
 
     @property
@@ -201,58 +167,7 @@ class StepSpec(Frozen):
         return self.model_copy(update=changes)
 
 
-class Timed(Frozen):
-    """What schedules along a noise schedule share: the noise schedule and N+1 times.
-
-    Args:
-        noise: the noise schedule (a `NoiseSchedule` or its JSON form).
-        times: N+1 strictly decreasing times within it; clean data at the lowest.
-    """
-
-    noise: Any
-    times: tuple[float, ...]
-
-    @field_validator("noise", mode="before")
-    @classmethod
-    def _noise(cls, value: object) -> object:
-        return noise_from_dict(value) if isinstance(value, dict) else value
-
-    @field_serializer("noise")
-    def _noise_out(self, value: NoiseSchedule) -> dict[str, Any]:
-        return noise_to_dict(value)
-
-    def _check_times(self, n: int) -> None:
-        """Raise a ScheduleError unless there are n + 1 sensible times for n >= 1 steps."""
-        _need(
-            isinstance(self.noise, NoiseSchedule), f"noise {self.noise!r} is not a noise schedule"
-        )
-        times = self.times
-        _need(n >= 1, "steps is empty: a schedule needs at least one step")
-        _need(len(times) == n + 1, f"{len(times)} times for {n} steps: give {n + 1} times")
-        for i, (t, t_next) in enumerate(pairwise(times)):
-            _need(
-                t > t_next,
-                (
-                    f"times[{i + 1}] = {t_next} is not below times[{i}] = {t}: times must "
-                    "decrease strictly"
-                ),
-            )
-        t_start, _ = self.noise.t_range
-        _need(
-            times[0] <= t_start * (1 + 1e-6),
-            f"times[0] = {times[0]} is above the noise schedule's first time {t_start}",
-        )
-        low = self.noise.t_data
-        _need(times[-1] >= low, f"times[{n}] = {times[-1]} is below {low}, the time of clean data")
-        if low < 0:
-            for i, t in enumerate(times):
-                _need(
-                    t == low or t > low + 0.5,
-                    f"times[{i}] = {t}: below label {low + 0.5} only {low} (clean data) exists",
-                )
-
-
-class OdeSchedule(Timed):
+class OdeSchedule(Timed, Replayable):
     """A complete solver schedule for an ODE (or, with eta > 0, ancestral) sampler.
 
     Args:
@@ -277,15 +192,12 @@ class OdeSchedule(Timed):
     compensation_order: int = 2
     compensation_variable: Literal["t", "lam"] = "t"
     shift_keeps: Literal["eps", "x0"] = "eps"
-    options: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
-    _constant: Tensor | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         n = len(self.steps)
         self._check_times(n)
-        _need(
+        need(
             1 <= self.compensation_order <= 3,
             f"compensation_order {self.compensation_order} is outside 1..3",
         )
@@ -298,39 +210,39 @@ class OdeSchedule(Timed):
             (step.order, "order"),
             (step.points_corrector - 1 if step.corrector != "none" else 1, "corrector"),
         ):
-            _need(
+            need(
                 order <= i + 1,
                 f"step {i} asks for {what} {order if what == 'order' else order + 1} but has "
                 f"{i + 1} point{'s' if i else ''} of history: use order <= {i + 1}"
                 f"{'' if what == 'order' else f', corrector_order <= {i + 2}'}",
             )
-        _need(
+        need(
             step.start <= i,
             f"step {i}: start {step.start} points before the first of {i + 1} points",
         )
-        _need(
+        need(
             len(step.weights) <= i,
             f"step {i}: {len(step.weights)} extra weights for {i} older points",
         )
-        _need(
+        need(
             step.compensation == 1.0 or i >= self.compensation_order,
             (
                 f"step {i}: compensation {step.compensation} needs {self.compensation_order} "
                 f"older points: it is 1 before step {self.compensation_order}"
             ),
         )
-        _need(
+        need(
             not (last and step.corrector == "reuse"),
             f"step {i} is the last: a reuse corrector there has no call to reuse",
         )
-        _need(
+        need(
             not (last and step.corrector == "reeval" and self.times[-1] <= self.noise.t_data),
             (
                 f"step {i} lands on clean data, where the network cannot be asked: corrector must "
                 "be none"
             ),
         )
-        _need(
+        need(
             i > 0 or step.tableau is None or self.first == "network",
             "step 0 is a tableau step: first must be 'network'",
         )
@@ -348,6 +260,21 @@ class OdeSchedule(Timed):
         return calls
 
     @property
+    def start(self) -> float:
+        """The time that x_T belongs to: the first of `times`."""
+        return self.times[0]
+
+    @property
+    def end(self) -> float:
+        """The time that the sample belongs to: the last of `times`."""
+        return self.times[-1]
+
+    @property
+    def uses_constant(self) -> bool:
+        """Whether the schedule starts from a constant image."""
+        return self.first == "mean"
+
+    @property
     def n_steps(self) -> int:
         """Number of transitions t_i -> t_{i+1}."""
         return len(self.steps)
@@ -359,13 +286,6 @@ class OdeSchedule(Timed):
 
         return compile(self)
 
-    @cached_property
-    def digest(self) -> str:
-        """Hash of what the sampler does: equal digests are equal samplers."""
-        from fewstep.space.program import sampler_digest
-
-        return sampler_digest(self.program, self.noise, self.options)
-
     def tail(self, k: int) -> Self:
         """The schedule from step k on, for a start in the middle (image to image).
 
@@ -374,32 +294,12 @@ class OdeSchedule(Timed):
         Raises:
             ScheduleError: k is not a step, or steps make more than one call.
         """
-        _need(0 <= k < self.n_steps, f"step {k} is not one of {self.n_steps}")
-        _need(self.nfe == self.n_steps, "a start in the middle needs steps of one call each")
+        need(0 <= k < self.n_steps, f"step {k} is not one of {self.n_steps}")
+        need(self.nfe == self.n_steps, "a start in the middle needs steps of one call each")
         steps = [
             step.with_history(i, self.compensation_order) for i, step in enumerate(self.steps[k:])
         ]
         return self.model_copy(update={"times": self.times[k:], "steps": tuple(steps)})
-
-    @property
-    def constant(self) -> Tensor | None:
-        """The constant image m of an analytical first step, shape of one sample.
-
-        None otherwise.
-        """
-        return self._constant
-
-    def with_constant(self, m: Tensor) -> Self:
-        """A copy that carries the constant image m."""
-        copy = super().model_copy()
-        copy._constant = m
-        return copy
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """See `Frozen.model_copy`; the constant image is carried along."""
-        copy = super().model_copy(update=update)
-        copy._constant = self._constant
-        return copy
 
     def to_dict(self) -> dict[str, Any]:
         """The file form: format, version, non-neutral choices, program, provenance."""
@@ -439,14 +339,11 @@ class OdeSchedule(Timed):
         """Read the file form and check that `program` is what `steps` compile to, to 1e-9."""
         body = {k: v for k, v in data.items() if k not in ("format", "version", "nfe", "program")}
         for field in ("noise", "times", "steps"):
-            _need(field in body, f"{field} is missing from the schedule file")
+            need(field in body, f"{field} is missing from the schedule file")
         body["steps"] = tuple(_step(i, s) for i, s in enumerate(body["steps"]))
         schedule = cls(**body)
         if "nfe" in data:
-            _need(
-                data["nfe"] == schedule.nfe,
-                f"nfe is {data['nfe']} in the file but its steps make {schedule.nfe} calls",
-            )
+            require_nfe(data["nfe"], schedule.nfe, "steps")
         if data.get("program") is not None:
             from fewstep.space.program import Program
 
@@ -455,16 +352,11 @@ class OdeSchedule(Timed):
 
 
 def _step(i: int, data: object) -> StepSpec:
-    _need(isinstance(data, dict), f"steps[{i}] is {data!r}: an object is needed")
+    need(isinstance(data, dict), f"steps[{i}] is {data!r}: an object is needed")
     try:
         return StepSpec(**data)  # type: ignore[arg-type]
     except ScheduleError as error:
         raise ScheduleError(f"step {i}: {error}") from None
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise ScheduleError(message)
 
 
 LOADERS: dict[str, Callable[[dict[str, Any]], Any]] = {"ode": OdeSchedule.from_dict}

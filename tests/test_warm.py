@@ -145,7 +145,7 @@ def test_a_wrong_file_is_one_line_before_anything_is_searched(tmp_path, name, me
     save_schedule(baseline("ddim/logsnr", EDM(), 3), tmp_path / "edm.json")
     save_schedule(next(iter(MaskedDomain(8, 3).baselines().values())), tmp_path / "masked.json")
     data = baseline("ddim/logsnr", NOISE, 4).to_dict()
-    del data["steps"]
+    del data["steps"], data["times"]
     (tmp_path / "program.json").write_text(json.dumps(data))
     with pytest.raises(StudyError) as error:
         search(tmp_path, tmp_path / "out", [name])
