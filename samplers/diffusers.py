@@ -2,35 +2,42 @@
 
     pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, schedule="nfe05.json")
 
-The program is run as by `samplers.ode`: `timesteps` holds what the network is told (the label of
-every call, shifted queries included); the rows stay private and are indexed by a counter, so
-equal or non-integer timesteps are safe. The noise schedule of the FILE holds; where the pipeline's
-configuration names another one, that is an error and not a silent mixture. Whole schedules live in
-the configuration, so saving and loading a pipeline keeps them. A schedule with an analytical first
-step starts from p_0 x_T + k_0 m, which `scale_model_input` makes: pipelines that do not call it
-are refused.
+`timesteps` holds what the network is told at every call (the label, shifted queries included); the
+rows stay private and are indexed by a counter, so equal or non-integer timesteps are safe. The
+pipeline's configuration says what its network is, and one table (`samplers.fits`) says whether the
+file fits it: what does not is an error and not a silent mixture. Where a pipeline brings sigmas,
+timesteps or a shift of its own, the FILE's times hold, and that is logged once. Whole schedules
+live in the configuration, so saving and loading a pipeline keeps them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.samplers.denoiser import data_prediction
-from fewstep.samplers.ode import advance_row, rows_of, start_scale, threshold
-from fewstep.space import OdeSchedule, Program, ProgramSchedule, ScheduleError, load_schedule
-from fewstep.space.baselines import dpm, multistep
-from fewstep.space.noise import VPDiscrete, finite_lam
+from fewstep.samplers.denoiser import bcast
+from fewstep.samplers.fits import labels, require_fit
+from fewstep.samplers.guiding import GuidanceCallback
+from fewstep.samplers.network import FACT_KEYS, OUTPUT_KINDS, NetworkFacts, network_facts
+from fewstep.samplers.ode import start_scale
+from fewstep.samplers.replay import Replay, Replayed, from_call, started, state_levels, step_starts
+from fewstep.space import ProgramSchedule, ScheduleError, load_schedule
+from fewstep.space.baselines import at_other_nfe
+from fewstep.space.noise import RectifiedFlow, VPDiscrete
+from fewstep.space.schedule import OdeSchedule
 
-_KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+logger = logging.get_logger(__name__)
+
+_TABLE_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
 class FewstepScheduler(SchedulerMixin, ConfigMixin):
@@ -39,16 +46,26 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     Args:
         schedule: a schedule file's path, its parsed JSON, or a list of them with different numbers
             of calls; `set_timesteps(n)` takes the one with n calls. For an n that is not there the
-            nearest schedule's times are interpolated in lam and run with DPM-Solver++ 2M.
+            nearest schedule's times are interpolated in lam and run with DPM-Solver++ 2M, which is
+            logged.
         prediction_type: what the network returns: "epsilon", "sample", "v_prediction" or
-            "flow_prediction".
-        num_train_timesteps: training steps, compared with the file's noise schedule if discrete.
-        beta_start: of the pipeline, compared with the file's noise schedule if discrete.
+            "flow_prediction"; None follows from the pipeline's configuration, else from the file
+            ("flow_prediction" of a rectified flow, "epsilon" otherwise).
+        num_train_timesteps: training steps of the network.
+        beta_start: of the pipeline, compared with the file's noise schedule.
         beta_end: as `beta_start`.
         beta_schedule: as `beta_start`.
+        trained_betas: the pipeline's own betas instead of a named schedule's.
+        variance_type: "learned" or "learned_range" where the network returns twice the channels.
         use_flow_sigmas: true, so that flow pipelines do not pass sigmas of their own.
         constants: for each schedule its constant image as nested lists, or None; by default what
             lies beside its file.
+        origin: class of the scheduler whose configuration this was made from; set by
+            `from_config`.
+
+    Raises:
+        ScheduleError: a file that cannot be read, two files of equal calls, or a file that does
+            not fit the pipeline; one line naming the fact.
     """
 
     _compatibles = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"]  # noqa: RUF012
@@ -60,65 +77,117 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def __init__(
         self,
         schedule: str | dict[str, Any] | list[Any] | None = None,
-        prediction_type: str = "epsilon",
+        prediction_type: str | None = None,
         num_train_timesteps: int = 1000,
         beta_start: float | None = None,
         beta_end: float | None = None,
         beta_schedule: str | None = None,
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str | None = None,
         use_flow_sigmas: bool = True,
         constants: list[Any] | None = None,
+        origin: str | None = None,
     ) -> None:
-        if prediction_type not in _KINDS:
-            raise ScheduleError(
-                f"prediction_type {prediction_type!r} is unknown: use one of {', '.join(_KINDS)}"
-            )
-        if schedule is None:
-            raise ScheduleError(
-                "schedule is missing: give a schedule file, e.g. schedule='nfe05.json'"
-            )
-        files = schedule if isinstance(schedule, list) else [schedule]
-        images = constants or [None] * len(files)
-        if len(images) != len(files):
-            raise ScheduleError(f"{len(images)} constants for {len(files)} schedules")
-        loaded = [_load(f, image) for f, image in zip(files, images, strict=True)]
+        loaded = _load_all(schedule, constants)
         self.register_to_config(
             schedule=[s.to_dict() for s in loaded],
             constants=[None if s.constant is None else s.constant.tolist() for s in loaded],
         )
-        self._schedules: dict[int, OdeSchedule | ProgramSchedule] = {s.nfe: s for s in loaded}
-        self._check_betas(loaded[0], beta_start, beta_end, beta_schedule, num_train_timesteps)
+        self._schedules = {s.nfe: s for s in loaded}
+        self._asked_kind = prediction_type
+        self._told: set[str] = set()
+        self._armed = self._scale_read = False
+        self._unfit: ScheduleError | None = None
         self._begin_index: int | None = None
         self.num_inference_steps: int | None = None
+        self._network = NetworkFacts(loaded[0].noise, "eps")
+        try:
+            if origin is None:  # else `from_config`, which knows the whole configuration, fits
+                self._network = self._fit()
+        except ScheduleError as error:
+            # diffusers' contract asks that a scheduler can be made with any trained betas: these
+            # are refused when it is used.
+            if trained_betas is None:
+                raise
+            self._unfit = error
+        self.betas, self.alphas_cumprod = _betas(loaded[0], trained_betas)
         self._use(self._schedules[max(self._schedules)])
 
-    @staticmethod
-    def _check_betas(
-        schedule: OdeSchedule | ProgramSchedule,
-        start: float | None,
-        end: float | None,
-        kind: str | None,
-        n: int,
-    ) -> None:
-        noise = schedule.noise
-        if not isinstance(noise, VPDiscrete) or None in (start, end, kind):
-            return
-        if kind not in ("linear", "scaled_linear"):
-            return
-        theirs = VPDiscrete(betas=kind, beta_start=start or 0.0, beta_end=end or 0.0, n=n)
-        same = theirs.table.shape == noise.table.shape
-        if not same or float((theirs.table - noise.table).abs().max()) > 1e-6:
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """A scheduler for the pipeline whose scheduler has this configuration.
+
+        Args:
+            config: another scheduler's configuration, or one of ours.
+            return_unused_kwargs: also return what was not used, as diffusers does.
+            kwargs: `schedule` and other arguments of the class, which win over the configuration.
+
+        Raises:
+            ScheduleError: a file that does not fit the pipeline; one line naming the fact.
+        """
+        rest: dict[str, Any] = {}
+        if isinstance(config, Mapping):
+            foreign = "schedule" not in config
+            if foreign:
+                network = network_facts(config)
+                kwargs.setdefault("origin", network.origin or "unknown")
+                kwargs.setdefault("prediction_type", network.prediction_type)
+            default, own = config.get("_use_default_values", ()), cls._get_init_keys(cls)
+            kept = FACT_KEYS if foreign else ()  # a foreign class's defaults count
+            said = {k: v for k, v in config.items() if k not in default or k in kept}
+            config = {k: v for k, v in said.items() if k in own}
+            rest = {k: v for k, v in said.items() if k not in own and not k.startswith("_")}
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler: FewstepScheduler = made[0] if isinstance(made, tuple) else made
+        scheduler.register_to_config(**rest)
+        scheduler._network = scheduler._fit()
+        scheduler._use(scheduler._schedule)
+        return made
+
+    def _fit(self) -> NetworkFacts:
+        """What the network is; a ScheduleError unless every file fits it."""
+        config = dict(self.config) | {"_class_name": type(self).__name__}
+        first = next(iter(self._schedules.values()))
+        kind = self._asked_kind
+        if kind is not None and kind not in OUTPUT_KINDS:
             raise ScheduleError(
-                f"the pipeline's betas ({kind}, {start}..{end}, {n} steps) are not the schedule "
-                "file's: this schedule was made for another model"
+                f"prediction_type {kind!r} is unknown: use one of {', '.join(OUTPUT_KINDS)}"
             )
+        if self.config.origin or any(config.get(key) is not None for key in _TABLE_KEYS):
+            network = network_facts(config)
+        else:
+            flow = isinstance(first.noise, RectifiedFlow)
+            output = OUTPUT_KINDS[kind or ("flow_prediction" if flow else "epsilon")]
+            learned = self.config.variance_type in ("learned", "learned_range")
+            network = NetworkFacts(first.noise, output, learned_variance=learned)
+        for schedule in self._schedules.values():
+            for fact in require_fit(schedule, network):
+                if fact.verdict == "converted":
+                    self._say(f"{fact.name}: {fact.line}")
+        self.register_to_config(prediction_type=network.prediction_type)
+        return network
+
+    def _say(self, line: str) -> None:
+        """Log a line once."""
+        if line not in self._told:
+            self._told.add(line)
+            logger.warning(line)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
     @property
+    def init_noise_sigma(self) -> float:
+        """What the pipeline multiplies its unit noise by."""
+        self._scale_read = True
+        return start_scale(self._schedule)
+
+    @property
     def step_index(self) -> int | None:
         """Index of the next call; None before the first."""
-        return self._c
+        return None if self._run is None else self._first + self._run.call
 
     @property
     def begin_index(self) -> int | None:
@@ -126,13 +195,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at call `begin_index`: times[k:] is recompiled with a fresh warm-up."""
+        """Start at call `begin_index`: the schedule is recompiled from there on."""
         self._begin_index = begin_index
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
         """Choose the schedule with `num_inference_steps` calls (default: the largest).
@@ -140,64 +211,70 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: network calls.
             device: where the timesteps live.
-            mu: accepted for flow pipelines and ignored: the file's times are final.
+            timesteps: a pipeline's own; their number is taken, and the file's times hold.
+            sigmas: as `timesteps`; a trailing 0 is not counted.
+            mu: accepted from flow pipelines; the file's levels are final.
         """
-        n = num_inference_steps or max(self._schedules)
-        schedule = self._schedules.get(n) or _interpolated(self._schedules, n)
+        self._network, self._unfit = self._fit(), None  # pipelines rewrite configurations
+        n = num_inference_steps
+        for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if given is None:
+                continue
+            values = [float(v) for v in given]
+            count = len(values) - (len(values) > 1 and values[-1] == 0 and name == "sigmas")
+            n = count if n is None else n
+            self._say(f"the pipeline passes {name} of its own: the schedule file's times hold")
+        if mu is not None:
+            self._say(f"the pipeline passes the shift mu = {mu:g}: the file's levels are final")
+        n = max(self._schedules) if n is None else int(n)
+        schedule = self._schedules.get(n)
+        if schedule is None:
+            near = self._schedules[min(self._schedules, key=lambda k: abs(k - n))]
+            schedule = at_other_nfe(near, n)
+            self._say(
+                f"no schedule of {n} calls is here: the times of the one of {near.nfe} are "
+                "interpolated and run with DPM-Solver++ 2M"
+            )
         self._use(schedule)
         self.num_inference_steps = n
         self.timesteps = self.timesteps.to(device or "cpu")
         self._begin_index = None
 
-    def _use(self, schedule: OdeSchedule | ProgramSchedule) -> None:
+    def _require_fit(self) -> None:
+        if self._unfit is not None:
+            raise self._unfit
+
+    def _use(self, schedule: Replayed) -> None:
         self._schedule = schedule
-        program = schedule.program
-        self.timesteps = program.label.to(torch.float32)
-        self.sigmas = torch.cat([program.sigma / program.alpha, torch.zeros(1)]).float()
-        self.init_noise_sigma = start_scale(schedule)
-        self._run: Program | None = None
-        self._c: int | None = None
+        told = labels(schedule, self._network)
+        self._labels = told.to(torch.float32)
+        self.timesteps = self._labels
+        self._alpha, self._sigma = state_levels(schedule)
+        flow = isinstance(schedule.noise, RectifiedFlow)
+        self.sigmas = (self._sigma / (self._alpha + self._sigma * flow)).float()
+        self._run: Replay | None = None
+        self._first = 0
         self._scaled = False
+        self._guided = 0
 
     def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
-        """The state is given to the network as it is, but x_T as the schedule's start."""
-        if self._c is not None and self._run is not None and self._c < self._run.nfe:
-            return sample
+        """What the network is given: the state, preconditioned if the pipeline's network is.
+
+        Before the first call also the analytical first step, p_0 x_T + k_0 m.
+        """
+        running = self._run is not None and not self._run.done
+        c = self._run.call if running and self._run is not None else 0
+        x = sample
+        if not running and not self._begin_index:
+            wide = torch.promote_types(sample.dtype, torch.float32)
+            x = started(self._schedule, sample.to(wide))
         self._scaled = True
-        return self._start(sample).to(sample.dtype)
-
-    def _start(self, x_T: Tensor) -> Tensor:
-        """p_0 x_T + k_0 m; itself where there is no analytical first step."""
-        p, k = self._schedule.program.init.tolist()
-        if (p, k) == (1.0, 0.0) or self._begin_index:
-            return x_T
-        y: Tensor = p * x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-        return y if k == 0.0 else y + k * self._constant(y)
-
-    def _constant(self, like: Tensor) -> Tensor:
-        m = self._schedule.constant
-        if m is None:
-            raise ScheduleError(
-                "the schedule starts from a constant image: load it from its file, with the "
-                ".safetensors beside it, or give constants"
-            )
-        image: Tensor = m.to(like)
-        return image
-
-    def _begin(self, sample: Tensor) -> None:
-        k = self._begin_index or 0
-        schedule = self._schedule if k == 0 else _tail(self._schedule, k)
-        self._run, self._rows = schedule.program, rows_of(schedule.program)
-        self._history: list[Tensor] = []
-        self._x_T = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        self._y = self._start(self._x_T)
-        if self._y is not self._x_T and not self._scaled:
-            raise ScheduleError(
-                "this pipeline does not call scale_model_input, which an analytical first step "
-                "needs: use a schedule whose first step asks the network"
-            )
-        self._m = self._constant(self._y) if bool((self._run.k != 0).any()) else None
-        self._told, self._c, self._scaled = sample, 0, False
+        if self._network.sigma_data is not None:
+            program = self._schedule.program
+            at = min((self._first if running else self._begin_index or 0) + c, program.nfe - 1)
+            edm = program.sigma[at] / program.alpha[at]
+            x = self._network.network_input(x, edm.reshape(1))
+        return x.to(sample.dtype)
 
     def step(
         self,
@@ -211,44 +288,166 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: the network's output at `sample`, kind `prediction_type`.
-            timestep: ignored: calls are counted, because labels need not differ.
+            timestep: one of `timesteps`; says where the run starts if `set_begin_index` does not.
             sample: current state; edits between steps (inpainting) are respected.
             generator: source of fresh noise where the schedule adds any.
             return_dict: return a `SchedulerOutput` instead of a tuple.
         """
-        if self._c is None or self._run is None or self._c >= self._run.nfe:
-            self._begin(sample)
-        run, c = self._run, self._c
-        if run is None or c is None:  # set by _begin
-            raise ScheduleError("set_timesteps must be called before step")
-        y = sample.to(self._x_T.dtype) if sample is not self._told else self._y
-        out = model_output.to(y.dtype)
-        kind = _KINDS[self.config.prediction_type]
-        D = data_prediction(kind, y, out, run.alpha[c].to(y), run.sigma[c].to(y))
-        if "threshold" in self._schedule.options:
-            D = threshold(D, **self._schedule.options["threshold"])
-        self._history.append(D)
+        run = self._run
+        if run is None or run.done:
+            run = self._begin(sample, timestep)
+        elif sample.shape != run.state.shape:
+            raise ScheduleError(
+                f"the state changed its shape in mid-run, from {tuple(run.state.shape)} to "
+                f"{tuple(sample.shape)}: call set_timesteps before another run"
+            )
+        else:
+            self._check_order(timestep, run)
+            run.edited(sample)
+        self._check_guided(run)
+        if self._network.sigma_data is not None and not self._scaled:
+            self._need_scaling("EDM preconditioning")
+        self._scaled = False
+        c, program = run.call, run.program
+        y, out = run.state, model_output
+        D = self._network.data_at(y, out.to(y.device), program.alpha[c], program.sigma[c])
         fresh = None
-        if self._rows["g"][c] != 0.0:
+        if run.noisy():
             fresh = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-        y = advance_row(self._rows, c, y, self._x_T, self._m, self._history, fresh)
-        self._y, self._told = y, y.to(sample.dtype)
-        self._c = c + 1
-        return SchedulerOutput(prev_sample=self._told) if return_dict else (self._told,)
+        now = run.advance(D.to(y.dtype), fresh).to(sample.dtype)
+        if run.done:
+            self._armed = self._scale_read = False
+        return SchedulerOutput(prev_sample=now) if return_dict else (now,)
+
+    def _begin(self, sample: Tensor, timestep: object) -> Replay:
+        self._require_fit()
+        first = self._begin_index
+        if first is None:
+            first = self._call_of(timestep)
+        schedule = from_call(self._schedule, first or 0)
+        if not first:
+            self._check_start(schedule, sample)
+        self._run, self._first = Replay(schedule, sample), first or 0
+        return self._run
+
+    def _check_start(self, schedule: Replayed, sample: Tensor) -> None:
+        """Refuse a pipeline that cannot start as the schedule does."""
+        if schedule.program.init.tolist() != [1.0, 0.0] and not self._scaled:
+            self._need_scaling("an analytical first step")
+        scale = start_scale(schedule)
+        if scale == 1.0 or self._scale_read:
+            return
+        found, error = float(sample.float().std()), 2 / (2 * max(1, sample.numel())) ** 0.5
+        if abs(found / scale - 1) > error or abs(found - 1) <= error:
+            raise ScheduleError(
+                f"the schedule starts from noise of standard deviation {scale:.4g} and this "
+                "pipeline does not multiply its noise by init_noise_sigma: pass it latents="
+                "pipe.scheduler.init_noise_sigma * noise, or use a schedule that starts at pure "
+                "noise"
+            )
+
+    def _need_scaling(self, what: str) -> None:
+        raise ScheduleError(
+            f"this pipeline does not call scale_model_input, which {what} needs: use a schedule "
+            "and a pipeline without"
+        )
+
+    def _call_of(self, timestep: object) -> int | None:
+        """The call that is told `timestep`: the next one if several are; None if none is."""
+        value = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)[0].cpu()
+        same = (self._labels - value).abs() <= 1e-5 * (1 + value.abs())
+        found = same.nonzero().flatten().tolist()
+        now = self.step_index if self._run is not None else self._begin_index
+        later = [c for c in found if c >= (now or 0)]
+        if now is None and isinstance(self._schedule, OdeSchedule):
+            starts = step_starts(self._schedule)  # a stage may be told what the next step is
+            later = [c for c in later if c in starts] or later
+        return (later or found or [None])[0]
+
+    def _check_order(self, timestep: object, run: Replay) -> None:
+        """Refuse another call's timestep where looking at it does not wait for a device."""
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+            return
+        found, now = self._call_of(timestep), self._first + run.call
+        if found is not None and found != now:
+            raise ScheduleError(
+                f"step was called for network call {found} but call {now} is next: a schedule is "
+                "run in order; set_timesteps starts another run"
+            )
+
+    def _check_guided(self, run: Replay) -> None:
+        """Refuse a file's guidance scales unless the callback sets them."""
+        if run.program.guidance is None or (self._armed and self._guided == run.call):
+            return
+        raise ScheduleError(
+            "the schedule sets the guidance scale of every call: pass guidance_scale="
+            f"{float(run.program.guidance[0]):g} and callback_on_step_end="
+            "pipe.scheduler.guidance_callback() to the pipeline"
+        )
+
+    def guidance_callback(self) -> GuidanceCallback:
+        """A pipeline's `callback_on_step_end` that sets the schedule's guidance scales."""
+        self._armed = True
+        return GuidanceCallback(self)
+
+    def guided(self, call: int) -> None:
+        """Told by the callback: call `call` of this run has the schedule's guidance scale."""
+        self._armed, self._guided = True, call
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """The scale of every call of the run now; empty where the file sets none."""
+        run = self._run
+        program = self._schedule.program if run is None else run.program
+        return [] if program.guidance is None else program.guidance.tolist()
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha x0 + sigma eps at the calls whose labels are nearest (image-to-image start)."""
-        program = self._schedule.program
-        at = [int((program.label - float(t)).abs().argmin()) for t in timesteps.reshape(-1)]
-        shape = (-1, *(1,) * (original_samples.ndim - 1))
-        alpha = program.alpha[at].to(original_samples).reshape(shape)
-        sigma = program.sigma[at].to(original_samples).reshape(shape)
-        return alpha * original_samples + sigma * noise
+        """alpha x0 + sigma eps at the level of the STATE of the calls told `timesteps`.
+
+        A number that no call is told is taken as a training label.
+        """
+        self._require_fit()
+        levels = [self._level(t) for t in torch.as_tensor(timesteps).reshape(-1)]
+        alpha, sigma = (torch.stack(column) for column in zip(*levels, strict=True))
+        x = original_samples
+        return bcast(alpha, x) * x + bcast(sigma, x) * noise.to(x)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`add_noise` as flow pipelines call it.
+
+        Args:
+            sample: clean latents, shape (B, *shape).
+            timestep: shape (), (1,) or (B,).
+            noise: unit noise, the shape of `sample`.
+        """
+        if noise is None:
+            raise ScheduleError("scale_noise needs the noise to scale: pass noise")
+        return self.add_noise(sample, noise, timestep)
+
+    def _level(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        call = self._call_of(timestep)
+        if call is not None:
+            return self._alpha[call], self._sigma[call]
+        return self._network.level(float(timestep))
 
 
-def _load(
-    source: str | os.PathLike[str] | Mapping[str, Any], image: object
-) -> OdeSchedule | ProgramSchedule:
+def _load_all(schedule: Any, constants: list[Any] | None) -> list[Replayed]:
+    if schedule is None:
+        raise ScheduleError(
+            "schedule is missing: give a schedule file, e.g. schedule='nfe05.json'"
+        )
+    files = schedule if isinstance(schedule, list) else [schedule]
+    images = constants or [None] * len(files)
+    if not files or len(images) != len(files):
+        raise ScheduleError(f"{len(images)} constants for {len(files)} schedules")
+    loaded = [_load(f, image) for f, image in zip(files, images, strict=True)]
+    for i, one in enumerate(loaded):
+        if one.nfe in [other.nfe for other in loaded[:i]]:
+            raise ScheduleError(f"two schedules have {one.nfe} calls: keep one of them")
+    return loaded
+
+
+def _load(source: str | os.PathLike[str] | Mapping[str, Any], image: object) -> Replayed:
     data = json.loads(json.dumps(source)) if isinstance(source, Mapping) else source
     schedule = load_schedule(data)
     if image is not None and isinstance(schedule, OdeSchedule):
@@ -260,22 +459,15 @@ def _load(
     return schedule
 
 
-def _tail(schedule: OdeSchedule | ProgramSchedule, k: int) -> OdeSchedule:
-    if not isinstance(schedule, OdeSchedule):
-        raise ScheduleError("a start in the middle needs a file with steps, not only a program")
-    return schedule.tail(k)
-
-
-def _interpolated(schedules: Mapping[int, OdeSchedule | ProgramSchedule], n: int) -> OdeSchedule:
-    """DPM-Solver++ 2M on the nearest schedule's times, interpolated in lam to n calls."""
-    if n < 1:
-        raise ScheduleError(f"num_inference_steps {n} must be at least 1")
-    near = schedules[min(schedules, key=lambda k: abs(k - n))]
-    times = near.times if isinstance(near, OdeSchedule) else (*near.times, near.noise.t_range[1])
-    t = torch.tensor(times, dtype=torch.float64)
-    lam = finite_lam(near.noise, t)
-    at = torch.linspace(0, len(t) - 1, n + 1, dtype=torch.float64)
-    low = at.floor().long().clamp(max=len(t) - 2)
-    inner = near.noise.t_of_lam(lam[low] + (at - low) * (lam[low + 1] - lam[low])).tolist()
-    grid = (times[0], *inner[1:-1], times[-1])
-    return multistep(near.noise, grid, 2, lower_final=True, spec=dpm("data", 2))
+def _betas(
+    schedule: Replayed, trained: Sequence[float] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(betas, alphas_cumprod), float32, as pipelines read them; None of continuous schedules."""
+    if trained is not None:
+        betas = torch.tensor([float(b) for b in trained], dtype=torch.float32)
+        return betas, torch.cumprod(1 - betas, dim=0)
+    if not isinstance(schedule.noise, VPDiscrete):
+        return None, None
+    products = torch.exp(2 * schedule.noise.table)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), products[:-1]])
+    return (1 - products / before).float(), products.float()

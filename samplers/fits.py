@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.network import OUTPUT_KINDS, NetworkFacts, network_facts
+from fewstep.samplers.ode import start_scale
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import EDM, RectifiedFlow, VPDiscrete
 from fewstep.space.program import ProgramSchedule
@@ -118,10 +119,11 @@ def _noise_fact(schedule: OdeSchedule | ProgramSchedule, network: NetworkFacts) 
 
 def _output_fact(schedule: OdeSchedule | ProgramSchedule, network: NetworkFacts) -> Fact:
     line = f"the network returns {network.prediction_type}"
-    if network.output == "flow" and network.noise.type != "rectified_flow":
-        return Fact(
-            "output", "refused", f"{line}, which this noise schedule has not: name another"
-        )
+    flow = isinstance(network.noise, RectifiedFlow)
+    if network.output not in (("flow", "x0") if flow else ("eps", "x0", "v")):
+        right = "flow_prediction" if flow else "epsilon, v_prediction or sample"
+        line += f", which no network of noise schedule {network.noise.type} does: name {right}"
+        return Fact("output", "refused", line)
     told = schedule.provenance.get("output")
     if told in OUTPUT_KINDS.values() and told != network.output:
         line += f", but the schedule was searched with a network that returns {told}"
@@ -141,7 +143,7 @@ def _label_fact(schedule: OdeSchedule | ProgramSchedule, network: NetworkFacts) 
 
 
 def _start_fact(schedule: OdeSchedule | ProgramSchedule, network: NetworkFacts) -> Fact:
-    first = schedule.noise.prior_scale(schedule.times[0])
+    first = start_scale(schedule)
     if isinstance(network.noise, EDM) and first > network.noise.sigma_max * (1 + 1e-6):
         line = (
             f"the file starts at sigma {first:g}, above the pipeline's sigma_max "
@@ -152,9 +154,7 @@ def _start_fact(schedule: OdeSchedule | ProgramSchedule, network: NetworkFacts) 
 
 
 def _end_fact(schedule: OdeSchedule | ProgramSchedule) -> Fact:
-    if isinstance(schedule, ProgramSchedule):
-        return Fact("end", "fits", "where the program lands; the file does not say the level")
-    last = torch.tensor(schedule.times[-1], dtype=torch.float64)
+    last = torch.tensor(schedule.end, dtype=torch.float64)
     left = float(schedule.noise.sigma(last))
     return Fact("end", "fits", "at clean data" if left == 0 else f"at noise level {left:.3g}")
 

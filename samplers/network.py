@@ -68,6 +68,17 @@ _SIGNS = (
 )
 """Of a live scheduler's configuration, which does not say its class: (class, keys it has, keys it
 has not); the first that fits."""
+FACT_KEYS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "snr_shift_scale", "prediction_type", "variance_type"),
+    *("shift", "flow_shift", "use_dynamic_shifting", "time_shift_type", "base_shift"),
+    *("max_shift", "base_image_seq_len", "max_image_seq_len", "invert_sigmas"),
+    *("sigma_min", "sigma_max", "sigma_data", "timestep_type", "thresholding"),
+    *("dynamic_thresholding_ratio", "sample_max_value", "clip_sample", "clip_sample_range"),
+    *("solver_order", "interpolation_type", "skip_prk_steps", "algorithm_type", "eta", "s_noise"),
+)
+"""What `network_facts` reads; a configuration that keeps these says the same of its network."""
+
 _BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 _OF_TABLES = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "DDPMScheduler"),
@@ -126,6 +137,29 @@ class NetworkFacts:
     def prediction_type(self) -> str:
         """The output kind in diffusers' words."""
         return next(name for name, kind in OUTPUT_KINDS.items() if kind == self.output)
+
+    def level(self, label: float) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of what the network is told as `label`, float64.
+
+        Raises:
+            ScheduleError: a label that this network is never told.
+        """
+        told, noise = torch.tensor(label, dtype=torch.float64), self.noise
+        low, high = sorted(float(noise.label(torch.tensor(t).double())) for t in noise.t_range)
+        if not min(low, 0.0) - 1 <= label <= high * (1 + 1e-6):
+            raise ScheduleError(
+                f"timestep {label:g} is none that the network is told: use one of the scheduler's "
+                f"timesteps, or {low:g} to {high:g}"
+            )
+        if isinstance(noise, RectifiedFlow):
+            sigma = told / noise.label_scale
+            return 1 - sigma, sigma
+        if isinstance(noise, EDM):
+            sigma = torch.exp(4 * told) if noise.labels == "log" else told
+            sigma = torch.tan(told * math.pi / 2) if noise.labels == "atan" else sigma
+            return torch.ones_like(sigma), sigma
+        t = told / getattr(noise, "label_scale", 1.0)
+        return noise.alpha(t), noise.sigma(t)
 
     def network_input(self, x: Tensor, t: Tensor) -> Tensor:
         """What the network is given for states x (B, *shape) at times t (B,) of `noise`.
@@ -252,7 +286,7 @@ class _Reader:
 def _origin(config: Mapping[str, Any]) -> str:
     """The scheduler's class: as the configuration names it, else by its keys, else ""."""
     named = config.get("origin") or config.get("_class_name")
-    if isinstance(named, str) and named and named != "FewstepScheduler":
+    if isinstance(named, str) and named not in ("", "unknown", "FewstepScheduler"):
         return named
     for name, has, *not_has in _SIGNS:
         lacks = not_has[0] if not_has else ()

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fewstep.space.errors import ScheduleError
-from fewstep.space.noise import NoiseSchedule
+from fewstep.space.noise import NoiseSchedule, finite_lam
+from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import OdeSchedule, StepSpec
 
 GRIDS = ("time", "quadratic", "logsnr", "edm")
@@ -259,6 +260,34 @@ def baseline(
     else:
         raise ScheduleError(f"solver {solver!r} is unknown: use one of {', '.join(SOLVERS)}")
     return schedule.model_copy(update={"provenance": {"baseline": name}})
+
+
+def at_other_nfe(schedule: OdeSchedule | ProgramSchedule, nfe: int) -> OdeSchedule:
+    """DPM-Solver++ 2M on a schedule's times, interpolated in lam to `nfe` calls.
+
+    For a number of calls that nobody searched. The first and the last time are kept; a last step
+    onto clean data stays the last step.
+
+    Raises:
+        ScheduleError: nfe below 1.
+    """
+    if nfe < 1:
+        raise ScheduleError(f"num_inference_steps {nfe} must be at least 1")
+    noise, times = schedule.noise, list(schedule.times)
+    if isinstance(schedule, ProgramSchedule):
+        times = [schedule.start, *times[1:], schedule.end]
+    times = [t for i, t in enumerate(times) if i == 0 or t < min(times[:i])]  # Runge-Kutta stages
+    data = times[-1] <= noise.t_data
+    inner = times[:-1] if data and len(times) > 2 else times
+    if data and len(times) <= 2:
+        inner = [times[0], noise.t_range[1]]
+    t = torch.tensor(inner, dtype=torch.float64)
+    lam = finite_lam(noise, t)
+    at = torch.linspace(0, len(t) - 1, nfe if data else nfe + 1, dtype=torch.float64)
+    low = at.floor().long().clamp(max=len(t) - 2)
+    found = noise.t_of_lam(lam[low] + (at - low) * (lam[low + 1] - lam[low])).tolist()
+    grid_times = [times[0], *found[1:]] if data else [times[0], *found[1:-1]]
+    return multistep(noise, (*grid_times, times[-1]), 2, lower_final=True, spec=dpm("data", 2))
 
 
 def named(

@@ -289,17 +289,20 @@ class OdeSchedule(Timed, Replayable):
     def tail(self, k: int) -> Self:
         """The schedule from step k on, for a start in the middle (image to image).
 
-        Orders, correctors, weights and compensation are capped by the new, shorter history.
+        Orders, correctors, weights and compensation are capped by the new, shorter history; an
+        analytical first step is behind.
 
         Raises:
-            ScheduleError: k is not a step, or steps make more than one call.
+            ScheduleError: k is not a step.
         """
         need(0 <= k < self.n_steps, f"step {k} is not one of {self.n_steps}")
-        need(self.nfe == self.n_steps, "a start in the middle needs steps of one call each")
+        if k == 0:
+            return self
         steps = [
             step.with_history(i, self.compensation_order) for i, step in enumerate(self.steps[k:])
         ]
-        return self.model_copy(update={"times": self.times[k:], "steps": tuple(steps)})
+        changes = {"times": self.times[k:], "steps": tuple(steps), "first": "network"}
+        return self.model_copy(update=changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The file form: format, version, non-neutral choices, program, provenance."""
