@@ -362,7 +362,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         if now is None and isinstance(self._schedule, OdeSchedule):
             starts = step_starts(self._schedule)  # a stage may be told what the next step is
             later = [c for c in later if c in starts] or later
-        return (later or found or [None])[0]
+        ordered: list[int] = later or found
+        return ordered[0] if ordered else None
 
     def _check_order(self, timestep: object, run: Replay) -> None:
         """Refuse another call's timestep where looking at it does not wait for a device."""
