@@ -14,9 +14,10 @@ __all__ = ["Clocks", "effective", "log_mean", "systematic"]
 
 
 def effective(log_weights: Tensor) -> Tensor:
-    """Effective sample size 1/sum wbar^2 as a share of K, in (0, 1], shape (P,)."""
+    """Effective sample size 1/sum wbar^2 as a share of K, shape (P,), in [0, 1]; 0: all dead."""
     wbar = torch.softmax(log_weights, dim=1)
-    return 1 / (wbar.square().sum(1) * log_weights.shape[1])
+    share = 1 / (wbar.square().sum(1) * log_weights.shape[1])
+    return torch.where(log_weights.amax(1) == -math.inf, torch.zeros_like(share), share)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
@@ -59,43 +60,46 @@ def systematic(
 class Clocks:
     """Birth-death clocks: particles of little weight die, copies of weighty ones take their place.
 
-    A particle's death clock runs at the rate (mean increment - own increment)^+ and rings at an
-    Exp(1) time; it is then replaced by a particle drawn in proportion to the (own - mean)^+ that
-    have accumulated since the population's last ring. Weights stay equal; exact in the limit of
-    small steps and many particles.
+    With wbar the normalised weights of a step, a particle's death clock advances by
+    (-log(K wbar))^+ and rings at an Exp(1) time, so it dies with probability (1 - K wbar)^+; it is
+    then replaced by a particle drawn in proportion to (K wbar - 1)^+. A particle therefore has
+    K wbar descendants on average, whatever the size of the step; in small steps the rates are
+    the published ones, (mean - own)^+ and (own - mean)^+ of the increments. Weights are equal
+    afterwards.
 
     Reference: the "BDC" of the code released with Skreta et al. 2503.02819, written from its
-    description; how long births accumulate is this implementation's choice.
+    description; the form that is exact for weights of any size is derived here.
     """
 
     def __init__(self, like: Tensor, generator: torch.Generator | None) -> None:
         self._generator = generator
-        self.dead, self.born = torch.zeros_like(like), torch.zeros_like(like)
+        self.dead = torch.zeros_like(like)
         self.limit = self._exponential(like)
 
     def _exponential(self, like: Tensor) -> Tensor:
         u = torch.rand(like.shape, generator=self._generator, dtype=like.dtype, device=like.device)
         return -torch.log1p(-u)
 
-    def ring(self, increment: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the clocks by one step's increments, shape (P, K).
+    def ring(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the clocks by one step's log-weights, shape (P, K), some of them finite.
 
         Returns:
             Indices (P, K), and which populations changed, (P,).
         """
-        excess = increment - increment.mean(1, keepdim=True)
-        self.dead, self.born = self.dead + (-excess).clamp(min=0), self.born + excess.clamp(min=0)
-        rings = (self.dead > self.limit) & (self.born.sum(1, keepdim=True) > 0)
+        excess = torch.softmax(log_weights, dim=1) * log_weights.shape[1]
+        self.dead = self.dead + (-excess.log()).clamp(min=0)
+        births = (excess - 1).clamp(min=0)
+        rings = (self.dead > self.limit) & (births.sum(1, keepdim=True) > 0)
         due = rings.any(1)
-        stay = torch.arange(increment.shape[1], device=increment.device).expand_as(rings)
+        stay = torch.arange(log_weights.shape[1], device=log_weights.device).expand_as(rings)
         if not bool(due.any()):
             return stay, due
-        births = torch.where(due[:, None], self.born, torch.ones_like(self.born))
         parents = torch.multinomial(
-            births, births.shape[1], replacement=True, generator=self._generator
+            torch.where(due[:, None], births, torch.ones_like(births)),
+            births.shape[1],
+            replacement=True,
+            generator=self._generator,
         )
-        index = torch.where(rings, parents, stay)
         self.limit = torch.where(rings, self._exponential(self.limit), self.limit)
         self.dead = torch.where(rings, torch.zeros_like(self.dead), self.dead)
-        self.born = torch.where(due[:, None], torch.zeros_like(self.born), self.born)
-        return index, due
+        return torch.where(rings, parents, stay), due

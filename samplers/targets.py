@@ -10,12 +10,17 @@ of `samplers.particles` with any noise scale, the log-weight grows by
 
 up to a number common to all particles (the divergence of the drift, zero in the frame of y). The
 second form is used: it is exactly 0 for one model with b = 1 and for equal models with B = 1.
-A reward on the state adds b <grad r(y), D - y> to dw/dlam, where D = (1-B) y + sum b_i D_i is the
-data prediction of the combined score; a reward on the data prediction is a potential,
-w += b r(D) - (b r(D) of the step before). A changing strength is a jump: w += log(p_new/p_old).
+A reward (`samplers.rewards`) multiplies the target by exp(b r) and is weighed in one of two ways,
+with D = (1-B) y + sum b_i D_i the data prediction of the combined score:
+
+* by its gradient, on the state only: b <grad r(y), D - y> is added to dw/dlam;
+* by its path: w += b r - (b r of the step before) + log(q(x'|x)/q_u(x'|x)), the last term
+  being the likelihood ratio of the step without and with the guide (`samplers.particles`).
+
+A changing strength is a jump: w += log(p_new/p_old).
 
 References: Skreta et al. 2503.02819, propositions 3.1 to 3.4 (zeta = 1); Singhal et al. 2501.06848
-for potentials of the data prediction.
+for potentials of the data prediction; Wang et al. 2605.17850 (URGE) for weights of paths.
 """
 
 from __future__ import annotations
@@ -29,10 +34,12 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, Denoiser, bcast
+from fewstep.samplers.rewards import Guide, Reward, scalar
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.noise import NoiseSchedule, noise_to_dict
+from fewstep.space.particles import ParticleSchedule, ramp_share
 
-__all__ = ["Factor", "Reward", "Target", "anneal", "average", "guidance", "product", "reward"]
+__all__ = ["Factor", "Target", "anneal", "average", "guidance", "product", "reward"]
 
 Density = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,32 +64,6 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Reward:
-    """A reward r.
-
-    Args:
-        value: samples (B, *shape) in data units -> (B,).
-        at: "state" (of y = x/alpha, noisy; the gradient moves the particles where zeta > 0) or
-            "data" (of the data prediction; weights only, no gradient).
-    """
-
-    value: Callable[[Tensor], Tensor]
-    at: Literal["state", "data"] = "state"
-
-    def gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """r(y) (B,) and its gradient (B, *shape), by automatic differentiation."""
-        with torch.enable_grad():
-            y = y.detach().requires_grad_(True)
-            r = self.value(y)
-            (slope,) = torch.autograd.grad(r.sum(), y)
-        return _scalar(r.detach(), len(y), "reward"), slope.detach()
-
-    def __call__(self, y: Tensor) -> Tensor:
-        """r(y), shape (B,), float64."""
-        return _scalar(self.value(y), len(y), "reward")
-
-
-@dataclass(frozen=True)
 class Target:
     """What particles are weighted towards; made by `anneal`, `product`, `average`, ...
 
@@ -90,7 +71,7 @@ class Target:
         factors: the models.
         strength: the number a schedule's per-step b replaces.
         exponents: strength -> (b_1, ..., b_m).
-        reward: a reward, whose factor is then the strength.
+        reward: a reward, whose factor b is then the strength.
     """
 
     factors: tuple[Factor, ...]
@@ -133,6 +114,25 @@ class Target:
             )
         return b
 
+    @property
+    def ramp(self) -> float:
+        """Scale of the rise of the strength where a schedule does not set it; inf is none."""
+        return math.inf if self.reward is None else self.reward.ramp
+
+    def strengths(self, schedule: ParticleSchedule) -> list[float]:
+        """The strength during each step of a schedule, and the target's own at the end.
+
+        Raises:
+            ScheduleError: the schedule sets a ramp and there is no reward.
+        """
+        if schedule.ramp is not None and self.reward is None:
+            raise ScheduleError(f"ramp {schedule.ramp:g} is for a reward, and the target has none")
+        scale = self.ramp if schedule.ramp is None else schedule.ramp
+        shares = ramp_share(schedule.noise, schedule.times[:-1], scale)
+        steps = zip(schedule.steps, shares, strict=True)
+        own = self.strength
+        return [own * share if s.b is None else s.b for s, share in steps] + [own]
+
     def start_variance(self, strength: float, prior: float) -> float:
         """Variance of the start state, prior^2 / B: each model is N(0, prior^2) there."""
         return prior**2 / sum(self.powers(strength))
@@ -151,7 +151,7 @@ class Target:
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for factor, c in zip(self.factors, change, strict=True):
             if c != 0 and factor.log_density is not None:
-                value = _scalar(factor.log_density(x, t), len(x), "log_density")
+                value = scalar(factor.log_density(x, t), len(x), "log_density")
                 total = total + c * (value + x[0].numel() * math.log(alpha))
         return total
 
@@ -250,12 +250,6 @@ def _spread(cond: Cond | None, populations: int, count: int, i: int) -> dict[str
     return spread
 
 
-def _scalar(value: Tensor, size: int, what: str) -> Tensor:
-    if value.shape != (size,):
-        raise ModelError(f"the {what} returned {tuple(value.shape)} for {size} samples")
-    return value.to(torch.float64)
-
-
 Model = Factor | Denoiser
 
 
@@ -316,15 +310,21 @@ def reward(
     b: float = 1.0,
     *,
     at: Literal["state", "data"] = "state",
+    guide: bool | Guide | None = None,
+    ramp: float | None = None,
 ) -> Target:
     """target * exp(b r).
 
     Args:
         target: a target without a reward, or one model.
-        r: samples (B, *shape) in data units -> (B,); differentiable if `at` is "state".
-        b: factor of the reward. A schedule's per-step b replaces it, so that the reward can be
-            switched on as the states become clear; no density is needed for that.
+        r: samples (B, *shape) in data units -> (B,), finite, or -inf for what must not be drawn.
+        b: factor of the reward. A schedule's per-step b replaces it; no density is needed.
         at: see `Reward`.
+        guide: see `Reward`; by default the gradient guides a reward on the state and nothing a
+            reward on the data prediction. False makes a black box of r.
+        ramp: see `Reward`; by default 1 for a reward on the state, whose noise it would mistake
+            for data, and inf (b is held) for one on the data prediction. Give the data's
+            standard deviation if it is far from 1.
     """
     base = (
         target if isinstance(target, Target) else Target((_factor(target),), 1.0, lambda s: (s,))
@@ -332,6 +332,11 @@ def reward(
     if base.reward is not None:
         raise ScheduleError("the target has a reward already: add the two rewards up instead")
     fixed = base.powers(base.strength)
-    return replace(
-        base, strength=float(b), exponents=lambda _: fixed, reward=Reward(value=r, at=at)
+    on_state = at == "state"
+    made = Reward(
+        value=r,
+        at=at,
+        guide=on_state if guide is None else guide,
+        ramp=(1.0 if on_state else math.inf) if ramp is None else ramp,
     )
+    return replace(base, strength=float(b), exponents=lambda _: fixed, reward=made)

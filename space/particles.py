@@ -5,7 +5,8 @@ and carry weights for what the equation alone gets wrong (Feynman-Kac correctors
 2503.02819). The weights do not depend on the noise scale zeta, so zeta is a free number per step
 (0: the probability-flow ODE), as are the rule of resampling and the quadrature of the weights.
 Frame: rho = sigma/alpha, lam = -log rho; a step goes from times[i] to times[i+1]. The target
-itself (which models, which exponents) is no part of the schedule; see `samplers.targets`.
+itself (which models, which exponents, which reward) is no part of the schedule; see
+`samplers.targets`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, noise_to_dict
 from fewstep.space.schedule import FORMAT, LOADERS, VERSION, Frozen, OdeSchedule, Timed
 
-__all__ = ["POLICIES", "ParticleSchedule", "ParticleStep", "policy"]
+__all__ = ["POLICIES", "ParticleSchedule", "ParticleStep", "policy", "ramp_share"]
 
 POLICIES = (
     "target_score",
@@ -42,6 +43,25 @@ def _need(condition: bool, message: str) -> None:
         raise ScheduleError(message)
 
 
+def ramp_share(noise: NoiseSchedule, times: Sequence[float], scale: float) -> list[float]:
+    """Share of a reward's strength at some times, 1/(1 + (rho/scale)^2), rho = sigma/alpha.
+
+    For data N(0, scale^2 I) the best guess of the data given the noisy y = x/alpha is this share
+    times y. So a reward b r with r linear, at strength share * b on y, makes the target of every
+    time exactly the noised law of the tilted data; at full strength it would ask noise of size
+    rho for a shift of order rho^2.
+
+    Args:
+        noise: the noise schedule.
+        times: any times of it.
+        scale: the data's standard deviation, > 0; inf gives shares of 1.
+    """
+    t = torch.tensor(times, dtype=torch.float64)
+    alpha, sigma = noise.alpha(t), noise.sigma(t)
+    shares: list[float] = (alpha**2 / (alpha**2 + (sigma / scale) ** 2)).tolist()
+    return shares if math.isfinite(scale) else [1.0] * len(shares)
+
+
 class ParticleStep(Frozen):
     """One step t -> t_next of every particle. Neutral values in brackets.
 
@@ -54,8 +74,9 @@ class ParticleStep(Frozen):
             per rho^2 is held, as published; finite on clean data), "trapezoid" (in lam, no
             further call: the next step's is used; "left" where there is none), "none" (outside
             the active window: nothing is weighed) ["left"].
-        b: strength of the target during this step, None = the target's own [None]. A change
-            from step to step is a jump of the target and needs the models' densities.
+        b: strength of the target during this step; None = the target's own, which for a reward
+            may ramp [None]. A change from step to step is a jump of the target and needs the
+            models' densities; the strength of a reward changes without any.
     """
 
     zeta: float = 0.0
@@ -94,6 +115,14 @@ class ParticleSchedule(Timed):
             (Euler-Maruyama in rho^2, as published).
         solver: an `OdeSchedule` on the same times whose compiled program moves the particles
             instead (eta > 0 is churn); one call per step, no shifts, no own guidance.
+        reward_weight: how a reward on the state is weighed: "gradient" integrates the gradient of
+            r over a step by the step's quadrature; "path" weighs the change of r and the
+            likelihood ratio of the step, with the noise the step drew (Girsanov), needs no
+            derivative and is exact for steps of any length. Only where the target leaves the
+            choice: a reward without a gradient, or on the data prediction, is always
+            weighed by its path ["gradient"].
+        ramp: the scale by which a reward's strength rises in steps whose b is None
+            (`ramp_share`), in data units, > 0; None = the target's own [None].
         provenance: where the schedule comes from; free JSON, no part of the digest.
     """
 
@@ -101,11 +130,14 @@ class ParticleSchedule(Timed):
     steps: tuple[ParticleStep, ...]
     integrator: Literal["exponential", "euler"] = "exponential"
     solver: OdeSchedule | None = None
+    reward_weight: Literal["gradient", "path"] = "gradient"
+    ramp: float | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_times(len(self.steps))
+        _need(self.ramp is None or self.ramp > 0, f"ramp {self.ramp} must be above 0, or null")
         if any(step.resample == "clocks" for step in self.steps):
             for i, step in enumerate(self.steps):
                 _need(
@@ -148,16 +180,18 @@ class ParticleSchedule(Timed):
     @cached_property
     def digest(self) -> str:
         """Hash of what the sampler does: equal digests are equal samplers."""
-        text = json.dumps(
-            [
-                self.kind,
-                noise_to_dict(self.noise),
-                [f"{t:.11e}" for t in self.times],
-                [step.canonical(solver=self.solver is not None) for step in self.steps],
-                self.integrator if self.solver is None else self.solver.digest,
-            ],
-            sort_keys=True,
-        )
+        found = [
+            self.kind,
+            noise_to_dict(self.noise),
+            [f"{t:.11e}" for t in self.times],
+            [step.canonical(solver=self.solver is not None) for step in self.steps],
+            self.integrator if self.solver is None else self.solver.digest,
+        ]
+        if self.reward_weight != "gradient":
+            found.append(self.reward_weight)
+        if self.ramp is not None and any(step.b is None for step in self.steps):
+            found.append(f"ramp {self.ramp:.11e}")
+        text = json.dumps(found, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     @classmethod
@@ -190,6 +224,25 @@ class ParticleSchedule(Timed):
         ]
         return self.model_copy(update={"steps": tuple(steps)})
 
+    def late(self, t_on: float) -> Self:
+        """A copy whose target is switched on at a time: b = 0 in every step that starts above it.
+
+        For hard constraints, which kill every particle while the states are noise. Steps from
+        `t_on` on keep their b.
+
+        Args:
+            t_on: a time above the last one.
+
+        Raises:
+            ScheduleError: a time at which nothing is left to switch on.
+        """
+        _need(t_on > self.times[-1], f"t_on {t_on} is not above the last time {self.times[-1]}")
+        steps = [
+            step.model_copy(update={"b": 0.0}) if t > t_on else step
+            for step, t in zip(self.steps, self.times[:-1], strict=True)
+        ]
+        return self.model_copy(update={"steps": tuple(steps)})
+
     def to_dict(self) -> dict[str, Any]:
         """The file form: format, version, choices that differ from neutral, provenance."""
         steps = [
@@ -197,7 +250,7 @@ class ParticleSchedule(Timed):
             | step.model_dump(mode="json", exclude_defaults=True)
             for step in self.steps
         ]
-        return {
+        found = {
             "format": FORMAT,
             "version": VERSION,
             "kind": self.kind,
@@ -207,8 +260,12 @@ class ParticleSchedule(Timed):
             "steps": steps,
             "integrator": self.integrator,
             "solver": None if self.solver is None else self.solver.to_dict(),
-            "provenance": self.provenance,
         }
+        if self.reward_weight != "gradient":
+            found["reward_weight"] = self.reward_weight
+        if self.ramp is not None:
+            found["ramp"] = self.ramp
+        return found | {"provenance": self.provenance}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ParticleSchedule:
