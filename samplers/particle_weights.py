@@ -125,7 +125,7 @@ class Weights:
             raise ModelError(
                 f"all particles of population {int(lost.nonzero()[0])} are dead {where}, of "
                 "rewards or densities of -inf: let the reward act later (schedule.late, or b = 0 "
-                "in the steps before), never resample before, or use more particles"
+                "in the steps before), give it a floor, or use more particles"
             )
 
     def finish(self, where: str) -> Tensor:

@@ -316,7 +316,8 @@ class _Run:
             if reward.at == "data":
                 slope = slope * ramp_share(self.schedule.noise, [self.schedule.times[i]], 1.0)[0]
             self.slope = slope
-        return self.weights.change(b * r) + ratio
+        potential = b * r if seen is None else (b * r).clamp(min=reward.floor)
+        return self.weights.change(potential) + ratio
 
     def _step_weight(self, i: int, seen: Seen | None) -> Tensor:
         """The weight of step i over its base gap."""

@@ -3,6 +3,10 @@
 A target may carry a factor exp(b r). r is a function of samples in data units, seen either at the
 noisy state y = x/alpha or at the data prediction D. r(x) = -inf is a hard constraint: such a
 particle is dead, it has weight 0 as long as the constraint is broken, and no copy of it is drawn.
+Resampling before the end therefore also removes particles that would have come to obey, and the
+law leans away from the constraint's border. It is exact where the constraint acts at the
+end alone (b = 0 in all steps), and with a floor: exp(floor) is what a dead particle weighs until
+then.
 
 The guide is a vector field u that stands for grad r in the particles' equation: it adds
 zeta^2 rho^2 b u dlam to dy. Weighed by paths (`samplers.particles`) every guide gives the same
@@ -37,21 +41,26 @@ class Reward:
         guide: True (the gradient of r, by automatic differentiation), False (nothing: r is a
             black box and only weighs), or a function of what r sees, (B, *shape) -> (B, *shape).
         ramp: scale of the rise of b in steps that do not set it, in data units, > 0; inf holds b.
+        floor: the least b r counts for before the end, where it is weighed by its path; changes
+            who survives, never the target. -inf lets the dead be dead at once.
 
     Raises:
-        ScheduleError: another `at`, or a ramp that is not above 0.
+        ScheduleError: another `at`, a ramp that is not above 0, or a floor that is NaN or +inf.
     """
 
     value: Callable[[Tensor], Tensor]
     at: Literal["state", "data"] = "state"
     guide: bool | Guide = True
     ramp: float = 1.0
+    floor: float = -math.inf
 
     def __post_init__(self) -> None:
         if self.at not in ("state", "data"):
             raise ScheduleError(f"a reward at {self.at!r} is unknown: use 'state' or 'data'")
         if not self.ramp > 0:
             raise ScheduleError(f"ramp {self.ramp} must be above 0: inf holds b constant")
+        if not self.floor < math.inf:
+            raise ScheduleError(f"floor {self.floor} must be a number or -inf")
 
     @property
     def integrable(self) -> bool:

@@ -312,6 +312,7 @@ def reward(
     at: Literal["state", "data"] = "state",
     guide: bool | Guide | None = None,
     ramp: float | None = None,
+    floor: float = -math.inf,
 ) -> Target:
     """target * exp(b r).
 
@@ -325,6 +326,7 @@ def reward(
         ramp: see `Reward`; by default 1 for a reward on the state, whose noise it would mistake
             for data, and inf (b is held) for one on the data prediction. Give the data's
             standard deviation if it is far from 1.
+        floor: see `Reward`.
     """
     base = (
         target if isinstance(target, Target) else Target((_factor(target),), 1.0, lambda s: (s,))
@@ -338,5 +340,6 @@ def reward(
         at=at,
         guide=on_state if guide is None else guide,
         ramp=(1.0 if on_state else math.inf) if ramp is None else ramp,
+        floor=floor,
     )
     return replace(base, strength=float(b), exponents=lambda _: fixed, reward=made)

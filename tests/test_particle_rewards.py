@@ -100,12 +100,12 @@ def test_path_weights_tilt_the_samplers_own_law_exactly(rule, at, guide, integra
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("at", "guide"), [("state", False), ("state", ones), ("data", False)])
-def test_a_hard_constraint_switched_on_late_is_exact(rule, at, guide):
+def test_a_hard_constraint_switched_on_at_the_end_is_exact(rule, at, guide):
     def hard(y):
         return torch.where(y[:, 0] > 0.9, 0.0, -math.inf)
 
-    schedule = few(resample=rule).late(0.1)
-    assert [s.b for s in schedule.steps].count(0.0) == 6
+    schedule = few(resample=rule).late(0.011)
+    assert [s.b for s in schedule.steps] == [0.0] * 10
     m, v = chain(schedule)
     share, mean, square = above(m, v, 0.9)
     last = float(VP.alpha(torch.tensor(0.01).double()))
@@ -118,6 +118,36 @@ def test_a_hard_constraint_switched_on_late_is_exact(rule, at, guide):
     require(result.mean(y**2)[:, 0], square)
     require(result.log_normalizer.exp(), share)
     assert bool((result.draw(500) / last > 0.9).all())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("at", ["state", "data"])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_hard_constraint_with_a_floor_is_exact_from_whenever_it_acts(rule, at, late):
+    hard = reward(
+        gaussian(VP), lambda y: torch.where(y[:, 0] > 0.9, 0.0, -math.inf), at=at, guide=False,
+        floor=-3.0,
+    )  # fmt: skip
+    schedule = few(n=20, resample=rule)
+    schedule = schedule.late(schedule.times[14]) if late else schedule
+    share, mean, square = above(*chain(schedule), 0.9)
+    result = run(schedule, hard)
+    y = result.x / float(VP.alpha(torch.tensor(0.01).double()))
+    assert bool((y[result.log_weights > -math.inf] > 0.9).all())
+    require(result.mean(y)[:, 0], mean)
+    require(result.mean(y**2)[:, 0], square)
+    require(result.log_normalizer.exp(), share)
+
+
+def test_resampling_the_dead_before_the_end_leans_away_from_the_border():
+    hard = reward(gaussian(VP), lambda y: torch.where(y[:, 0] > 0.9, 0.0, -math.inf), at="data")
+    schedule = few(n=20, resample="always")
+    schedule = schedule.late(schedule.times[14])
+    mean = above(*chain(schedule), 0.9)[1]
+    y = run(schedule, hard)
+    found = y.mean(y.x)[:, 0] / float(VP.alpha(torch.tensor(0.01).double()))
+    assert 0.02 < float(found.mean()) - mean < 0.1
+    require(found, mean, 0.1)
 
 
 def test_a_constraint_on_the_whole_run_is_exact_where_nothing_is_resampled():
@@ -241,16 +271,19 @@ def test_a_reward_that_is_no_number_names_the_particle_and_the_call(rule, value)
         with pytest.raises(ModelError) as caught:
             run(few(resample=rule), reward(Counted(), bad, at=at, guide=guide), P=4, K=50)
         message = str(caught.value)
-        assert message.startswith(f"the reward of particle 23 of population 2 is {value} at call 2")
+        start = f"the reward of particle 23 of population 2 is {value} at call 2 (t ="
+        assert message.startswith(start)
         assert "\n" not in message
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_all_dead_is_one_clear_error(rule):
     target = reward(gaussian(VP), lambda y: torch.full_like(y[:, 0], -math.inf), at="data")
-    with pytest.raises(ModelError, match="all particles of population 0 are dead .*late") as caught:
+    with pytest.raises(
+        ModelError, match=r"all particles of population 0 are dead .*late"
+    ) as found:
         run(few(resample=rule), target)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(("r", "message"), [
@@ -271,6 +304,7 @@ def test_a_constraint_that_its_gradient_cannot_weigh_is_refused(r, message):
     (lambda: few().late(0.001), "t_on 0.001 is not above the last time"),
     (lambda: run(few().model_copy(update={"ramp": 1.0}), anneal(gaussian(VP), 1.0)),
      "ramp 1 is for a reward, and the target has none"),
+    (lambda: reward(gaussian(VP), lambda y: y[:, 0], floor=math.nan), "floor nan must be"),
 ])  # fmt: skip
 def test_choices_of_a_reward_that_mean_nothing_are_one_clear_line(make, message):
     with pytest.raises(ScheduleError, match=message) as caught:
@@ -344,7 +378,7 @@ def test_descending_from_one_particle_warns_even_where_no_single_step_was_hard()
         run(schedule, target, K=4, warn_ess=1e-9)
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def test_a_file_from_before_is_unchanged_and_the_new_choices_are_read_back(tmp_path):
