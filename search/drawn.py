@@ -115,6 +115,7 @@ class ParticleTask(DrawnTask):
             start_particles(schedule, problem.target, z),
             generator=generator,
             exact_start=problem.exact_start,
+            warn_ess=0.0,
         )
         evaluator.evaluations += found.calls * problem.particles * len(indices)
         if self.want == "samples":

@@ -20,7 +20,8 @@ from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ModelError, ScheduleError, StudyError
 from fewstep.space.masked import MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
-from fewstep.space.particle_domain import ParticleDomain, named_policies
+from fewstep.space.particle_domain import ParticleDomain
+from fewstep.space.particle_policies import named_policies
 from fewstep.space.particles import ParticleSchedule
 from fewstep.space.protocol import Domain
 from fewstep.space.step_choices import StepChoices
@@ -231,25 +232,37 @@ class ParticleFamily:
         """See `Family`: a population of K particles, asked of every model."""
         return self.problem.particles * len(self.target.factors)
 
+    @property
+    def _two_ways(self) -> bool:
+        """Whether the target's reward can be weighed by its gradient as well as by its path."""
+        return self.target.reward is not None and self.target.reward.integrable
+
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
         return _untaught(self, config)
 
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
-        values, target = _values(config, _open(ParticleDomain, "noise", "nfe", "own")), self.target
+        settled = ("noise", "nfe", "own", "own_ramp", "rewarded")
+        values, target = _values(config, _open(ParticleDomain, *settled)), self.target
         if values.get("strength") is not None and target.reward is None:
             for i, factor in enumerate(target.factors):
                 if factor.log_density is None:
                     raise StudyError(f"space.strength needs log_density of model {i}: give it")
-        own = target.strength
-        return _made(lambda: ParticleDomain(target.noise, nfe, own=own, **values))
+        if len(values.get("reward_weight", ())) > 1 and not self._two_ways:
+            raise StudyError(
+                "space.reward_weight: only a reward on the state that its gradient guides can be "
+                "weighed in two ways: leave it out"
+            )
+        own: dict[str, Any] = {"own": target.strength, "own_ramp": target.ramp}
+        own["rewarded"] = target.reward is not None
+        return _made(lambda: ParticleDomain(target.noise, nfe, **own, **values))
 
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the authors' policies, with both integrators, on three grids."""
         target = self.target
         strength = 1.0 if target.reward is not None else target.strength
-        return dict(named_policies(target.noise, nfe, b=strength))
+        return dict(named_policies(target.noise, nfe, b=strength, paths=self._two_ways))
 
     def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
         """See `Family`."""

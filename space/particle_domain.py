@@ -1,11 +1,12 @@
-"""The search space of particle schedules at a fixed number of steps, and the named ones.
+"""The search space of particle schedules at a fixed number of steps.
 
 A member runs from the noise schedule's first time to its last; open are the inner times (in lam),
 and per step the noise scale zeta (as its logarithm), the rule of resampling and its threshold, and
-the quadrature of the weight, and where asked for the target's strength b; and the integrator of
-all. A rule of resampling matters only where
-something was weighed since the last resampling, a threshold only for the rule "ess": elsewhere
-they are neutral in a canonical member and absent from its parameters. `from_params` is total and
+the quadrature of the weight, and where asked for the target's strength b; and of all steps the
+integrator, and where asked for how a reward is weighed and the scale of its ramp. A rule of
+resampling matters only where something was weighed since the last resampling (with a reward,
+anywhere), a threshold only for the rule "ess": elsewhere they are neutral in a canonical member
+and absent from its parameters. `from_params` is total and
 inverts `params` exactly: lam are multiples of 1e-9, the other numbers of 1e-6.
 """
 
@@ -21,16 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.space.baselines import grid
 from fewstep.space.domain import LAM_CEILING, LAM_FLOOR
 from fewstep.space.errors import ScheduleError
 from fewstep.space.moves import fit_times
 from fewstep.space.noise import NoiseSchedule
-from fewstep.space.particles import POLICIES, ParticleSchedule, ParticleStep, policy
+from fewstep.space.particles import ParticleSchedule, ParticleStep, ramp_share
 from fewstep.space.protocol import distributions, encoded
 from fewstep.space.step_choices import Parameter, Value
 
-__all__ = ["ParticleDomain", "named_policies"]
+__all__ = ["ParticleDomain"]
 
 RATES = {
     "zeta": 0.2,
@@ -40,44 +40,11 @@ RATES = {
     "b": 0.1,
     "lam": 0.5,
     "integrator": 0.05,
+    "reward_weight": 0.05,
+    "ramp": 0.2,
 }
 _LEAST_ESS = 0.05
 _LAM_DIGITS, _DIGITS = 9, 6
-
-
-def named_policies(
-    noise: NoiseSchedule, nfe: int, *, b: float = 1.0
-) -> dict[str, ParticleSchedule]:
-    """The authors' policies on three grids with both integrators, "policy/grid/integrator".
-
-    Beside them stands "+ess": resampling where the effective sample size is below one half. What
-    a noise schedule does not allow is left out, and so is a sampler already named.
-
-    Args:
-        noise: the noise schedule.
-        nfe: steps, >= 1.
-        b: the target's exponent, for the tempered policies.
-    """
-    found: dict[str, ParticleSchedule] = {}
-    for kind in ("logsnr", "edm", "time"):
-        for integrator in ("euler", "exponential"):
-            for name in POLICIES:
-                try:
-                    times = grid(noise, nfe, kind)
-                    made = policy(name, noise, times, b=b, integrator=integrator)
-                    made = ParticleSchedule.from_dict(made.to_dict())  # checked with this one
-                except ScheduleError:
-                    continue
-                found[f"{name.replace('/', '+')}/{kind}/{integrator}"] = made
-                if name.endswith("systematic"):
-                    half = tuple(s.model_copy(update={"resample": "ess"}) for s in made.steps)
-                    other = f"{name.partition('/')[0]}+ess"
-                    made = made.model_copy(update={"steps": half, "provenance": {"policy": other}})
-                    found[f"{other}/{kind}/{integrator}"] = made
-    first: dict[str, str] = {}
-    for name, made in found.items():
-        first.setdefault(made.digest, name)
-    return {name: made for name, made in found.items() if first[made.digest] == name}
 
 
 @dataclass(frozen=True)
@@ -92,8 +59,13 @@ class ParticleDomain:
         weight: quadratures allowed.
         integrators: integrators allowed; "euler" goes where alpha starts at 0.
         strength: (low, high) strengths b of the target during a step, around its own; None leaves
-            all steps at its own. A change of strength needs the models' densities.
+            all steps at its own. A change of strength needs the models' densities, that of a
+            reward nothing; 0 in the first steps switches it on late.
         own: the target's own strength.
+        own_ramp: the scale of the target's own ramp, inf if it has none.
+        ramp: (low, high) scales of a reward's ramp; None leaves it at the target's own.
+        reward_weight: ways of weighing a reward that are allowed, "gradient" first where it is.
+        rewarded: whether the target has a reward, so that weights change in every step.
         min_gap: least difference in lam of neighbouring times, > 0.
 
     Raises:
@@ -108,6 +80,10 @@ class ParticleDomain:
     integrators: tuple[str, ...] = ("exponential", "euler")
     strength: tuple[float, float] | None = None
     own: float = 1.0
+    own_ramp: float = math.inf
+    ramp: tuple[float, float] | None = None
+    reward_weight: tuple[str, ...] = ("gradient",)
+    rewarded: bool = False
     min_gap: float = 0.02
 
     def __post_init__(self) -> None:
@@ -117,6 +93,7 @@ class ParticleDomain:
             ("resample", ("never", "always", "ess")),
             ("weight", ("none", "left", "trapezoid")),
             ("integrators", ("exponential", "euler")),
+            ("reward_weight", ("gradient", "path")),
         ):
             given = getattr(self, name)
             if not given or not set(given) <= set(allowed):
@@ -130,6 +107,15 @@ class ParticleDomain:
                 f"domain: strength {self.strength} must be (low, high) around the target's own, "
                 f"{self.own:g}"
             )
+        if self.ramp is not None and not 0 < self.ramp[0] < self.ramp[1] < math.inf:
+            raise ScheduleError(f"domain: ramp {self.ramp} must be (low, high), 0 < low < high")
+        if self.ramp is not None and self.strength is not None:
+            raise ScheduleError(
+                "domain: strength sets b in every step, which leaves no ramp: open one"
+            )
+        opens = self.ramp is not None or self.reward_weight != ("gradient",)
+        if opens and not self.rewarded:
+            raise ScheduleError("domain: ramp and reward_weight are for a target with a reward")
         low, high = self.lam_range
         if not self.min_gap > 0 or high - low < self.nfe * self.min_gap:
             raise ScheduleError(
@@ -145,6 +131,21 @@ class ParticleDomain:
         start = torch.tensor(self.noise.t_range[0], dtype=torch.float64)
         pure = float(self.noise.alpha(start)) == 0
         return tuple(m for m in self.integrators if m != "euler" or not pure)
+
+    @property
+    def _live(self) -> bool:
+        """Whether weights change in every step, whatever its quadrature."""
+        return self.strength is not None or self.rewarded
+
+    @property
+    def _log_ramp(self) -> tuple[float, float]:
+        assert self.ramp is not None
+        low, high = (round(math.log(v), _DIGITS) for v in self.ramp)
+        return low, high
+
+    def _own_b(self, times: Sequence[float]) -> list[float]:
+        """The target's own strength in the steps that start at these times."""
+        return [self.own * share for share in ramp_share(self.noise, times, self.own_ramp)]
 
     @property
     def _log_zeta(self) -> tuple[float, float]:
@@ -168,6 +169,11 @@ class ParticleDomain:
         if len(self._moves) > 1:
             choices: tuple[Value, ...] = self._moves
             found.append(Parameter("integrator", "choice", choices=choices, neutral=choices[0]))
+        if len(self.reward_weight) > 1:
+            ways: tuple[Value, ...] = self.reward_weight
+            found.append(Parameter("reward_weight", "choice", choices=ways, neutral=ways[0]))
+        if self.ramp is not None:
+            found.append(Parameter("log_ramp", "float", *self._log_ramp, neutral=self._ramp({})))
         logs = self._log_zeta
         for i in range(self.nfe):
             if i > 0:
@@ -207,6 +213,14 @@ class ParticleDomain:
             return "a solver is not searched"
         if schedule.integrator not in self._moves:
             return f"integrator {schedule.integrator!r} is not open"
+        if schedule.reward_weight not in self.reward_weight:
+            return f"reward_weight {schedule.reward_weight!r} is not open"
+        if schedule.ramp is not None and self.ramp is None:
+            return "ramp is not searched"
+        if self.ramp is not None and schedule.ramp is None and not self._within(self.own_ramp):
+            return f"its ramp, the target's own {self.own_ramp}, is outside {self.ramp}"
+        if schedule.ramp is not None and not self._within(schedule.ramp):
+            return f"its ramp {schedule.ramp} is outside {self.ramp}"
         if (schedule.times[0], schedule.times[-1]) != tuple(self.noise.t_range):
             return f"its times run from {schedule.times[0]} to {schedule.times[-1]}"
         for i, (a, b) in enumerate(pairwise(self._lam(schedule.times))):
@@ -240,13 +254,19 @@ class ParticleDomain:
         found: dict[str, Value] = {}
         if len(self._moves) > 1:
             found["integrator"] = schedule.integrator
-        lam, live = self._lam(schedule.times), self.strength is not None
+        if len(self.reward_weight) > 1:
+            found["reward_weight"] = schedule.reward_weight
+        if self.ramp is not None:
+            scale = self.own_ramp if schedule.ramp is None else schedule.ramp
+            found["log_ramp"] = round(math.log(scale), _DIGITS)
+        lam, live = self._lam(schedule.times), self._live
+        own = self._own_b(schedule.times[:-1])
         for i, step in enumerate(schedule.steps):
             if i > 0:
                 found[f"lam_{i}"] = lam[i]
             found[f"log_zeta_{i}"] = round(math.log(step.zeta), _DIGITS)
             if self.strength is not None:
-                found[f"b_{i}"] = round(self.own if step.b is None else step.b, _DIGITS)
+                found[f"b_{i}"] = round(own[i] if step.b is None else step.b, _DIGITS)
             if len(self.weight) > 1:
                 found[f"weight_{i}"] = step.weight
             live = live or step.weight != "none"
@@ -254,8 +274,18 @@ class ParticleDomain:
                 found[f"resample_{i}"] = step.resample
                 if step.resample == "ess":
                     found[f"ess_{i}"] = round(step.ess, _DIGITS)
-            live = self.strength is not None or (live and step.resample != "always")
+            live = self._live or (live and step.resample != "always")
         return found
+
+    def _within(self, scale: float) -> bool:
+        assert self.ramp is not None
+        return self.ramp[0] * (1 - 1e-6) <= scale <= self.ramp[1] * (1 + 1e-6)
+
+    def _ramp(self, values: Mapping[str, Any]) -> float:
+        """The logarithm of the ramp's scale, the target's own if it is missing."""
+        low, high = self._log_ramp
+        own = min(math.log(self.own_ramp), high)
+        return round(min(max(float(values.get("log_ramp", own)), low), high), _DIGITS)
 
     def from_params(self, values: Mapping[str, Any]) -> ParticleSchedule:
         """The member nearest to any values: missing ones are neutral, times keep their gaps."""
@@ -265,16 +295,17 @@ class ParticleDomain:
         inner = fit_times(given, self.nfe - 1, *self.lam_range, self.min_gap)
         lam = torch.tensor([round(v, _LAM_DIGITS) for v in inner], dtype=torch.float64)
         first, last = self.noise.t_range
-        steps, live = [], self.strength is not None
+        times = (first, *self.noise.t_of_lam(lam).tolist(), last)
+        steps, live, own = [], self._live, self._own_b(times[:-1])
         for i in range(self.nfe):
             log_zeta = min(max(float(values.get(f"log_zeta_{i}", 0.0)), low), high)
             weight = self._choice("weight", values, i)
             live = live or weight != "none"
             rule = self._choice("resample", values, i) if live else "never"
-            live = self.strength is not None or (live and rule != "always")
+            live = self._live or (live and rule != "always")
             chosen: dict[str, Any] = {"resample": rule, "weight": weight}
             if self.strength is not None:
-                b = float(values.get(f"b_{i}", self.own))
+                b = float(values.get(f"b_{i}", own[i]))
                 b = min(max(b, self.strength[0]), self.strength[1])
                 chosen["b"] = round(b, _DIGITS)
             if rule == "ess":
@@ -282,7 +313,9 @@ class ParticleDomain:
                 chosen["ess"] = round(share, _DIGITS)
             steps.append(ParticleStep(zeta=math.exp(round(log_zeta, _DIGITS)), **chosen))
         fixed: dict[str, Any] = {"integrator": moves if moves in self._moves else self._moves[0]}
-        times = (first, *self.noise.t_of_lam(lam).tolist(), last)
+        way = values.get("reward_weight", self.reward_weight[0])
+        fixed["reward_weight"] = way if way in self.reward_weight else self.reward_weight[0]
+        fixed["ramp"] = None if self.ramp is None else math.exp(self._ramp(values))
         return ParticleSchedule(noise=self.noise, times=times, steps=tuple(steps), **fixed)
 
     def _choice(self, name: str, values: Mapping[str, Any], i: int) -> str:
@@ -314,7 +347,13 @@ class ParticleDomain:
         values |= {f"ess_{i}": float(rng.uniform(0.1, 0.9)) for i in range(self.nfe)}
         if self.strength is not None:  # from one strength at the start to the target's own
             path = np.linspace(rng.uniform(*self.strength), self.own, self.nfe)
+            if self.rewarded and rng.random() < 0.5:  # or switched on late
+                path = np.where(np.arange(self.nfe) < rng.integers(self.nfe), 0.0, self.own)
             values |= {f"b_{i}": float(path[i]) for i in range(self.nfe)}
+        if len(self.reward_weight) > 1:
+            values["reward_weight"] = str(rng.choice(self.reward_weight))
+        if self.ramp is not None:
+            values["log_ramp"] = float(rng.uniform(*self._log_ramp))
         return self.from_params(values)
 
     def mutate(
@@ -330,8 +369,8 @@ class ParticleDomain:
         Args:
             schedule: a member.
             rng: source of randomness.
-            rates: probabilities of `RATES` to use instead; "lam" and "integrator" are per
-                schedule, the others per step.
+            rates: probabilities of `RATES` to use instead; "lam", "integrator", "reward_weight"
+                and "ramp" are per schedule, the others per step.
             scale: size of the moves of numbers; drawn log-uniformly from .2 to 20 times this.
         """
         chance = RATES | dict(rates or {})
@@ -360,6 +399,10 @@ class ParticleDomain:
                 values |= self._moved(values, reach, rng)
             if rng.random() < chance["integrator"]:
                 values["integrator"] = str(rng.choice(self._moves))
+            if rng.random() < chance["reward_weight"]:
+                values["reward_weight"] = str(rng.choice(self.reward_weight))
+            if self.ramp is not None and rng.random() < chance["ramp"]:
+                values["log_ramp"] += 4 * reach * rng.normal()
             child = self.from_params(values)
             if self.params(child) != before:
                 return child
@@ -394,6 +437,8 @@ class ParticleDomain:
                 if stem != "lam" and index.isdigit() and int(index) in mine:
                     values[k] = v
         values["integrator"] = (a if rng.random() < 0.5 else b).integrator
+        whole = first if rng.random() < 0.5 else second
+        values |= {k: whole[k] for k in ("reward_weight", "log_ramp") if k in whole}
         return self.from_params(values)
 
     def adopt(self, schedule: object) -> list[ParticleSchedule]:
@@ -411,11 +456,16 @@ class ParticleDomain:
         ends = np.linspace(0, schedule.nfe, self.nfe + 1)
         moved = np.interp(ends, np.arange(len(lam)), lam)
         values: dict[str, Any] = {"integrator": schedule.integrator}
+        values["reward_weight"] = schedule.reward_weight
+        scale = self.own_ramp if schedule.ramp is None else schedule.ramp
+        values["log_ramp"] = math.log(scale)
+        own = [self.own * share for share in ramp_share(self.noise, schedule.times[:-1], scale)]
         for i in range(self.nfe):
-            step = schedule.steps[int((ends[i] + ends[i + 1]) / 2)]
+            k = int((ends[i] + ends[i + 1]) / 2)
+            step = schedule.steps[k]
             if i > 0:
                 values[f"lam_{i}"] = float(moved[i])
             values[f"log_zeta_{i}"] = math.log(max(step.zeta, self.zeta[0]))
             values |= {f"weight_{i}": step.weight, f"resample_{i}": step.resample}
-            values |= {f"ess_{i}": step.ess, f"b_{i}": self.own if step.b is None else step.b}
+            values |= {f"ess_{i}": step.ess, f"b_{i}": own[k] if step.b is None else step.b}
         return [self.from_params(values)]

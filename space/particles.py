@@ -26,16 +26,7 @@ from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, noise_to_dict
 from fewstep.space.schedule import FORMAT, LOADERS, VERSION, Frozen, OdeSchedule, Timed
 
-__all__ = ["POLICIES", "ParticleSchedule", "ParticleStep", "policy", "ramp_share"]
-
-POLICIES = (
-    "target_score",
-    "target_score/systematic",
-    "target_score/clocks",
-    "tempered_noise",
-    "tempered_noise/systematic",
-    "tempered_noise/clocks",
-)
+__all__ = ["ParticleSchedule", "ParticleStep", "ramp_share"]
 
 
 def _need(condition: bool, message: str) -> None:
@@ -286,50 +277,6 @@ class ParticleSchedule(Timed):
         nfe = data.get("nfe", schedule.nfe)
         _need(nfe == schedule.nfe, f"nfe is {nfe} in the file but it has {schedule.nfe} steps")
         return schedule
-
-
-def policy(
-    name: str,
-    noise: NoiseSchedule,
-    times: Sequence[float],
-    *,
-    b: float = 1.0,
-    integrator: str = "euler",
-    window: tuple[float, float] | None = None,
-) -> ParticleSchedule:
-    """The authors' policies as schedules.
-
-    Args:
-        name: one of `POLICIES`. "target_score" has zeta = 1 (drift b s); "tempered_noise" has
-            zeta = b^(-1/2) (drift (b+1)/2 s). Alone the weights are ignored; "/systematic"
-            resamples after every step, "/clocks" has birth-death clocks.
-        noise: the noise schedule.
-        times: N+1 decreasing times.
-        b: the target's annealing exponent, > 0.
-        integrator: "euler" as published, or "exponential".
-        window: (t_high, t_low), the times within which particles are weighed; None = all.
-
-    Raises:
-        ScheduleError: an unknown name, or b that is not positive.
-
-    References:
-        Skreta et al. 2503.02819, propositions 3.1 to 3.3 and algorithm 1; the a-family of the
-        released code: zeta^2 = (b + 2a(1-b))/b with a = 0 and a = 1/2.
-    """
-    _need(name in POLICIES, f"policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
-    _need(b > 0 and math.isfinite(b), f"b {b} must be a positive number")
-    move, _, rule = name.partition("/")
-    weights = {
-        "": {"weight": "none"},
-        "systematic": {"resample": "always"},
-        "clocks": {"resample": "clocks"},
-    }[rule]
-    zeta = 1.0 if move == "target_score" else b**-0.5
-    schedule = ParticleSchedule.uniform(noise, times, zeta=zeta, **weights)
-    schedule = schedule.model_copy(
-        update={"integrator": integrator, "provenance": {"policy": name}}
-    )
-    return schedule if window is None else schedule.window(*window)
 
 
 def _step(i: int, data: object) -> ParticleStep:

@@ -9,8 +9,9 @@ from fewstep.search.strategies import Evaluated, make
 from fewstep.space import ScheduleError, load_schedule
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.noise import EDM, RectifiedFlow, VPLinear
-from fewstep.space.particle_domain import ParticleDomain, named_policies
-from fewstep.space.particles import ParticleStep
+from fewstep.space.particle_domain import ParticleDomain
+from fewstep.space.particle_policies import named_policies
+from fewstep.space.particles import ParticleStep, ramp_share
 
 DOMAINS = {
     "counts": MaskedDomain(20, 6),
@@ -22,6 +23,11 @@ DOMAINS = {
     "vp": ParticleDomain(VPLinear(), 5, resample=("never", "ess"), weight=("left", "trapezoid")),
     "flow": ParticleDomain(RectifiedFlow(), 4),
     "strength": ParticleDomain(VPLinear(), 3, strength=(0.5, 2.5), own=2.0),
+    "reward": ParticleDomain(
+        VPLinear(), 4, strength=(0.0, 2.5), own=1.5, own_ramp=1.0, rewarded=True,
+        reward_weight=("gradient", "path"),
+    ),
+    "ramp": ParticleDomain(VPLinear(), 3, ramp=(0.1, 10.0), own_ramp=1.0, rewarded=True),
     "drift": ParticleDomain(VPLinear(), 3, weight=("none",), integrators=("exponential",)),
 }  # fmt: skip
 
@@ -150,6 +156,45 @@ def test_named_policies_are_distinct_samplers_and_drift_ones_are_members(b):
         assert math.isclose(schedule.steps[0].zeta, 1.0 if name[0:6] == "target" else b**-0.5)
 
 
+def test_a_reward_can_be_weighed_in_two_ways_and_switched_on_late():
+    domain = DOMAINS["reward"]
+    found = named_policies(VPLinear(), 4, paths=True)
+    assert len({s.digest for s in found.values()}) == len(found)
+    assert found["target_score+ess+path/time/euler"].reward_weight == "path"
+    rng = np.random.default_rng(0)
+    members = [domain.sample(rng) for _ in range(60)]
+    assert {m.reward_weight for m in members} == {"gradient", "path"}
+    shapes = {tuple(step.b for step in m.steps) for m in members}
+    assert {(0.0, 0.0, 1.5, 1.5), (0.0, 1.5, 1.5, 1.5)} <= shapes
+    idle = domain.from_params({f"weight_{i}": "none" for i in range(4)} | {"resample_1": "always"})
+    assert idle.steps[1].resample == "always"
+
+
+def test_what_a_domain_does_not_say_is_the_targets_own_ramp():
+    open_b, open_ramp = DOMAINS["reward"], DOMAINS["ramp"]
+    member = open_b.from_params({})
+    shares = ramp_share(VPLinear(), member.times[:-1], 1.0)
+    assert [s.b for s in member.steps] == pytest.approx([1.5 * s for s in shares], abs=1e-6)
+    assert open_ramp.from_params({}).ramp == 1.0
+    assert open_ramp.from_params({"log_ramp": 9.0}).ramp == pytest.approx(10.0)
+    plain = open_ramp.from_params({}).model_copy(update={"ramp": None})
+    assert open_ramp.contains(plain) is None
+    assert open_ramp.canonical(plain) == open_ramp.from_params({})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ramp": (1.0, 0.5), "rewarded": True}, "must be \\(low, high\\)"),
+    ({"ramp": (0.1, 1.0)}, "are for a target with a reward"),
+    ({"reward_weight": ("path",)}, "are for a target with a reward"),
+    ({"reward_weight": ("paths",), "rewarded": True}, "must be out of gradient, path"),
+    ({"ramp": (0.1, 1.0), "strength": (0.0, 1.0), "rewarded": True}, "leaves no ramp: open one"),
+])  # fmt: skip
+def test_a_domain_whose_choices_contradict_is_one_clear_line(options, message):
+    with pytest.raises(ScheduleError, match=message) as caught:
+        ParticleDomain(VPLinear(), 3, **options)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -157,6 +202,8 @@ def test_named_policies_are_distinct_samplers_and_drift_ones_are_members(b):
         (lambda s: _step(s, zeta=9.0), "zeta 9.0 is outside"),
         (lambda s: _step(s, b=2.0), "b is not searched"),
         (lambda s: _step(s, resample="clocks"), "'clocks' is not open"),
+        (lambda s: s.model_copy(update={"ramp": 2.0}), "ramp is not searched"),
+        (lambda s: s.model_copy(update={"reward_weight": "path"}), "'path' is not open"),
         (
             lambda s: s.model_copy(update={"noise": EDM(sigma_max=9.0)}),
             "noise schedule is another",

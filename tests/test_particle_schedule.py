@@ -5,7 +5,8 @@ import pytest
 from fewstep.space import OdeSchedule, ScheduleError, StepSpec, load_schedule, noise
 from fewstep.space.baselines import baseline, grid
 from fewstep.space.files import save_schedule
-from fewstep.space.particles import POLICIES, ParticleSchedule, ParticleStep, policy
+from fewstep.space.particle_policies import POLICIES, policy
+from fewstep.space.particles import ParticleSchedule, ParticleStep
 
 VE = noise.EDM(sigma_max=3.0, sigma_min=0.05)
 VP = noise.VPLinear(t_start=0.6, t_end=0.01)

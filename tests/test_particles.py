@@ -16,7 +16,8 @@ from fewstep.samplers.resampling import Clocks, effective, systematic
 from fewstep.samplers.targets import Factor, Seen, anneal, average, guidance, product, reward
 from fewstep.space import ModelError, OdeSchedule, ScheduleError, StepSpec, noise
 from fewstep.space.baselines import baseline, grid, multistep
-from fewstep.space.particles import ParticleSchedule, ParticleStep, policy
+from fewstep.space.particle_policies import policy
+from fewstep.space.particles import ParticleSchedule, ParticleStep
 from tests.oracles import Mixture, f64, two_modes
 
 VE = noise.EDM(sigma_max=3.0, sigma_min=0.05)

@@ -25,7 +25,8 @@ from fewstep.samplers.resampling import effective
 from fewstep.samplers.targets import Target, anneal
 from fewstep.space.baselines import grid
 from fewstep.space.noise import EDM
-from fewstep.space.particles import POLICIES, ParticleSchedule, policy
+from fewstep.space.particle_policies import POLICIES, policy
+from fewstep.space.particles import ParticleSchedule
 
 
 def simulate(

@@ -34,7 +34,7 @@ _ALWAYS = (
 _WHOLE = {  # choices of a whole schedule
     "ode": ("first", "compensation_order", "compensation_variable", "shift_keeps", "options"),
     "masked": ("length", "variable"),
-    "particles": ("integrator", "solver"),
+    "particles": ("integrator", "solver", "reward_weight", "ramp"),
 }
 _NAMES = {
     "relaxation_coefficient": "c",
