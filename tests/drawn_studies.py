@@ -106,8 +106,11 @@ class Gaussian:
         return -(x**2).sum(1) / (2 * v) - torch.log(2 * torch.pi * v)
 
 
-def particles(broken="", dense=False):
-    """Towards the square of the density; the score is the error of the second moment."""
+def particles(broken="", dense=False, tilt=""):
+    """Towards the square of the density; the score is the error of the second moment.
+
+    `tilt`: where a reward that keeps that target is seen instead, "state" or "data".
+    """
 
     def measure(found, seeds):
         moment = found.mean((found.x**2).mean(-1))
@@ -121,6 +124,8 @@ def particles(broken="", dense=False):
         target = product(Gaussian(), other)
     if broken == "reward":
         target = reward(Gaussian(), lambda x: x[:, 0] * float("nan"), at="data")
+    if tilt:  # N(0, 1/2) exp(-|x|^2) is N(0, 1/4)
+        target = reward(Gaussian(), lambda x: -(x**2).sum(1), at=tilt)
     return ParticleProblem(
         target=target, shape=(2,), particles=16, objective="moment_error", measure=measure,
         facts=lambda m: {"least_ess": float(m[:, 1].mean())}, fingerprint="gaussian",

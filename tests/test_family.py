@@ -140,6 +140,19 @@ def test_the_strength_of_a_step_can_be_searched(tmp_path):
     assert {row[3][f"b_{i}"] for row in made for i in range(3)} > {2.0}
 
 
+def test_how_a_reward_is_weighed_and_when_it_acts_is_searched(tmp_path):
+    settings = ("model.tilt='state'", "space.reward_weight=['gradient', 'path']")
+    more = ("space.strength=[0.0, 1.5]", "final.samples=16", "search.samples=8")
+    more = (*more, "budget.candidates=100")
+    outcome = _search(tmp_path, "particles", tmp_path / "out", *settings, *more)
+    made = [row for row in trial_table(outcome.out) if row[-1]["generation"] > 0]
+    assert outcome.rows[0].failed == 0
+    assert {row[3]["reward_weight"] for row in made} == {"gradient", "path"}
+    assert len({row[3]["b_1"] for row in made}) > 3
+    row = json.loads((outcome.out / "results.json").read_text())["rows"][0]
+    assert any("+path/" in entry["name"] for entry in row["named"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_s3_starts_from_what_other_numbers_of_calls_taught(tmp_path, kind):
     settings = ["search.strategy=s3", "search.nfe=[3,4]", "search.samples=8", "final.samples=16"]
@@ -231,7 +244,15 @@ def test_mlflow_holds_the_curve_and_the_facts(tmp_path):
         ("particles", ("model.broken='noise'",), "share the schedule's noise"),
         ("particles", ("space.zeta=[2.0, 3.0]",), "around 1"),
         ("particles", ("space.resample=['ess']",), "must hold 'never'"),
-        ("particles", ("model.broken='reward'",), "not finite"),
+        ("particles", ("model.broken='reward'",), "reward of particle 0 of population 0 is nan"),
+        ("particles", ("space.reward_weight=['path']",), "are for a target with a reward"),
+        ("particles", ("space.ramp=[0.1, 3.0]",), "are for a target with a reward"),
+        ("particles", ("space.own_ramp=2.0",), "space.own_ramp is an unknown key"),
+        (
+            "particles",
+            ("model.tilt='data'", "space.reward_weight=['gradient', 'path']"),
+            "guides can be weighed in two ways",
+        ),
         ("particles", ("space.strength=[1.0, 3.0]",), "needs log_density of model 0"),
         ("particles", ("space.strength=[2.5, 3.0]", "model.dense=true"), "the target's own, 2"),
         ("particles", ("search.nfe=[900]",), "do not fit"),
