@@ -306,8 +306,8 @@ class _Run:
         r, slope = reward.pull(points) if guided else (reward(points), None)
         require_numbers(r, self.K, "reward", self._call(i))
         if slope is not None:
-            alive = (r != -math.inf).reshape(-1, *(1,) * (slope.ndim - 1))
-            slope = torch.where(alive, slope, torch.zeros_like(slope))
+            dead = (r == -math.inf).reshape(-1, *(1,) * (slope.ndim - 1))
+            slope = torch.where(dead & ~torch.isfinite(slope), torch.zeros_like(slope), slope)
             if not bool(torch.isfinite(slope).all()):
                 raise ModelError(
                     f"the guide of the reward is not finite {self._call(i)}: give another guide, "

@@ -71,6 +71,11 @@ def ones(y):
     return torch.ones_like(y)
 
 
+def up(y):
+    """A guide over the edge at .9, for the particles below it."""
+    return (0.9 - y).clamp(min=0) / 0.25
+
+
 def few(noise_schedule=VP, n=10, **choices):
     choices = {"zeta": 1.0} | choices
     return ParticleSchedule.uniform(noise_schedule, grid(noise_schedule, n, "logsnr"), **choices)
@@ -122,10 +127,10 @@ def test_a_hard_constraint_switched_on_at_the_end_is_exact(rule, at, guide):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("at", ["state", "data"])
-@pytest.mark.parametrize("late", [True, False])
-def test_a_hard_constraint_with_a_floor_is_exact_from_whenever_it_acts(rule, at, late):
+@pytest.mark.parametrize(("late", "guide"), [(True, False), (False, False), (False, up)])
+def test_a_hard_constraint_with_a_floor_is_exact_from_whenever_it_acts(rule, at, late, guide):
     hard = reward(
-        gaussian(VP), lambda y: torch.where(y[:, 0] > 0.9, 0.0, -math.inf), at=at, guide=False,
+        gaussian(VP), lambda y: torch.where(y[:, 0] > 0.9, 0.0, -math.inf), at=at, guide=guide,
         floor=-3.0,
     )  # fmt: skip
     schedule = few(n=20, resample=rule)
@@ -148,6 +153,18 @@ def test_resampling_the_dead_before_the_end_leans_away_from_the_border():
     found = y.mean(y.x)[:, 0] / float(VP.alpha(torch.tensor(0.01).double()))
     assert 0.02 < float(found.mean()) - mean < 0.1
     require(found, mean, 0.1)
+
+
+def test_who_breaks_a_constraint_is_guided():
+    def hard(y):
+        return torch.where(y[:, 0] > 1.5, 0.0, -math.inf)
+
+    alive = []
+    for guide in (False, lambda y: (1.5 - y).clamp(min=0) / 0.25):
+        target = reward(gaussian(VP), hard, guide=guide, floor=-3.0)
+        result = run(few(n=40), target, P=2)
+        alive.append(float((result.log_weights > -math.inf).double().mean()))
+    assert alive[1] > 1.5 * alive[0] > 0
 
 
 def test_a_constraint_on_the_whole_run_is_exact_where_nothing_is_resampled():
