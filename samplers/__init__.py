@@ -2,16 +2,16 @@
 
 from fewstep.samplers.ancestral import ancestral
 from fewstep.samplers.denoiser import Denoiser, ModelDenoiser, fingerprint, from_model
-from fewstep.samplers.masked import (
-    TokenDenoiser,
-    from_hf_masked_lm,
-    from_subs,
-    sample_masked,
-    start_masked,
-)
+from fewstep.samplers.masked import sample_masked
 from fewstep.samplers.ode import run, sample, start
 from fewstep.samplers.particles import Particles, sample_particles, start_particles
 from fewstep.samplers.problems import AnyProblem, MaskedProblem, ParticleProblem, Problem
+from fewstep.samplers.token_denoiser import (
+    TokenDenoiser,
+    from_hf_masked_lm,
+    from_subs,
+    start_masked,
+)
 
 __all__ = [
     "AnyProblem",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.categorical import DEMONSTRATION_BITS, draw, truncated_gumbel
-from fewstep.samplers.masked import TokenDenoiser
+from fewstep.samplers.token_denoiser import TokenDenoiser
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.masked import MaskedNoise
 

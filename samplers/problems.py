@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Denoiser
-from fewstep.samplers.masked import TokenDenoiser
 from fewstep.samplers.particles import Particles
 from fewstep.samplers.targets import Target
+from fewstep.samplers.token_denoiser import TokenDenoiser
 from fewstep.space.masked import MaskedNoise
 
 __all__ = ["AnyProblem", "MaskedProblem", "ParticleProblem", "Problem"]
@@ -67,6 +67,9 @@ class MaskedProblem:
         noise: the masking schedule; matters to networks that are told the time.
         prompt: sample indices (B,) -> sequences (B, length) with the mask id where a token is
             wanted, as many in each; None is all mask.
+        curve: h(m), the model's cross-entropy of a masked token with m random ones visible, for
+            every number of free positions m (see `samplers.curve`); the counts of least expected
+            divergence are then among the named schedules, as "dp". None is unknown.
         fingerprint: a short name and hash of the weights; "" if unknown.
         picture: sequences (B, length) -> (B, H, W) or (B, H, W, 3) in 0..1; None if there is none.
     """
@@ -79,6 +82,7 @@ class MaskedProblem:
     facts: Callable[[Array], dict[str, float]] | None = None
     noise: MaskedNoise = field(default_factory=MaskedNoise)
     prompt: Callable[[Tensor], Tensor] | None = None
+    curve: Sequence[float] | None = None
     fingerprint: str = ""
     picture: Callable[[Tensor], Tensor] | None = None
 

@@ -25,7 +25,8 @@ from fewstep.samplers import (
     start_masked,
     start_particles,
 )
-from fewstep.samplers.masked import uniforms
+from fewstep.samplers.categorical import uniforms
+from fewstep.samplers.token_denoiser import Counted
 from fewstep.search.evaluate import Evaluator, TaskResult, Want, kept
 from fewstep.search.problem import noise_of, sample_seed
 from fewstep.space.errors import StudyError
@@ -90,9 +91,11 @@ class MaskedTask(DrawnTask):
         assert isinstance(problem, MaskedProblem)
         indices = range(self.start, self.stop)
         tokens = prompts(problem, indices)
-        u = levels_of(evaluator.seed, self.stream, indices, problem.length)
-        done = sample_masked(schedule, problem.denoiser, tokens, u=u.to(tokens.device))
-        evaluator.evaluations += schedule.nfe * len(indices)
+        shape = (schedule.uniforms, problem.length)
+        u = levels_of(evaluator.seed, self.stream, indices, shape)
+        counted = Counted(problem.denoiser)
+        done = sample_masked(schedule, counted, tokens, u=u.to(tokens.device))
+        evaluator.evaluations += counted.sequences
         if self.want == "samples":
             return done.cpu().numpy()
         return self._kept(problem.measure(done), problem.objective)
@@ -184,10 +187,13 @@ def prompts(problem: MaskedProblem, indices: range) -> Tensor:
     return tokens
 
 
-def levels_of(seed: int, stream: str, indices: range, length: int) -> Tensor:
-    """The uniforms of the samples `indices` of a stream, float64 `(B, 2, length)`."""
+def levels_of(seed: int, stream: str, indices: range, shape: tuple[int, int]) -> Tensor:
+    """The uniforms of the samples `indices` of a stream, float64 `(B, *shape)`.
+
+    The rows that schedules have in common are the same.
+    """
     draws = []
     for index in indices:
         generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))
-        draws.append(uniforms(2, length, generator=generator))
+        draws.append(uniforms(*shape, generator=generator))
     return torch.stack(draws)

@@ -184,8 +184,14 @@ class MaskedFamily:
 
     def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
         """See `Family`; keys are fields of `MaskedDomain`."""
-        values = _values(config, _open(MaskedDomain, "length", "nfe", "noise"))
-        return _made(lambda: MaskedDomain(self.free, nfe, noise=self.problem.noise, **values))
+        values = _values(config, _open(MaskedDomain, "length", "nfe", "noise", "curve"))
+        return _made(lambda: MaskedDomain(self.free, nfe, **self._fixed, **values))
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """What the problem says of its schedules."""
+        curve = self.problem.curve
+        return {"noise": self.problem.noise, "curve": None if curve is None else tuple(curve)}
 
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the named counts, the same choices at every call."""
@@ -194,7 +200,7 @@ class MaskedFamily:
             "positions": ("uniform", "confidence"),
         }
         try:
-            every = MaskedDomain(self.free, nfe, noise=self.problem.noise, **choices)
+            every = MaskedDomain(self.free, nfe, **self._fixed, **choices)
         except ScheduleError as error:
             raise StudyError(f"search.nfe: {error}") from None
         return dict(every.baselines())

@@ -5,9 +5,26 @@ positions at once, and the counts sum to L. With counts of one, uniform position
 one the first-hitting sampler draws from the model's law exactly (Zheng et al. 2409.02908,
 section 4); every other schedule is an approximation worth searching. NFE is the number of calls.
 
+A call chooses which positions (`positions`, `block`, `ends_last`), how many (`count`, and further
+ones that a bound on confidence or entropy lets through), which tokens (`mode`, `temperature`,
+`top_p`), and what it takes back (`remask`). Published samplers are such choices:
+
+    MDLM, first hitting          counts of one, all else neutral
+    LLaDA                        positions "drawn", temperature 0, block
+    Dream                        positions "entropy" or "margin"
+    Fast-dLLM, LLaDA 2           positions "drawn", min_confidence
+    entropy-bounded (EB)         positions "entropy", max_entropy
+    KLASS                        positions "confidence", min_confidence with max_kl, kl_window 2
+    ReMDM, P2                    remask by "drawn" or "uniform", by "current"
+
 Frame: a(t) is the share of visible tokens, a(0) = 1, decreasing to a(1) = `floor`:
 
     a(t) = 1 - (1 - floor) t        (floor = 0: linear; floor = 1e-3: MDLM's log-linear schedule)
+
+References:
+    Nie et al. 2502.09992 (LLaDA); Ye et al. 2508.15487 (Dream); Wu et al. 2505.22618 (Fast-dLLM);
+    Ben-Hamu et al. 2505.24857 (entropy bound); Kim et al. 2511.05664 (KLASS);
+    Wang et al. 2503.00307 (ReMDM); Peng et al. 2502.03540 (P2).
 """
 
 from __future__ import annotations
@@ -15,7 +32,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -25,9 +41,9 @@ from torch import Tensor
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import FORMAT, LOADERS, VERSION, Frozen
 
-__all__ = ["COUNTS", "CallSpec", "MaskedNoise", "MaskedSchedule", "counts_by_name", "split"]
+__all__ = ["CallSpec", "MaskedNoise", "MaskedSchedule", "idle"]
 
-COUNTS = ("uniform", "linear", "cosine", "reverse_cosine")
+_FIRST = ("count", "mode", "temperature", "top_p", "positions")
 
 
 def _need(condition: bool, message: str) -> None:
@@ -38,41 +54,150 @@ def _need(condition: bool, message: str) -> None:
 class CallSpec(Frozen):
     """One network call and the tokens it decides. Neutral values in brackets.
 
+    "Confidence" is the probability of a position's most probable token, or with positions "drawn"
+    that of the token drawn there; it and the entropy are the network's own, before `mode`,
+    `temperature` and `top_p`.
+
     Args:
-        count: positions unmasked after this call, >= 1 [1].
+        count: positions unmasked after this call, >= 1; at least so many with a bound [1].
         mode: "parallel" draws all of them from this call's prediction; "extrapolate" continues
             the last two predictions linearly for every token but the first (2409.02908,
             section 4.3), no meaning at count 1 ["parallel"].
-        temperature: T > 0; tokens are drawn from mu^{1/T} [1].
+        temperature: T >= 0; tokens are drawn from mu^{1/T}, at 0 the most probable is taken [1].
         top_p: share of probability kept, 0 < top_p <= 1, the most probable tokens first [1].
-        positions: "uniform" (the law's own order) or "confidence" (where the network's largest
-            probability is largest) ["uniform"].
+        positions: "uniform" (the law's own order), "confidence" (largest probability first),
+            "margin" (largest difference of the two largest probabilities first), "entropy"
+            (smallest first) or "drawn" (most probable token drawn first) ["uniform"].
+        min_confidence: also decide every position whose confidence is above, in [0, 1]; 1 lets
+            none through [1].
+        max_entropy: also decide the positions of least entropy, as long as the entropies of all
+            that this call decides, the largest left out, sum to less than this; nats, >= 0; 0
+            lets none through [0].
+        max_kl: of the positions that a bound lets through, decide only those whose prediction has
+            moved by a smaller KL divergence (nats, > 0) since the call before; None asks for
+            nothing [None].
+        kl_window: calls in a row for which that must hold, >= 1 [1].
+        max_count: a bound lets no further position through once so many are decided, >= 1; None is
+            no limit [None].
+        block: positions are decided from left to right in blocks of so many free ones, a block
+            only when the one before it is done or too small for the count; bounds hold in the
+            first block that is not done. None is one block [None].
+        hide_future: the network does not see what comes after the block [False].
+        ends_last: positions where an end of text was drawn come last in their block [False].
+        remask: share of the positions decided so far that are masked again after this call, in
+            [0, 1); as many further positions are decided by it, so that the counts hold. In the
+            last call nothing is [0].
+        remask_by: which: "uniform" (any), "drawn" (least probable when they were drawn) or
+            "current" (least probable by this call's prediction, which must then mean something
+            at visible positions) ["uniform"].
     """
 
     count: int = 1
     mode: Literal["parallel", "extrapolate"] = "parallel"
     temperature: float = 1.0
     top_p: float = 1.0
-    positions: Literal["uniform", "confidence"] = "uniform"
+    positions: Literal["uniform", "confidence", "margin", "entropy", "drawn"] = "uniform"
+    min_confidence: float = 1.0
+    max_entropy: float = 0.0
+    max_kl: float | None = None
+    kl_window: int = 1
+    max_count: int | None = None
+    block: int | None = None
+    hide_future: bool = False
+    ends_last: bool = False
+    remask: float = 0.0
+    remask_by: Literal["uniform", "drawn", "current"] = "uniform"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _need(self.count >= 1, f"count {self.count} must be 1 or more")
-        _need(self.temperature > 0, f"temperature {self.temperature} must be positive")
+        _need(self.temperature >= 0, f"temperature {self.temperature} must be 0 or more")
         _need(0 < self.top_p <= 1, f"top_p {self.top_p} is outside (0, 1]")
+        _need(
+            0 <= self.min_confidence <= 1,
+            f"min_confidence {self.min_confidence} is outside [0, 1] (1 lets none through)",
+        )
+        _need(
+            self.max_entropy >= 0,
+            f"max_entropy {self.max_entropy} must be 0 or more nats (0 lets none through)",
+        )
+        _need(
+            self.max_kl is None or self.max_kl > 0,
+            f"max_kl {self.max_kl} must be positive, or left out to ask for nothing",
+        )
+        _need(self.kl_window >= 1, f"kl_window {self.kl_window} must be 1 or more")
+        _need(
+            self.max_count is None or self.max_count >= 1,
+            f"max_count {self.max_count} must be 1 or more, or left out",
+        )
+        _need(self.block is None or self.block >= 1, f"block {self.block} must be 1 or more")
+        _need(
+            not self.hide_future or self.block is not None,
+            "hide_future hides what comes after a block: give block",
+        )
+        _need(0 <= self.remask < 1, f"remask {self.remask} is outside [0, 1)")
+        if self.mode == "extrapolate":
+            _need(
+                self.positions != "drawn" and not self.ends_last,
+                "mode 'extrapolate' draws in the order of positions: it does not go with "
+                "positions 'drawn' or ends_last, which order by what was drawn",
+            )
+            _need(
+                not self.hide_future,
+                "mode 'extrapolate' does not go with hide_future: the call before has not "
+                "seen this block",
+            )
         return self
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a bound may let further positions through."""
+        return self.min_confidence < 1 or self.max_entropy > 0
 
     @property
     def exact(self) -> bool:
         """Whether this call draws from the model's law: every choice at its neutral value."""
         return self.canonical() == CallSpec().canonical()
 
-    def canonical(self, *, last: bool = False) -> list[object]:
-        """The choices that change a sample, floats to 12 digits; a last call takes the rest."""
-        mode = "parallel" if self.count == 1 else self.mode
-        positions = "uniform" if last and mode == "parallel" else self.positions
-        numbers = [f"{self.temperature:.11e}", f"{self.top_p:.11e}"]
-        return [self.count, mode, *numbers, positions]
+    def canonical(self, *, first: bool = False, last: bool = False) -> list[object]:
+        """The choices that change a sample, floats to 12 digits; others are left out."""
+        unused = idle(self, first=first, last=last)
+        chosen = self.model_copy(update={name: _NEUTRAL[name] for name in unused})
+        values = [(name, getattr(chosen, name)) for name in type(self).model_fields]
+        text = [(n, f"{v:.11e}" if isinstance(v, float) else v) for n, v in values]
+        further = [
+            [n, v]
+            for (n, v), (_, raw) in zip(text, values, strict=True)
+            if n not in _FIRST and raw != _NEUTRAL[n]
+        ]
+        return [v for n, v in text if n in _FIRST] + further
+
+
+_NEUTRAL = {name: info.default for name, info in CallSpec.model_fields.items()}
+
+
+def idle(call: CallSpec, *, first: bool = False, last: bool = False) -> frozenset[str]:
+    """The choices of a call that change nothing, given its others.
+
+    Args:
+        call: the call.
+        first: whether it is the first, before which nothing was decided.
+        last: whether it is the last, which decides all that is left.
+    """
+    unused = set()
+    bounded = call.bounded and not last and not (first and call.max_kl is not None)
+    remasks = call.remask > 0 and not first and not last
+    if call.count == 1 and not bounded and not remasks:
+        unused.add("mode")
+    if not bounded:
+        unused |= {"max_kl", "kl_window", "max_count", "min_confidence", "max_entropy"}
+    if call.max_kl is None:
+        unused.add("kl_window")
+    if not remasks:
+        unused |= {"remask", "remask_by"}
+    if last and ("mode" in unused or call.mode == "parallel"):
+        unused |= {"positions", "block", "hide_future", "ends_last"}
+    return frozenset(unused)
 
 
 class MaskedNoise(Frozen):
@@ -112,6 +237,11 @@ class MaskedSchedule(Frozen):
             are told the time, and to extrapolation.
         variable: what extrapolation is linear in: "time" (the hitting times, random; as
             published) or "fraction" (the masked share n/L, deterministic).
+        ahead: what becomes of the calls when a bound runs ahead of the counts: "spread" rescales
+            the counts of the calls left to the positions left, so that a sequence makes all of
+            its calls while it has positions for them; "stop" keeps them, so that a sequence is
+            done after fewer calls (as published samplers). Calls are random then, and the cost
+            is their mean.
         provenance: where the schedule comes from; free JSON, no part of the digest.
     """
 
@@ -120,6 +250,7 @@ class MaskedSchedule(Frozen):
     calls: tuple[CallSpec, ...]
     noise: MaskedNoise = MaskedNoise()
     variable: Literal["time", "fraction"] = "time"
+    ahead: Literal["spread", "stop"] = "spread"
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("noise", mode="before")
@@ -134,6 +265,12 @@ class MaskedSchedule(Frozen):
         total = sum(self.counts)
         _need(total == self.length, f"the counts sum to {total} but length is {self.length}")
         _need(self.calls[0].mode == "parallel", "call 0 cannot extrapolate: it has no history")
+        for k, (before, call) in enumerate(itertools.pairwise(self.calls), start=1):
+            _need(
+                call.mode == "parallel" or not before.remask,
+                f"call {k} cannot extrapolate: call {k - 1} remasks positions that have no "
+                "older prediction",
+            )
         return self
 
     @classmethod
@@ -152,6 +289,20 @@ class MaskedSchedule(Frozen):
         """The exact schedule: `length` calls of one token."""
         return cls.from_counts([1] * length)
 
+    def in_blocks(self, blocks: int, *, hide_future: bool = False) -> MaskedSchedule:
+        """This schedule for each of several blocks of its length, from left to right.
+
+        Args:
+            blocks: how many, >= 1.
+            hide_future: whether the network does not see the blocks to come.
+        """
+        inner = {"block": self.length, "hide_future": hide_future}
+        calls = tuple(
+            call.model_copy(update=inner if call.block is None else {}) for call in self.calls
+        )
+        shape = {"length": self.length * blocks, "calls": calls * blocks}
+        return self.model_copy(update=shape)
+
     @property
     def counts(self) -> tuple[int, ...]:
         """Positions unmasked by each call."""
@@ -159,8 +310,13 @@ class MaskedSchedule(Frozen):
 
     @property
     def nfe(self) -> int:
-        """Network calls."""
+        """Network calls; at most so many where bounds let sequences end early."""
         return len(self.calls)
+
+    @property
+    def uniforms(self) -> int:
+        """Rows of uniforms that a sequence needs: two, and three for every call that remasks."""
+        return 2 + 3 * sum(call.remask > 0 for call in self.calls)
 
     @property
     def exact(self) -> bool:
@@ -176,16 +332,21 @@ class MaskedSchedule(Frozen):
         Returns:
             One count per call; they sum to `free`, and are `counts` if `free == length`.
         """
-        done = [round(c * free / self.length) for c in _cumulative(self.counts)]
+        done = [round(c * free / self.length) for c in itertools.accumulate(self.counts)]
         return tuple(b - a for a, b in itertools.pairwise([0, *done]))
 
     @cached_property
     def digest(self) -> str:
         """Hash of what the sampler does: equal digests are equal samplers."""
-        last = self.nfe - 1
-        calls = [call.canonical(last=i == last) for i, call in enumerate(self.calls)]
+        ends = {"first": 0, "last": self.nfe - 1}
+        calls = [
+            call.canonical(**{name: i == at for name, at in ends.items()})
+            for i, call in enumerate(self.calls)
+        ]
         extrapolates = any(call[1] == "extrapolate" for call in calls)
         shape = [self.kind, f"{self.noise.floor:.11e}", self.variable if extrapolates else ""]
+        if self.ahead != "spread" and any(call.bounded for call in self.calls[:-1]):
+            shape.append(self.ahead)
         return hashlib.sha256(json.dumps([shape, calls]).encode()).hexdigest()[:20]
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,6 +363,7 @@ class MaskedSchedule(Frozen):
             "length": self.length,
             "noise": self.noise.model_dump(mode="json"),
             "variable": self.variable,
+            **({} if self.ahead == "spread" else {"ahead": self.ahead}),
             "calls": calls,
             "provenance": self.provenance,
         }
@@ -222,64 +384,6 @@ class MaskedSchedule(Frozen):
         nfe = data.get("nfe", schedule.nfe)
         _need(nfe == schedule.nfe, f"nfe is {nfe} in the file but it lists {schedule.nfe} calls")
         return schedule
-
-
-def split(weights: list[float], length: int) -> tuple[int, ...]:
-    """Integer counts proportional to weights, each at least 1, that sum to `length`.
-
-    The cumulative shares are rounded, then moved apart by the least that leaves every count >= 1.
-
-    Raises:
-        ScheduleError: more calls than positions, or weights that are not positive numbers.
-    """
-    calls = len(weights)
-    _need(1 <= calls <= length, f"{calls} calls for {length} positions: use 1..{length} calls")
-    good = all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0
-    _need(good, "weights must be finite, >= 0 and not all 0")
-    ends = [round(c * length / sum(weights)) for c in _cumulative(weights)]
-    ends[-1] = length
-    for i in range(calls):
-        ends[i] = max(ends[i], i + 1, ends[i - 1] + 1 if i else 1)
-    for i in range(calls - 1, -1, -1):
-        ends[i] = min(ends[i], length - (calls - 1 - i))
-    return tuple(b - a for a, b in itertools.pairwise([0, *ends]))
-
-
-def counts_by_name(name: str, length: int, calls: int) -> tuple[int, ...]:
-    """The named baselines: `calls` counts that sum to `length`.
-
-    Args:
-        name: "uniform" (equal counts, the paper's choice), "linear" (counts growing like 1, 2,
-            3, ...), "cosine" (MaskGIT's: the masked share after call k of N is cos(pi k / 2N),
-            few tokens first), "reverse_cosine" (the same counts from the other end).
-        length: positions to decide.
-        calls: network calls, 1..length.
-
-    Raises:
-        ScheduleError: an unknown name, or more calls than positions.
-
-    References:
-        Chang et al. 2202.04200, section 3.3 (cosine).
-    """
-    _need(name in COUNTS, f"counts {name!r} are unknown: use one of {', '.join(COUNTS)}")
-    _need(1 <= calls <= length, f"{calls} calls for {length} positions: use 1..{length} calls")
-    if name == "uniform":
-        weights = [1.0] * calls
-    elif name == "linear":
-        weights = [k + 1.0 for k in range(calls)]
-    else:
-        share = [math.cos(math.pi * k / (2 * calls)) for k in range(calls + 1)]
-        weights = [a - b for a, b in itertools.pairwise(share)]
-        weights = weights[::-1] if name == "reverse_cosine" else weights
-    return split(weights, length)
-
-
-def _cumulative(values: tuple[int, ...] | list[float]) -> list[float]:
-    total, result = 0.0, []
-    for value in values:
-        total += value
-        result.append(total)
-    return result
 
 
 def _call(i: int, data: object) -> CallSpec:

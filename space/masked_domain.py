@@ -17,36 +17,48 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.space.counts import COUNTS, best_counts, counts_by_name, split
 from fewstep.space.errors import ScheduleError
-from fewstep.space.masked import (
-    COUNTS,
-    CallSpec,
-    MaskedNoise,
-    MaskedSchedule,
-    counts_by_name,
-    split,
-)
+from fewstep.space.masked import CallSpec, MaskedNoise, MaskedSchedule, idle
+from fewstep.space.masked_choices import CHOICES, NEUTRAL, MaskedChoice, require_open, told
 from fewstep.space.protocol import distributions
 from fewstep.space.step_choices import Parameter, Value
 
 __all__ = ["MaskedDomain"]
 
-_DIGITS = 6  # decimals of a canonical temperature
-RATES = {"count": 0.6, "run": 0.7, "mode": 0.1, "positions": 0.1, "temperature": 0.3}
+_DIGITS = 6  # decimals of a canonical number
+RATES = {"count": 0.6, "run": 0.7, "temperature": 0.3}  # others: _RATE
+_RATE = 0.1
 
 
 @dataclass(frozen=True)
 class MaskedDomain:
     """All schedules of `nfe` calls for `length` positions, with the choices left open.
 
+    A list holds the values allowed, the neutral one first; a pair (low, high) is a range, and None
+    leaves a choice at its neutral value. See `CallSpec` for what they mean.
+
     Args:
         length: positions, >= nfe.
-        nfe: network calls of every member, >= 1.
-        modes: allowed modes, the neutral one first.
-        positions: allowed rules, the neutral one first.
-        temperature: (low, high) with 0 < low <= 1 <= high; None fixes it to 1.
+        nfe: network calls of every member (at most, where bounds let sequences end early), >= 1.
+        modes: of `mode`.
+        positions: of `positions`.
+        temperature: 0 <= low <= 1 <= high; drawn in its logarithm if low > 0.
+        top_p: (low, 1).
+        min_confidence: (low, 1); 1 lets none through.
+        max_entropy: (0, high) in nats; 0 lets none through.
+        max_kl: 0 < low < high in nats; high asks for nothing.
+        kl_windows: of `kl_window`.
+        max_counts: of `max_count`; 0 is no limit.
+        blocks: of `block`; 0 is one block.
+        hide_future: of `hide_future`.
+        ends_last: of `ends_last`.
+        remask: (0, high), high < 1.
+        remask_by: of `remask_by`.
         noise: the masking schedule.
         variable: what extrapolation is linear in.
+        ahead: what a bound that runs ahead of the counts does to the calls left.
+        curve: h(m), from which the counts "dp" are made; see `space.counts`.
 
     Raises:
         ScheduleError: an empty space.
@@ -57,21 +69,61 @@ class MaskedDomain:
     modes: tuple[str, ...] = ("parallel",)
     positions: tuple[str, ...] = ("uniform",)
     temperature: tuple[float, float] | None = None
+    top_p: tuple[float, float] | None = None
+    min_confidence: tuple[float, float] | None = None
+    max_entropy: tuple[float, float] | None = None
+    max_kl: tuple[float, float] | None = None
+    kl_windows: tuple[int, ...] = (1,)
+    max_counts: tuple[int, ...] = (0,)
+    blocks: tuple[int, ...] = (0,)
+    hide_future: tuple[bool, ...] = (False,)
+    ends_last: tuple[bool, ...] = (False,)
+    remask: tuple[float, float] | None = None
+    remask_by: tuple[str, ...] = ("uniform",)
     noise: MaskedNoise = field(default_factory=MaskedNoise)
     variable: str = "time"
+    ahead: str = "spread"
+    curve: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.nfe <= self.length:
             raise ScheduleError(f"domain: nfe {self.nfe} must lie in 1..{self.length}, the length")
-        for name, allowed in (("modes", ("parallel", "extrapolate")),
-                              ("positions", ("uniform", "confidence"))):  # fmt: skip
-            if not getattr(self, name) or not set(getattr(self, name)) <= set(allowed):
-                raise ScheduleError(f"domain: {name} must be out of {', '.join(allowed)}")
-        if (
-            self.temperature is not None
-            and not 0 < self.temperature[0] <= 1 <= self.temperature[1]
-        ):
-            raise ScheduleError(f"domain: temperature {self.temperature} must enclose 1")
+        if self.curve is not None and len(self.curve) != self.length:
+            raise ScheduleError(
+                f"domain: the curve has {len(self.curve)} values for {self.length} positions: "
+                "measure it for this model and prompt"
+            )
+        for choice in CHOICES:
+            require_open(choice, getattr(self, choice.field))
+
+    @cached_property
+    def _open(self) -> tuple[MaskedChoice, ...]:
+        """The choices that have more than one value."""
+        return tuple(c for c in CHOICES if len(getattr(self, c.field) or ()) > 1)
+
+    def _neutral(self, choice: MaskedChoice) -> Value:
+        """The value of a choice that does nothing, or the first allowed."""
+        open_: Any = getattr(self, choice.field)
+        if not choice.number:
+            return told(open_[0])
+        return 1.0 if choice.off is None else float(open_[choice.off])
+
+    def _told_of(self, call: CallSpec, choice: MaskedChoice) -> Value:
+        """A call's value as a parameter."""
+        value = getattr(call, choice.name)
+        if choice.none and value is None:
+            return self._neutral(choice)
+        return round(float(value), _DIGITS) if choice.number else told(value)
+
+    def _meant(self, choice: MaskedChoice, value: Any) -> Any:
+        """A parameter's value as a call's, the nearest that is allowed."""
+        open_: Any = getattr(self, choice.field)
+        if not choice.number:
+            allowed = [told(v) for v in open_]
+            value = open_[allowed.index(value) if value in allowed else 0]
+            return (value or None) if NEUTRAL[choice.name] is None else value
+        number = round(min(max(float(value), open_[0]), open_[1]), _DIGITS)
+        return None if choice.none and number >= open_[1] else number
 
     def with_nfe(self, nfe: int) -> MaskedDomain:
         """The same choices at another number of calls."""
@@ -82,13 +134,16 @@ class MaskedDomain:
 
         Samplers that are equal are named once.
         """
+        counts = {name: counts_by_name(name, self.length, self.nfe) for name in COUNTS}
+        if self.curve is not None:
+            counts["dp"] = best_counts(self.curve, self.nfe)[-1]
         found = {}
-        for name in COUNTS:
+        for name, numbers in counts.items():
             for mode in self.modes:
                 for rule in self.positions:
-                    counts = counts_by_name(name, self.length, self.nfe)
                     extra = [v for v in (mode, rule) if v not in ("parallel", "uniform")]
-                    made = self._member([(c, mode, rule, 1.0) for c in counts])
+                    choices = {"mode": mode, "positions": rule}
+                    made = self._member([{"count": c} | choices for c in numbers])
                     found["/".join([name, *extra])] = made
         first: dict[str, str] = {}
         for name, made in found.items():
@@ -105,18 +160,29 @@ class MaskedDomain:
             return f"it makes {schedule.nfe} calls, not {self.nfe}"
         if schedule.noise != self.noise or schedule.variable != self.variable:
             return "its masking schedule or variable is another"
-        low, high = self.temperature or (1.0, 1.0)
+        if schedule.ahead != self.ahead and any(call.bounded for call in schedule.calls):
+            return f"ahead is {schedule.ahead!r}, not {self.ahead!r}"
         for k, call in enumerate(schedule.calls):
-            if call.mode != "parallel" and call.mode not in self.modes:
-                return f"call {k}: mode {call.mode!r} is not open"
-            idle = k == self.nfe - 1 and call.mode == "parallel"  # it decides all that is left
-            if call.positions not in self.positions and not idle:
-                return f"call {k}: positions {call.positions!r} is not open"
-            if not low <= call.temperature <= high:
-                return f"call {k}: temperature {call.temperature} is outside {low} to {high}"
-            if call.top_p != 1:
-                return f"call {k}: top_p is not searched"
+            unused = idle(call, first=k == 0, last=k == self.nfe - 1)
+            for choice in CHOICES:
+                reason = self._outside(choice, call)
+                if reason is not None and choice.name not in unused:
+                    return f"call {k}: {reason}"
         return None
+
+    def _outside(self, choice: MaskedChoice, call: CallSpec) -> str | None:
+        """Why a call's value is not open, or None if it is."""
+        value, open_ = getattr(call, choice.name), getattr(self, choice.field)
+        if value == NEUTRAL[choice.name] and (choice.number or choice.name == "mode"):
+            return None
+        if choice.number:
+            low, high = open_ or (NEUTRAL[choice.name],) * 2
+            if open_ is None and choice.name != "temperature":
+                return f"{choice.name} is not searched"
+            ok = low <= value <= high
+            return None if ok else f"{choice.name} {value} is outside {low} to {high}"
+        allowed = [self._meant(choice, told(v)) for v in open_]
+        return None if value in allowed else f"{choice.name} {value!r} is not open"
 
     def params(self, schedule: MaskedSchedule) -> dict[str, Any]:
         """The parameters of a member: `count_k` and the open choices of every call.
@@ -130,27 +196,21 @@ class MaskedDomain:
         found: dict[str, Any] = {}
         for k, call in enumerate(schedule.calls):
             found[f"count_{k}"] = call.count
-            if len(self.modes) > 1:
-                found[f"mode_{k}"] = call.mode
-            if len(self.positions) > 1:
-                found[f"positions_{k}"] = call.positions
-            if self.temperature is not None:
-                found[f"temperature_{k}"] = round(call.temperature, _DIGITS)
+            for choice in self._open:
+                found[f"{choice.name}_{k}"] = self._told_of(call, choice)
         return found
 
     def from_params(self, values: Mapping[str, Any]) -> MaskedSchedule:
         """The member nearest to any values: missing ones are neutral, counts are made to sum."""
         weights = [max(0.0, float(values.get(f"count_{k}", 1))) for k in range(self.nfe)]
         counts = split(weights if any(weights) else [1.0] * self.nfe, self.length)
-        low, high = self.temperature or (1.0, 1.0)
         calls = []
         for k, count in enumerate(counts):
-            mode = values.get(f"mode_{k}", self.modes[0])
-            rule = values.get(f"positions_{k}", self.positions[0])
-            heat = min(max(float(values.get(f"temperature_{k}", 1.0)), low), high)
-            mode = mode if mode in self.modes else self.modes[0]
-            rule = rule if rule in self.positions else self.positions[0]
-            calls.append((count, mode, rule, round(heat, _DIGITS)))
+            data: dict[str, Any] = {"count": count}
+            for choice in self._open:
+                value = values.get(f"{choice.name}_{k}", self._neutral(choice))
+                data[choice.name] = self._meant(choice, value)
+            calls.append(data)
         return self._member(calls)
 
     def canonical(self, schedule: MaskedSchedule) -> MaskedSchedule:
@@ -163,16 +223,14 @@ class MaskedDomain:
         found = []
         for k in range(self.nfe):
             found.append(Parameter(f"count_{k}", "int", 1, self.length - self.nfe + 1, neutral=1))
-            for name, open_ in (("mode", self.modes), ("positions", self.positions)):
-                choices: tuple[Value, ...] = open_
-                if len(choices) > 1:
-                    found.append(
-                        Parameter(f"{name}_{k}", "choice", choices=choices, neutral=choices[0])
-                    )
-            if self.temperature is not None:
-                found.append(
-                    Parameter(f"temperature_{k}", "float", *self.temperature, neutral=1.0)
-                )
+            for choice in self._open:
+                name, open_ = f"{choice.name}_{k}", getattr(self, choice.field)
+                neutral = self._neutral(choice)
+                if choice.number:
+                    found.append(Parameter(name, "float", *open_, neutral=neutral))
+                else:
+                    values = tuple(told(v) for v in open_)
+                    found.append(Parameter(name, "choice", choices=values, neutral=neutral))
         return tuple(found)
 
     def distributions(self) -> dict[str, Any]:
@@ -181,28 +239,45 @@ class MaskedDomain:
 
     def encode(self, schedule: MaskedSchedule) -> np.ndarray:
         """A member as a flat float64 vector: cumulative shares, then the choices as numbers."""
-        self.params(schedule)
+        values = self.params(schedule)
         counts = np.array(schedule.counts, dtype=np.float64)
         parts = [counts.cumsum() / self.length]
-        if len(self.modes) > 1:
-            parts.append(np.array([float(c.mode == "extrapolate") for c in schedule.calls]))
-        if len(self.positions) > 1:
-            parts.append(np.array([float(c.positions == "confidence") for c in schedule.calls]))
-        if self.temperature is not None:
-            parts.append(np.log([c.temperature for c in schedule.calls]))
+        for choice in self._open:
+            column = [values[f"{choice.name}_{k}"] for k in range(self.nfe)]
+            open_ = getattr(self, choice.field)
+            if choice.number:
+                log = self._logarithmic(choice)
+                parts.append(np.log(column) if log else np.array(column, dtype=np.float64))
+            else:
+                for other in open_[1:]:  # one-hot, the neutral value all zero
+                    parts.append(np.array([float(v == told(other)) for v in column]))
         return np.concatenate(parts)
+
+    def _logarithmic(self, choice: MaskedChoice) -> bool:
+        return bool(choice.log) and getattr(self, choice.field)[0] > 0
 
     def sample(self, rng: np.random.Generator) -> MaskedSchedule:
         """A random member: compositions uniform, choices uniform, log-temperatures uniform."""
         cuts = np.sort(rng.choice(self.length - 1, self.nfe - 1, replace=False)) + 1
         counts = np.diff([0, *cuts, self.length])
-        low, high = (math.log(v) for v in self.temperature or (1.0, 1.0))
-        calls = []
-        for count in counts.tolist():
-            heat = math.exp(rng.uniform(low, high)) if self.temperature else 1.0
-            mode, rule = str(rng.choice(self.modes)), str(rng.choice(self.positions))
-            calls.append((count, mode, rule, round(heat, _DIGITS)))
-        return self._member(calls)
+        values: dict[str, Any] = {}
+        for k, count in enumerate(counts.tolist()):
+            values[f"count_{k}"] = count
+            for choice in self._open:
+                values[f"{choice.name}_{k}"] = self._drawn(choice, rng)
+        return self.from_params(values)
+
+    def _drawn(self, choice: MaskedChoice, rng: np.random.Generator) -> Value:
+        """A random value of a choice; one that may be off is off every other time."""
+        open_ = getattr(self, choice.field)
+        if not choice.number:
+            return told(open_[int(rng.integers(len(open_)))])
+        low, high = open_
+        if choice.off is not None and rng.random() < 0.5:
+            return self._neutral(choice)
+        if self._logarithmic(choice):
+            return math.exp(rng.uniform(math.log(low), math.log(high)))
+        return float(rng.uniform(low, high))
 
     def mutate(
         self,
@@ -241,11 +316,7 @@ class MaskedDomain:
 
     def _alike(self, chance: Mapping[str, float], rng: np.random.Generator) -> list[list[str]]:
         """Parameters to change, those of one list alike: one choice in a run, or each alone."""
-        stems = [name for name, open_ in (
-            ("mode", len(self.modes) > 1),
-            ("positions", len(self.positions) > 1),
-            ("temperature", self.temperature is not None),
-        ) if open_]  # fmt: skip
+        stems = [choice.name for choice in self._open]
         if stems and rng.random() < chance["run"]:
             stem = str(rng.choice(stems))
             first, last = sorted(rng.integers(self.nfe, size=2).tolist())
@@ -254,7 +325,7 @@ class MaskedDomain:
             [f"{stem}_{k}"]
             for k in range(self.nfe)
             for stem in stems
-            if rng.random() < chance[stem]
+            if rng.random() < chance.get(stem, _RATE)
         ]
 
     def _changed(
@@ -262,10 +333,14 @@ class MaskedDomain:
     ) -> dict[str, Any]:
         """New values of parameters of one kind, all moved by the same, a run twice as far."""
         stem = names[0].rpartition("_")[0]
-        if stem == "temperature":
-            factor = math.exp(rng.normal(0, scale if len(names) == 1 else 2 * scale))
-            return {name: values[name] * factor for name in names}
-        return dict.fromkeys(names, str(rng.choice(getattr(self, _FIELD[stem]))))
+        choice = next(c for c in self._open if c.name == stem)
+        if not choice.number or (choice.off is not None and rng.random() < 0.5):
+            return dict.fromkeys(names, self._drawn(choice, rng))
+        step = rng.normal(0, scale if len(names) == 1 else 2 * scale)
+        if self._logarithmic(choice):
+            return {name: values[name] * math.exp(step) for name in names}
+        low, high = getattr(self, choice.field)
+        return {name: values[name] + (high - low) * step for name in names}
 
     def crossover(
         self, a: MaskedSchedule, b: MaskedSchedule, rng: np.random.Generator
@@ -291,8 +366,9 @@ class MaskedDomain:
         values: dict[str, Any] = {}
         for k, count in enumerate(np.diff(np.interp(ends, np.arange(len(done)), done))):
             call = schedule.calls[int((ends[k] + ends[k + 1]) / 2)]
-            values |= {f"count_{k}": float(count), f"mode_{k}": call.mode}
-            values |= {f"positions_{k}": call.positions, f"temperature_{k}": call.temperature}
+            values[f"count_{k}"] = float(count)
+            for choice in self._open:
+                values[f"{choice.name}_{k}"] = self._told_of(call, choice)
         return [self.from_params(values)]
 
     def neighbours(self, schedule: MaskedSchedule) -> list[MaskedSchedule]:
@@ -306,17 +382,31 @@ class MaskedDomain:
                     found.append(self.from_params(values | moved))
         return found
 
-    def _member(self, calls: list[tuple[int, str, str, float]]) -> MaskedSchedule:
-        """Calls of (count, mode, rule, temperature); what does not matter is neutral."""
-        made = []
-        for k, (count, mode, rule, heat) in enumerate(calls):
-            data: dict[str, Any] = {"count": count, "temperature": heat}
-            data["mode"] = "parallel" if k == 0 or count == 1 else mode
-            last = k == len(calls) - 1 and data["mode"] == "parallel"
-            data["positions"] = self.positions[0] if last else rule
+    def _member(self, calls: list[dict[str, Any]]) -> MaskedSchedule:
+        """Calls of these choices; what does not matter, or goes with nothing, is neutral."""
+        fixed = {
+            c.name: self._meant(c, self._neutral(c))
+            for c in CHOICES
+            if c not in self._open and not c.number
+        }
+        made: list[CallSpec] = []
+        for k, given in enumerate(calls):
+            data = fixed | given
+            if k == 0 or given["count"] == 1 or (made[-1].remask if made else 0):
+                data["mode"] = "parallel"
+            if data.get("mode") == "extrapolate":
+                if data.get("positions") == "drawn" or data.get("ends_last"):
+                    data["mode"] = "parallel"
+                data["hide_future"] = False
+            if data.get("block") is None:
+                data["hide_future"] = False
+            call = CallSpec(**data)
+            unused = idle(call, first=k == 0, last=k == self.nfe - 1)
+            for choice in CHOICES:
+                if choice.name in unused and choice.name != "mode":
+                    data[choice.name] = fixed.get(choice.name, NEUTRAL[choice.name])
+                    if choice in self._open and not choice.number:
+                        data[choice.name] = self._meant(choice, self._neutral(choice))
             made.append(CallSpec(**data))
-        data = {"length": self.length, "noise": self.noise, "variable": self.variable}
-        return MaskedSchedule(calls=tuple(made), **data)
-
-
-_FIELD = {"mode": "modes", "positions": "positions"}
+        shape = {"length": self.length, "noise": self.noise, "variable": self.variable}
+        return MaskedSchedule(calls=tuple(made), ahead=self.ahead, **shape)

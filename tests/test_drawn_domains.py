@@ -7,6 +7,7 @@ import pytest
 
 from fewstep.search.strategies import Evaluated, make
 from fewstep.space import ScheduleError, load_schedule
+from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.noise import EDM, RectifiedFlow, VPLinear
 from fewstep.space.particle_domain import ParticleDomain
@@ -18,6 +19,17 @@ DOMAINS = {
     "masked": MaskedDomain(
         20, 6, modes=("parallel", "extrapolate"), positions=("uniform", "confidence"),
         temperature=(0.7, 1.4),
+    ),
+    "rules": MaskedDomain(
+        24, 5, modes=("parallel", "extrapolate"), positions=("uniform", "drawn", "entropy"),
+        temperature=(0.0, 1.5), top_p=(0.5, 1.0), min_confidence=(0.5, 1.0),
+        max_entropy=(0.0, 2.0), max_kl=(0.001, 1.0), kl_windows=(1, 2), max_counts=(0, 8, 12),
+        blocks=(0, 6, 8), hide_future=(False, True), ends_last=(False, True), remask=(0.0, 0.5),
+        remask_by=("uniform", "drawn", "current"),
+    ),
+    "closed": MaskedDomain(
+        24, 3, positions=("margin", "confidence"), blocks=(8,), hide_future=(True,),
+        min_confidence=(0.5, 1.0), ahead="stop",
     ),
     "particles": ParticleDomain(EDM(sigma_max=8.0, sigma_min=0.02), 6),
     "vp": ParticleDomain(VPLinear(), 5, resample=("never", "ess"), weight=("left", "trapezoid")),
@@ -134,6 +146,56 @@ def test_resampling_matters_only_where_something_was_weighed():
     assert [step.resample for step in once.steps] == ["never", "never", "always", *["never"] * 3]
     assert "resample_1" not in domain.params(once)
     assert "resample_2" in domain.params(once)
+
+
+def test_every_choice_of_a_masked_call_is_searched_by_its_own_name():
+    domain = DOMAINS["rules"]
+    stems = {p.name.rpartition("_")[0] for p in domain.parameters}
+    assert stems == set(CallSpec.model_fields)
+    neutral = domain.from_params({f"count_{k}": 5 - (k == 0) for k in range(5)})
+    assert neutral == MaskedSchedule.from_counts((4, 5, 5, 5, 5))
+    seen = {name: set() for name in CallSpec.model_fields}
+    for member in _walk(domain, 200):
+        for call in member.calls:
+            for name in seen:
+                seen[name].add(getattr(call, name))
+    assert all(len(values) > 1 for values in seen.values()), seen
+
+
+@pytest.mark.parametrize(
+    ("choices", "match"),
+    [
+        ({"min_confidence": (0.5, 0.9)}, "must end at 1"),
+        ({"max_entropy": (0.1, 1.0)}, "must begin at 0"),
+        ({"max_kl": (0.0, 1.0)}, "must be positive"),
+        ({"remask": (0.0, 1.0)}, "must end below 1"),
+        ({"remask": (0.0,)}, "must be a pair"),
+        ({"blocks": (0, -1)}, "blocks must be out of whole numbers from 0"),
+        ({"kl_windows": (0,)}, "whole numbers from 1"),
+        ({"hide_future": ("x",)}, "true, false"),
+        ({"remask_by": ("age",)}, "uniform, drawn, current"),
+        ({"positions": ()}, "positions must be out of"),
+        ({"positions": ("uniform", "uniform")}, "each once"),
+    ],
+)
+def test_masked_spaces_that_mean_nothing_are_refused(choices, match):
+    with pytest.raises(ScheduleError, match=match) as caught:
+        MaskedDomain(12, 3, **choices)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_choice_that_is_closed_is_no_member():
+    domain = MaskedDomain(12, 3)
+    for choices, word in (
+        ({"min_confidence": 0.9}, "min_confidence is not searched"),
+        ({"positions": "drawn"}, "positions 'drawn' is not open"),
+        ({"block": 4}, "block 4 is not open"),
+        ({"top_p": 0.9}, "top_p is not searched"),
+    ):
+        assert word in str(domain.contains(MaskedSchedule.from_counts((4, 4, 4), **choices)))
+    stops = MaskedSchedule.from_counts((4, 4, 4), min_confidence=0.9)
+    stops = stops.model_copy(update={"ahead": "stop"})
+    assert "ahead is 'stop'" in str(MaskedDomain(12, 3, min_confidence=(0.5, 1)).contains(stops))
 
 
 def test_euler_is_left_out_where_alpha_starts_at_zero():

@@ -7,17 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.samplers import from_subs, sample_masked, start_masked
 from fewstep.samplers.ancestral import ancestral
-from fewstep.samplers.masked import anneal, from_subs, sample_masked, start_masked
+from fewstep.samplers.masked import anneal
 from fewstep.space import ModelError, ScheduleError, load_schedule, save_schedule
-from fewstep.space.masked import (
-    COUNTS,
-    CallSpec,
-    MaskedNoise,
-    MaskedSchedule,
-    counts_by_name,
-    split,
-)
+from fewstep.space.counts import COUNTS, counts_by_name, split
+from fewstep.space.masked import CallSpec, MaskedNoise, MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
 
 
@@ -102,7 +97,7 @@ def test_schedules_that_mean_nothing_are_refused() -> None:
     _refused(lambda: MaskedSchedule(length=5, calls=(one, one)), "counts sum to 2 but length is 5")
     _refused(lambda: MaskedSchedule(length=1, calls=()), "calls is empty")
     _refused(lambda: CallSpec(count=0), "count 0 must be 1 or more")
-    _refused(lambda: CallSpec(temperature=0), "temperature 0.* must be positive")
+    _refused(lambda: CallSpec(temperature=-1), "temperature -1.* must be 0 or more")
     _refused(lambda: CallSpec(temperature=math.nan), "temperature")
     _refused(lambda: CallSpec(top_p=1.5), "top_p 1.5 is outside")
     _refused(lambda: CallSpec(heat=2), "heat is not a field")

@@ -8,8 +8,7 @@ from fewstep.experiments.benchmarks import metrics_molecules
 from fewstep.experiments.models import molecules, train_molecules
 from fewstep.experiments.models.assets import AssetError
 from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig
-from fewstep.samplers import MaskedProblem
-from fewstep.samplers.masked import from_subs, sample_masked
+from fewstep.samplers import MaskedProblem, from_subs, sample_masked
 from fewstep.search.objective import Measured
 from fewstep.space.masked import MaskedSchedule
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from fewstep.experiments.models import molecules
+from fewstep.samplers import from_subs, sample_masked
 from fewstep.samplers.ancestral import Sampling, ancestral
 from fewstep.samplers.categorical import truncated_law
-from fewstep.samplers.masked import from_subs, sample_masked
 from fewstep.space.masked import MaskedSchedule
 
 

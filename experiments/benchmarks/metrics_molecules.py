@@ -47,7 +47,7 @@ from torch.nn import functional
 
 from fewstep.experiments.models import molecules
 from fewstep.experiments.models.assets import AssetError, read_member
-from fewstep.samplers.masked import from_subs, sample_masked, start_masked
+from fewstep.samplers import from_subs, sample_masked, start_masked
 from fewstep.space.masked import MaskedSchedule
 
 __all__ = [

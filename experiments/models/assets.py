@@ -64,6 +64,18 @@ ASSETS = {
         sha256="63a24aae88c554a7ba6422cffdef3ad7c1befec73f835b70ead04097a1ebed6f",
         licence="MIT",
     ),
+    "antiberty": Asset(
+        requirement="antiberty==0.1.3",  # later versions carry no weights
+        filename="antiberty-0.1.3-py3-none-any.whl",
+        sha256="30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
+        licence="MIT",
+    ),
+    "iglm": Asset(
+        requirement="iglm==0.1.0",
+        filename="iglm-0.1.0-py3-none-any.whl",
+        sha256="6bb7b65c531583b10d3723dbfbc06e95b2cb30e3cc8cbf2fbc7eb22945e1c2be",
+        licence="non-commercial use only: fetched for the benchmark, not redistributed",
+    ),
 }
 
 
