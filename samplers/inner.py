@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class Caught(Exception):  # noqa: N818  (it is how a call ends, not an error)
+class Caught(Exception):
     """Leaves a pipeline at its first step.
 
     Args:
@@ -30,7 +30,7 @@ class Caught(Exception):  # noqa: N818  (it is how a call ends, not an error)
         self.output, self.sample = output, sample
 
 
-class Asked(Exception):  # noqa: N818
+class Asked(Exception):
     """Leaves a pipeline where it sets its scheduler up.
 
     Args:
@@ -111,7 +111,9 @@ class Inner:
 
     scale_noise = add_noise
 
-    def step(self, model_output: Tensor, timestep: object, sample: Tensor, *_: Any, **k: Any) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: object, sample: Tensor, *_: Any, **k: Any
+    ) -> Any:
         """Leave the pipeline, or hand it the final state to decode."""
         if self.final is None:
             raise Caught(model_output, sample)
@@ -137,7 +139,7 @@ def inner_scheduler(scheduler: Any) -> Any:
 
 @contextmanager
 def standing_in(pipeline: Any, inner: Any, **others: Any) -> Iterator[None]:
-    """The pipeline with `inner` for its scheduler, silent, and `others` as attributes; then as it was.
+    """The pipeline with `inner` for its scheduler, silent, and `others`; then as it was.
 
     Written past the pipeline's own `__setattr__`, which would note the scheduler in its
     configuration.
@@ -165,7 +167,9 @@ def given_state(networks: Sequence[torch.nn.Module], state: Tensor | None) -> It
     told: list[bool] = []
 
     def replace(_: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        place: Any = 0 if args else next((k for k in ("sample", "hidden_states") if k in kwargs), None)
+        place: Any = (
+            0 if args else next((k for k in ("sample", "hidden_states") if k in kwargs), None)
+        )
         held = args[0] if args else kwargs.get(place)
         if state is None or not isinstance(held, Tensor) or held.shape[1:] != state.shape[1:]:
             return None

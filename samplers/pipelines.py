@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,21 @@ from fewstep.samplers.inner import Asked, Caught, given_state, inner_scheduler
 from fewstep.samplers.network import network_facts
 from fewstep.samplers.pipeline_call import PipelineCall
 from fewstep.samplers.problems import Problem
+from fewstep.samplers.saved_pipeline import load_pipeline, read_prompts, with_images
 from fewstep.samplers.stock import stock_schedule
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.noise import RectifiedFlow
 from fewstep.space.program import ProgramSchedule
 
-__all__ = ["PipelineDenoiser", "load_pipeline", "pipeline_problem"]
+__all__ = ["PipelineDenoiser", "pipeline_problem"]
 
 NETWORKS = ("unet", "transformer", "transformer_2", "prior", "decoder", "dit")
 """Names under which pipelines keep the networks that the sampling loop asks."""
 
 _PICTURE = 192
 _DECODED = 4
+
+log = logging.getLogger(__name__)
 
 
 class PipelineDenoiser:
@@ -122,8 +126,12 @@ class PipelineDenoiser:
         return self.facts.data(x, out[: len(x)].to(x), t)
 
     def _answer(self, which: list[int], scale: float | None) -> tuple[Tensor, Tensor, bool]:
-        """(output, sample) that the pipeline hands its scheduler; whether our state went in by
-        the network's own input."""
+        """One call of the pipeline.
+
+        Returns:
+            The output and the sample that it hands its scheduler, and whether our state went in by
+            the network's own input.
+        """
         self.calls += 1
         hooked = () if self._call.takes_state else self._networks
         try:
@@ -240,11 +248,19 @@ def pipeline_problem(
         pipeline = load_pipeline(pipeline, device=device, dtype=dtype)
     elif device is not None or dtype is not None:
         raise ModelError("device and dtype are those of the pipeline given: leave them out")
-    texts = _lines(prompts) if isinstance(prompts, str | Path) else list(prompts)
-    denoiser = PipelineDenoiser(pipeline, texts, _with_images(call or {}))
+    texts = read_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
+    denoiser = PipelineDenoiser(pipeline, texts, with_images(call or {}))
     rows = denoiser.rows
     name = f"stock:{type(denoiser._stock).__name__}"
     decodes = _can_decode(denoiser)
+
+    def baselines(calls: int) -> dict[str, ProgramSchedule]:
+        try:
+            return {name: denoiser.stock(calls)}
+        except ScheduleError as error:
+            log.warning("%s is not among the baselines at %d calls: %s", name, calls, error)
+            return {}
+
     return Problem(
         denoiser,
         denoiser.shape,
@@ -253,43 +269,8 @@ def pipeline_problem(
         fingerprint=_fingerprint(denoiser),
         picture=denoiser.picture if decodes else None,
         decode=denoiser.decode if decodes else None,
-        baselines=lambda calls: {name: denoiser.stock(calls)},
+        baselines=baselines,
     )
-
-
-def load_pipeline(
-    folder: str | Path, *, device: str | None = None, dtype: str | None = None
-) -> Any:
-    """Load a saved pipeline from its folder; nothing is downloaded, no code in it is run.
-
-    Args:
-        folder: what `pipe.save_pretrained` wrote.
-        device: where it runs; None is a GPU if there is one.
-        dtype: a floating point type of torch, such as "bfloat16"; None is float32.
-
-    Raises:
-        ModelError: no such folder, or diffusers cannot load it.
-    """
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError:
-        raise ModelError("a pipeline needs diffusers: pip install 'fewstep[diffusers]'") from None
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(
-            f"pipeline {folder}: no model_index.json there: save it with pipe.save_pretrained"
-        )
-    kind = getattr(torch, dtype or "float32", None)
-    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ModelError(f"dtype {dtype!r} is no floating point type of torch: use bfloat16")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=kind, local_files_only=True, use_safetensors=True
-        )
-        return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except Exception as error:
-        line = " ".join(str(error).split())[:300]
-        raise ModelError(f"pipeline {folder}: {type(error).__name__}: {line}") from error
 
 
 def _networks(pipeline: Any) -> list[Any]:
@@ -307,39 +288,12 @@ def _networks(pipeline: Any) -> list[Any]:
     return networks
 
 
-def _lines(path: str | Path) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"prompts {path}: cannot be read ({error})") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ModelError(f"prompts {path}: the file is empty: write one prompt a line")
-    return found
-
-
-def _with_images(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with images for the paths of image files."""
-    loaded = dict(call)
-    for name, value in call.items():
-        if "image" in name and isinstance(value, str | Path):
-            from PIL import Image, UnidentifiedImageError
-
-            try:
-                loaded[name] = Image.open(value).convert("L" if "mask" in name else "RGB")
-            except (OSError, UnidentifiedImageError) as error:
-                raise ModelError(f"call.{name} {value}: no image there ({error})") from None
-    return loaded
-
-
 def _can_decode(denoiser: PipelineDenoiser) -> bool:
-    """Whether a pipeline shows its samples as images; warns where it does not."""
+    """Whether a pipeline shows its samples as images; says so where it does not."""
     try:
         denoiser.decode(torch.zeros(1, *denoiser.shape))
     except ModelError as error:
-        import warnings
-
-        warnings.warn(f"no pictures: {error}", stacklevel=3)
+        log.warning("no pictures of the samples: %s", error)
         return False
     return True
 

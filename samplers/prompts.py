@@ -31,8 +31,7 @@ class PromptCache:
     def __init__(self, encode: Callable[..., Any]) -> None:
         self._encode, self._signature = encode, inspect.signature(encode)
         self._kept: OrderedDict[str, Any] = OrderedDict()
-        self._rules: tuple[str, ...] | None = None
-        self._whole = False
+        self._rules: dict[tuple[type, ...], tuple[str, ...] | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See the pipeline's method."""
@@ -41,16 +40,19 @@ class PromptCache:
         if any(isinstance(v, Tensor) for v in given.values()):
             return self._encode(**given)
         prompts = given.get("prompt")
-        if self._whole or not isinstance(prompts, list) or len(prompts) < 2:
+        if not isinstance(prompts, list) or len(prompts) < 2:
             return self._one(given)
         parts = [self._one(_row(given, len(prompts), i)) for i in range(len(prompts))]
-        if self._rules is None:
+        if not all(isinstance(part, tuple) for part in parts):
+            return self._one(given)
+        kind = tuple(type(value) for value in parts[0])  # with and without guidance
+        if kind not in self._rules:
             whole = self._one(given)
-            self._rules = _rules(whole, parts)
-            self._whole = self._rules is None
+            self._rules[kind] = _rules(whole, parts)
             return whole
+        rules = self._rules[kind]
         try:
-            return _joined(parts, self._rules)
+            return self._one(given) if rules is None else _joined(parts, rules)
         except RuntimeError:  # lengths that differ
             return self._one(given)
 
@@ -65,15 +67,11 @@ class PromptCache:
 
 
 def _row(given: Mapping[str, Any], count: int, i: int) -> dict[str, Any]:
-    return {
-        k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in given.items()
-    }
+    return {k: [v[i]] if isinstance(v, list) and len(v) == count else v for k, v in given.items()}
 
 
 def _rules(whole: Any, parts: Sequence[Any]) -> tuple[str, ...] | None:
     """For each result whether rows are joined, or equal for all; None where neither holds."""
-    if not isinstance(whole, tuple):
-        return None
     rules = []
     for all_, first in zip(whole, parts[0], strict=True):
         if isinstance(all_, Tensor) and isinstance(first, Tensor):

@@ -2,8 +2,8 @@
 
 A scheduler's steps are linear in the state and in the network's outputs, and its coefficients do
 not depend on the image. So it runs here on symbols instead of images: tensors whose entries are
-coordinates over {X_0, X_1, ..., D_0, D_1, ...}, with X_c its state before network call c and D_c the
-data prediction of that call. What comes out of step c are the coefficients of a program's row.
+coordinates over {X_0, X_1, ..., D_0, D_1, ...}, with X_c its state before network call c and D_c
+the data prediction of that call. What comes out of step c are the coefficients of a program's row.
 Fresh noise is recognised by its seed. Schedulers compute in float32, so coefficients are right to
 about 1e-7.
 """
@@ -98,8 +98,12 @@ def _time(noise: NoiseSchedule, scheduler: Any, c: int) -> Tensor:
 def _trace(
     scheduler: Any, network: NetworkFacts, alpha: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The coefficients of X_{c+1} over (X_0..X_{C-1}, D_0..D_{C-1}), the scales from X_c to the
-    state y_c that the denoiser sees, and the weights of fresh noise."""
+    """What every step does.
+
+    Returns:
+        The coefficients of X_{c+1} over (X_0..X_{C-1}, D_0..D_{C-1}), shape (C, 2C); the scales
+        from X_c to the state y_c that the denoiser sees; the weights of fresh noise.
+    """
     calls = len(alpha)
     rows = torch.zeros(calls, 2 * calls, dtype=torch.float64)
     scale, fresh = torch.ones(calls, dtype=torch.float64), torch.zeros(calls, dtype=torch.float64)

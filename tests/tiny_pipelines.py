@@ -70,7 +70,9 @@ def _sd_parts(net: Any, scheduler: Any) -> dict[str, Any]:
 
 
 def sd15() -> Made:
-    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False, **SD_BETAS)
+    scheduler = diffusers.PNDMScheduler(
+        skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False, **SD_BETAS
+    )
     pipe = diffusers.StableDiffusionPipeline(**_sd_parts(unet(), scheduler))
     return pipe, {**_text(2, 16), "guidance_scale": 7.5, "height": 8, "width": 8}
 
@@ -179,7 +181,8 @@ def qwen_image() -> Made:
         axes_dims_rope=(8, 4, 4),
     ).eval()  # fmt: skip
     decoder = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+        temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     ).eval()  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
@@ -208,11 +211,12 @@ def ltx() -> Made:
         max_image_seq_len=4096, shift_terminal=0.1,
     )  # fmt: skip
     decoder = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
         layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
         spatio_temporal_scaling=(True, True, False, False),
         decoder_spatio_temporal_scaling=(True, True, False, False),
-        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4,
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
         timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True,
         decoder_causal=False,
     ).eval()  # fmt: skip
@@ -239,11 +243,15 @@ def wan() -> Made:
         ).eval()  # fmt: skip
 
     scheduler = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        num_train_timesteps=1000,
     )
     torch.manual_seed(9)
     decoder = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     ).eval()  # fmt: skip
     pipe = diffusers.WanPipeline(
@@ -276,13 +284,9 @@ def ddpm() -> Made:
     return diffusers.DDPMPipeline(unet=net, scheduler=scheduler), {}
 
 
-BUILDERS: dict[str, Callable[[], Made]] = {
-    f.__name__: f
-    for f in (
-        sd15, sd_v, sd_img2img, sd_inpaint, sdxl, sdxl_refiner, sdxl_edm, sd3, flux, qwen_image,
-        ltx, wan, dit, ddpm,
-    )  # fmt: skip
-}
+_MADE = (sd15, sd_v, sd_img2img, sd_inpaint, sdxl, sdxl_refiner, sdxl_edm)
+_MADE += (sd3, flux, qwen_image, ltx, wan, dit, ddpm)
+BUILDERS: dict[str, Callable[[], Made]] = {f.__name__: f for f in _MADE}
 
 
 def build(name: str) -> Made:
