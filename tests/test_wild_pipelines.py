@@ -8,19 +8,16 @@ import torch
 from fewstep.samplers import sample, start
 from fewstep.samplers.problems import Problem
 from fewstep.space import ModelError
-from fewstep.space.baselines import baseline
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.pipelines import PipelineDenoiser, pipeline_problem
 from fewstep.samplers.saved_pipeline import load_pipeline
 from tests.tiny_pipelines import BUILDERS, build, with_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NO_LATENTS = ("sd_img2img", "dit", "ddpm")
-SOLVERS = ("dpmpp2m/time", "unipc3-bh2/logsnr", "ipndm4/edm")
 
 
 def first(call):
@@ -50,22 +47,6 @@ def shown(pipe, name, z, call, steps):
 
 def close(a, b, tolerance=2e-7):
     return float(((a - b).abs() / (1 + b.abs().max())).max()) <= tolerance
-
-
-@pytest.mark.parametrize("name", [n for n in BUILDERS if n not in NO_LATENTS])
-def test_a_schedule_replayed_in_the_pipeline_equals_sample(name):
-    pipe, call = build(name)
-    denoiser = PipelineDenoiser(pipe, (), call)
-    z = torch.randn(1, *denoiser.shape, generator=seeded(1))
-    config = pipe.scheduler.config
-    kind = type(pipe.scheduler).__name__
-    for solver in SOLVERS:
-        schedule = baseline(solver, denoiser.noise, 4)
-        ours = sample(schedule, denoiser, start(schedule, z))
-        pipe.scheduler = FewstepScheduler.from_config(
-            {**config, "origin": kind}, schedule=schedule.to_dict()
-        )
-        assert close(shown(pipe, name, z, call, 4), ours), solver
 
 
 @pytest.mark.parametrize("name", [n for n in BUILDERS if n not in NO_LATENTS])
