@@ -13,11 +13,11 @@ from typing import Any
 
 import typer
 
-from fewstep.experiments.cli import search, show, write
+from fewstep.experiments.cli import schema, search, show, write
 from fewstep.experiments.cli.app import app
 from fewstep.space.errors import FewstepError
 
-__all__ = ["app", "main", "search", "show", "write"]
+__all__ = ["app", "main", "schema", "search", "show", "write"]
 
 # Newer typers carry their own copy of click: its root error is found through what typer exports.
 _USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

@@ -7,7 +7,7 @@ samples are drawn, bring a measure: numbers per sample, from which a score is ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,8 @@ from fewstep.samplers.particles import Particles
 from fewstep.samplers.targets import Target
 from fewstep.samplers.token_denoiser import TokenDenoiser
 from fewstep.space.masked import MaskedNoise
+from fewstep.space.program import ProgramSchedule
+from fewstep.space.schedule import OdeSchedule
 
 __all__ = ["AnyProblem", "MaskedProblem", "ParticleProblem", "Problem"]
 
@@ -40,6 +42,10 @@ class Problem:
         features: images (B, *shape) -> (B, F), for the Frechet objective; None if there is none.
         picture: images (B, *shape) -> (B, H, W) or (B, H, W, 3) in 0..1, for contact sheets; None
             for a default.
+        decode: samples (B, *shape) -> images (B, 3, H, W) or videos (B, F, 3, H, W) in 0..1, for a
+            study's own feature function; None where samples are what it is given.
+        baselines: network calls -> further schedules by name that a search must beat, such as the
+            one in use today; None if there are none.
     """
 
     denoiser: Denoiser
@@ -49,6 +55,8 @@ class Problem:
     fingerprint: str = ""
     features: Callable[[Tensor], Tensor] | None = None
     picture: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    baselines: Callable[[int], Mapping[str, OdeSchedule | ProgramSchedule]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

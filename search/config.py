@@ -36,27 +36,67 @@ STAGES = ("refine", "compensation")
 
 
 class ModelTable(BaseModel):
-    """[model]: `factory` and its keyword arguments.
+    """[model]: exactly one of `factory`, with its keyword arguments, and `pipeline`.
 
     Args:
         factory: "module.path:function"; it returns a `Problem`, a `MaskedProblem` or a
-            `ParticleProblem` (`fewstep.samplers.problems`).
+            `ParticleProblem` (`fewstep.samplers.problems`). All other keys are its arguments.
+        pipeline: folder of a saved diffusers pipeline, relative to the study file. The other keys
+            are then `prompts`, `call`, `device` and `dtype`.
+        prompts: text file with one prompt a line, relative to the study file.
+        call: arguments of the pipeline's call, such as guidance_scale; files of images are
+            relative to the study file.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    factory: str
+    factory: str | None = None
+    pipeline: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        given = [name for name in ("factory", "pipeline") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of factory and pipeline (found {' and '.join(given) or 'none'})"
+            )
+        if self.factory is None:
+            self._check_pipeline()
+            return self
         module, _, function = self.factory.partition(":")
         if not (module and function and all(part.isidentifier() for part in module.split("."))):
             raise ValueError(f"{self.factory!r} is not of the form module.path:function")
         return self
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The factory's keyword arguments."""
-        return dict(self.model_extra or {})
+    def _check_pipeline(self) -> None:
+        kinds: dict[str, type] = {"prompts": str, "call": dict, "device": str, "dtype": str}
+        for name, value in (self.model_extra or {}).items():
+            if name not in kinds:
+                raise ValueError(
+                    f"{name} is an unknown key beside pipeline: use {', '.join(kinds)}"
+                )
+            if not isinstance(value, kinds[name]):
+                what = "a table" if kinds[name] is dict else "text"
+                raise ValueError(f"{name} = {value!r} must be {what}")
+
+    def built_by(self, folder: str) -> tuple[str, dict[str, Any]]:
+        """What makes the problem: an import path and keyword arguments.
+
+        Args:
+            folder: folder of the study file.
+        """
+        arguments = dict(self.model_extra or {})
+        if self.factory is not None:
+            return self.factory, arguments
+        base = Path(folder)
+        arguments["pipeline"] = str(base / str(self.pipeline))
+        if "prompts" in arguments:
+            arguments["prompts"] = str(base / arguments["prompts"])
+        call = arguments.get("call", {})
+        arguments["call"] = {
+            name: str(base / value) if "image" in name and isinstance(value, str) else value
+            for name, value in call.items()
+        }
+        return "fewstep.samplers.pipelines:pipeline_problem", arguments
 
 
 class BudgetTable(Table):

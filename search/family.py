@@ -138,8 +138,9 @@ class OdeFamily:
         return _made(make)
 
     def named(self, nfe: int) -> dict[str, Any]:
-        """See `Family`: every named solver on every grid."""
-        return dict(named(self.problem.denoiser.noise, nfe))
+        """See `Family`: the problem's own baselines, and every named solver on every grid."""
+        own = self.problem.baselines
+        return {**(own(nfe) if own else {}), **named(self.problem.denoiser.noise, nfe)}
 
     def chunks(self, schedules: Sequence[Any], size: int) -> list[Chunk]:
         """See `Family`; programs of one shape are stacked."""

@@ -20,11 +20,12 @@ from fewstep.search.strategies import Strategy
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ScheduleError, StudyError
 from fewstep.space.protocol import Domain
+from fewstep.space.schedule import OdeSchedule
 
 
 def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
     """What workers need to know of a study."""
-    model = ModelSpec(config.model.factory, config.model.arguments, config.folder, config.scale)
+    model = ModelSpec(*config.model.built_by(config.folder), config.folder, config.scale)
     return EvaluatorSpec(
         model, config.objective.name, config.objective.features, config.search.seed
     )
@@ -108,6 +109,8 @@ def starters(config: StudyConfig, family: Family, nfe: int) -> dict[str, Any]:
                 f"space.extras: guidance {low:g} to {high:g} leaves out {scale:g}, the problem's"
             )
         for key, schedule in found.items():
+            if not isinstance(schedule, OdeSchedule):
+                continue  # a program keeps the caller's scale
             steps = tuple(s.model_copy(update={"guidance": scale}) for s in schedule.steps)
             found[key] = schedule.model_copy(update={"steps": steps})
     return found

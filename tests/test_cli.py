@@ -33,7 +33,7 @@ def _edited(file, change):
     [
         (STUDY.replace("samples = 8", "sampels = 8"), "search.sampels is an unknown key"),
         (STUDY.replace("nfe = [3]", "nfe = [0]"), "search.nfe.0 = 0"),
-        (STUDY.replace('factory = "tiny_model:problem"', ""), "model.factory is missing"),
+        (STUDY.replace('factory = "tiny_model:problem"', ""), "one of factory and pipeline"),
         (STUDY.replace("tiny_model", "no_such_model"), "cannot import no_such_model"),
         (STUDY.replace('"evolution"', '"magic"'), "strategy 'magic' is unknown"),
         (STUDY + "\n[space]\ncolour = 1", "space.colour is an unknown key"),

@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fewstep.experiments.cli.app import Settings, app, console
+from fewstep.experiments.cli.piping import spread, write_study
 from fewstep.space.errors import StudyError
 
 
+class _Search(TyperCommand):
+    """Takes several numbers after one --nfe."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click."""
+        parsed: list[str] = super().parse_args(ctx, spread(args, "--nfe"))
+        return parsed
+
+
 @app.command(
-    epilog="Example:  fewstep search experiments/studies/digits.toml --out runs/demo "
-    "--set search.samples=128"
+    cls=_Search,
+    epilog="Examples:  fewstep search experiments/studies/digits.toml --out runs/demo "
+    "--set search.samples=128   |   "
+    "fewstep search --pipeline my_pipeline --prompts prompts.txt --nfe 4 6 8 --out runs/mine",
 )
 def search(
     study: Annotated[
-        Path, typer.Argument(help="Study file (TOML).", metavar="STUDY.toml", show_default=False)
-    ],
+        Path | None,
+        typer.Argument(help="Study file (TOML).", metavar="STUDY.toml", show_default=False),
+    ] = None,
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--pipeline",
+            help="Instead of a study: folder of a saved diffusers pipeline.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="With --pipeline: file with one prompt a line.", show_default=False
+        ),
+    ] = None,
+    nfe: Annotated[
+        list[int] | None,
+        typer.Option("--nfe", min=1, help="With --pipeline: network calls.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -59,9 +91,18 @@ def search(
     overrides = list(settings or [])
     if strategy is not None:
         overrides.append(f"search.strategy={strategy}")
-    config = load_study(study, overrides)
     if resume and overwrite:
         raise StudyError("--resume and --overwrite contradict each other: give one")
+    if (study is None) == (pipeline is None):
+        raise StudyError("give a study file, or --pipeline DIR, and not both")
+    if pipeline is not None:
+        out = out or Path("runs") / pipeline.resolve().name
+        study = write_study(pipeline, prompts, nfe or [], out, keep=resume)
+        print(f"study: {study}", flush=True)
+    elif prompts is not None or nfe:
+        raise StudyError("--prompts and --nfe go with --pipeline: a study file has its own")
+    assert study is not None
+    config = load_study(study, overrides)
     from fewstep.experiments.cli import explain
     from fewstep.search import run
     from fewstep.search.display import Silent, Terminal, duration

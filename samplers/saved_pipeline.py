@@ -1,0 +1,87 @@
+"""A pipeline, prompts and images from files: nothing is downloaded, no code in them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.space.errors import ModelError
+
+
+def load_pipeline(
+    folder: str | Path, *, device: str | None = None, dtype: str | None = None
+) -> Any:
+    """Load a saved pipeline from its folder; nothing is downloaded, no code in it is run.
+
+    Args:
+        folder: what `pipe.save_pretrained` wrote.
+        device: where it runs; None is a GPU if there is one.
+        dtype: a floating point type of torch, such as "bfloat16"; None is float32.
+
+    Raises:
+        ModelError: no such folder, or diffusers cannot load it.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"pipeline {folder}: no model_index.json there: save it with pipe.save_pretrained"
+        )
+    kind = getattr(torch, dtype or "float32", None)
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ModelError(f"dtype {dtype!r} is no floating point type of torch: use bfloat16")
+    try:
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import deprecation_utils
+        from diffusers.utils import logging as progress
+    except ImportError:
+        raise ModelError("a pipeline needs diffusers: pip install 'fewstep[diffusers]'") from None
+    renamed = hasattr(deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE")
+    options = {"dtype" if renamed else "torch_dtype": kind}
+    progress.disable_progress_bar()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, **options
+        )
+        return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        raise ModelError(f"pipeline {folder}: {type(error).__name__}: {line}") from error
+    finally:
+        progress.enable_progress_bar()
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        ModelError: the file cannot be read or holds none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"prompts {path}: cannot be read ({error})") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ModelError(f"prompts {path}: the file is empty: write one prompt a line")
+    return found
+
+
+def with_images(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with images for the paths of image files.
+
+    Raises:
+        ModelError: a file is no image.
+    """
+    loaded = dict(call)
+    for name, value in call.items():
+        if "image" in name and isinstance(value, str | Path):
+            from PIL import Image, UnidentifiedImageError
+
+            try:
+                loaded[name] = Image.open(value).convert("L" if "mask" in name else "RGB")
+            except (OSError, UnidentifiedImageError) as error:
+                raise ModelError(f"call.{name} {value}: no image there ({error})") from None
+    return loaded

@@ -1,0 +1,228 @@
+"""The program of any diffusers scheduler: what it does to a model, read off by running it once.
+
+A scheduler's steps are linear in the state and in the network's outputs, and its coefficients do
+not depend on the image. So it runs here on symbols instead of images: tensors whose entries are
+coordinates over {X_0, X_1, ..., D_0, D_1, ...}, with X_c its state before network call c and D_c
+the data prediction of that call. What comes out of step c are the coefficients of a program's row.
+Fresh noise is recognised by its seed. Schedulers compute in float32, so coefficients are right to
+about 1e-7.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.samplers.network import NetworkFacts
+from fewstep.space.errors import ScheduleError
+from fewstep.space.noise import EDM, NoiseSchedule, RectifiedFlow
+from fewstep.space.program import Program, ProgramSchedule
+
+_LINEAR = 1e-5
+
+
+def stock_schedule(
+    scheduler: Any,
+    network: NetworkFacts,
+    calls: int,
+    settings: Callable[[int], Mapping[str, Any]] | None = None,
+) -> ProgramSchedule:
+    """What a diffusers scheduler does in `calls` network calls, as a schedule.
+
+    Args:
+        scheduler: the scheduler; it is left as it is.
+        network: what its network was trained as.
+        calls: network calls. A scheduler of several calls a step takes fewer steps; where none
+            make this number, the next lower one, and the calls left over have weight 0.
+        settings: n -> what a pipeline passes to `set_timesteps` for n steps; by default the number
+            alone.
+
+    Raises:
+        ScheduleError: the scheduler refuses every number of steps, or is not linear.
+    """
+    name = type(scheduler).__name__
+    ready, steps = _ready(scheduler, calls, settings or (lambda n: {"num_inference_steps": n}))
+    times = torch.stack([_time(network.noise, ready, c) for c in range(len(ready.timesteps))])
+    alpha, sigma = network.noise.alpha(times), network.noise.sigma(times)
+    rows, scale, fresh = _trace(ready, network, alpha, sigma)
+    start = network.noise.prior_scale(float(times[0]))
+    program = _program(network.noise, times, rows, scale, fresh, _init(ready) / start)
+    provenance = {"source": f"stock:{name}", "steps": steps, "config": dict(_plain(ready.config))}
+    if program.nfe < calls:
+        provenance["calls"] = program.nfe
+    return ProgramSchedule(_padded(program, calls), network.noise, {}, provenance)
+
+
+def _ready(
+    scheduler: Any, calls: int, settings: Callable[[int], Mapping[str, Any]]
+) -> tuple[Any, int]:
+    """A fresh scheduler whose list of timesteps has at most `calls` entries, and its steps."""
+    config = dict(scheduler.config)
+    for key in ("clip_sample", "thresholding"):  # the data predictions come clipped
+        if key in config:
+            config[key] = False
+    name = type(scheduler).__name__
+    for steps in range(calls, 0, -1):
+        ready = type(scheduler).from_config(config)
+        try:
+            ready.set_timesteps(**settings(steps))
+        except Exception as error:
+            line = " ".join(str(error).split())
+            raise ScheduleError(f"{name} cannot make {steps} steps: {line}") from error
+        if len(ready.timesteps) <= calls:
+            return ready, steps
+    raise ScheduleError(f"{name} makes more than {calls} network calls in one step")
+
+
+def _init(scheduler: Any) -> float:
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def _time(noise: NoiseSchedule, scheduler: Any, c: int) -> Tensor:
+    """The time of the level that the network is told at call c."""
+    label = scheduler.timesteps[c].to("cpu", torch.float64)
+    if isinstance(noise, RectifiedFlow):
+        sigma = label / noise.label_scale
+        return sigma / (noise.shift - (noise.shift - 1) * sigma)
+    if isinstance(noise, EDM):
+        return scheduler.sigmas[c].to("cpu", torch.float64)
+    return label
+
+
+def _trace(
+    scheduler: Any, network: NetworkFacts, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every step does.
+
+    Returns:
+        The coefficients of X_{c+1} over (X_0..X_{C-1}, D_0..D_{C-1}), shape (C, 2C); the scales
+        from X_c to the state y_c that the denoiser sees; the weights of fresh noise.
+    """
+    calls = len(alpha)
+    rows = torch.zeros(calls, 2 * calls, dtype=torch.float64)
+    scale, fresh = torch.ones(calls, dtype=torch.float64), torch.zeros(calls, dtype=torch.float64)
+    accepts = inspect.signature(scheduler.step).parameters
+    for c, t in enumerate(scheduler.timesteps):
+        sample, D = _unit(2 * calls, c), _unit(2 * calls, calls + c)
+        scaled = sample  # flow schedulers do not scale
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(sample, t)
+        if network.sigma_data is None:
+            scale[c] = float(scaled[0, c])
+        out = _output(network, scale[c] * sample, D, alpha[c], sigma[c])
+        extra = {"generator": torch.Generator().manual_seed(c)} if "generator" in accepts else {}
+        after = scheduler.step(out, t, sample, **extra, return_dict=False)[0].to(torch.float64)
+        rows[c], fresh[c] = _without_noise(after, c, type(scheduler).__name__)
+    return rows, scale, fresh
+
+
+def _unit(size: int, at: int) -> Tensor:
+    """One symbol, twice in a batch, so that fresh noise shows in the difference."""
+    unit = torch.zeros(2, size, 1, 1, dtype=torch.float64)
+    unit[:, at] = 1.0
+    return unit
+
+
+def _output(network: NetworkFacts, y: Tensor, D: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The network's output whose data prediction at state y is D: inverts `NetworkFacts.data`."""
+    zero = torch.zeros_like(y)
+    offset = _data(network, y, zero, alpha, sigma)
+    slope = _data(network, zero, torch.ones_like(y), alpha, sigma)
+    return (D - offset) / slope
+
+
+def _data(network: NetworkFacts, y: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return replace(network, clip=None).data_at(y, out, alpha, sigma)
+
+
+def _without_noise(after: Tensor, seed: int, name: str) -> tuple[Tensor, float]:
+    """The state after a step without its fresh noise, and the weight of the noise."""
+    if torch.equal(after[0], after[1]):
+        return after[0].flatten(), 0.0
+    for dtype in (torch.float64, torch.float32):  # schedulers draw in either
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(after.shape, generator=generator, dtype=dtype).to(torch.float64)
+        apart = (drawn[0] - drawn[1]).flatten()
+        weight = float((after[0] - after[1]).flatten() @ apart / (apart @ apart))
+        row = (after - weight * drawn).flatten(1)
+        if bool((row[0] - row[1]).abs().max() < _LINEAR * (1 + abs(weight))):
+            return row[0], weight
+    raise ScheduleError(f"{name} draws noise in a way that no schedule of ours can say")
+
+
+def _program(
+    noise: NoiseSchedule,
+    times: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    fresh: Tensor,
+    init: float,
+) -> Program:
+    """Rows over the states that the denoiser sees; older states are written out."""
+    calls = len(times)
+    r, e, b = torch.zeros(calls), torch.zeros(calls), torch.zeros(calls, calls)
+    r, e, b = r.double(), e.double(), b.double()
+    after = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])
+    written = torch.zeros(calls + 1, 1 + calls, dtype=torch.float64)  # X_c over x_T, D_0, ...
+    written[0, 0] = init
+    for c in range(calls):
+        own, older = rows[c, c], rows[c, :c]
+        if bool((older.abs() > _LINEAR).any()) and bool((fresh[:c] != 0).any()):
+            raise ScheduleError("a step that goes back to a state before fresh noise has no row")
+        rest = older @ written[:c]
+        rest[1:] += rows[c, calls:]
+        written[c + 1] = own * written[c] + rest
+        r[c], e[c], b[c] = after[c] * own / scale[c], after[c] * rest[0], after[c] * rest[1:]
+    if not bool(torch.isfinite(written).all()):
+        raise ScheduleError("the scheduler's steps are not finite")
+    return Program(
+        t=times,
+        label=noise.label(times),
+        alpha=noise.alpha(times),
+        sigma=noise.sigma(times),
+        init=torch.tensor([scale[0] * init, 0.0], dtype=torch.float64),
+        r=r,
+        e=e,
+        k=torch.zeros_like(r),
+        b=b.tril(),
+        g=fresh * after,
+    )
+
+
+def _padded(program: Program, calls: int) -> Program:
+    """The program with calls of weight 0 at its end."""
+    more = calls - program.nfe
+    if more == 0:
+        return program
+
+    def last(values: Tensor) -> Tensor:
+        return torch.cat([values, values[-1:].expand(more)])
+
+    def filled(values: Tensor, value: float) -> Tensor:
+        return torch.cat([values, torch.full((more,), value, dtype=torch.float64)])
+
+    return replace(
+        program,
+        **{name: last(getattr(program, name)) for name in ("t", "label", "alpha", "sigma")},
+        **{name: filled(getattr(program, name), 0.0) for name in ("e", "k", "g")},
+        r=filled(program.r, 1.0),
+        b=torch.nn.functional.pad(program.b, (0, more, 0, more)),
+    )
+
+
+def _plain(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a configuration a JSON file can hold."""
+    held = (str, int, float, bool, type(None))
+    return {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, held)
+        and not key.startswith("_")
+        and not (isinstance(value, float) and not math.isfinite(value))
+    }
