@@ -230,36 +230,56 @@ def baseline(
             f"baseline {name!r}: write solver/grid or solver/grid/low, e.g. dpmpp2m/logsnr"
         )
     solver, kind, low = parts[0], parts[1], len(parts) == 3
+    times = grid(noise, _steps_of(solver, nfe), kind, t_start=t_start, t_end=t_end)
+    schedule = on_times(solver, noise, times, low=low)
+    return schedule.model_copy(update={"provenance": {"baseline": name}})
+
+
+def _steps_of(solver: str, nfe: int) -> int:
+    """How many steps of a named solver make `nfe` calls."""
     if nfe < 1:
         raise ScheduleError(f"nfe {nfe} must be at least 1")
-    if solver == "heun":
-        if nfe % 2 == 0:
-            raise ScheduleError(
-                f"heun makes an odd number of calls, not {nfe}: use {nfe - 1} or {nfe + 1}"
-            )
-        times = grid(noise, (nfe + 1) // 2, kind, t_start=t_start, t_end=t_end)
-        two = StepSpec(formulation="noise", basis="rho", tableau="heun2")
-        schedule = OdeSchedule(
-            noise=noise,
-            times=times,
-            steps=(two,) * (len(times) - 2) + (StepSpec(formulation="noise"),),
+    if solver == "heun" and nfe % 2 == 0:
+        raise ScheduleError(
+            f"heun makes an odd number of calls, not {nfe}: use {nfe - 1} or {nfe + 1}"
         )
+    if solver in _PNDM and nfe < _PNDM[solver][2]:
+        raise ScheduleError(f"{solver} makes at least {_PNDM[solver][2]} calls, not {nfe}")
+    if solver == "heun":
+        return (nfe + 1) // 2
+    return nfe - _PNDM[solver][1] if solver in _PNDM else nfe
+
+
+def on_times(
+    solver: str, noise: NoiseSchedule, times: Sequence[float], *, low: bool = False
+) -> OdeSchedule:
+    """A named solver on times of one's own.
+
+    Args:
+        solver: one of `SOLVERS`; "euler" is "ddim", which it equals in every frame.
+        noise: the noise schedule of the times.
+        times: N+1 decreasing times, the last one where the sample lands.
+        low: with the lower-order ending of multistep solvers.
+
+    Raises:
+        ScheduleError: an unknown solver, too few steps for it, or times that do not decrease.
+    """
+    solver = "ddim" if solver == "euler" else solver
+    n = len(times) - 1
+    steps: tuple[StepSpec, ...]
+    if solver == "heun":
+        two = StepSpec(formulation="noise", basis="rho", tableau="heun2")
+        steps = (two,) * (n - 1) + (StepSpec(formulation="noise"),)
     elif solver == "ddpm":
-        times = grid(noise, nfe, kind, t_start=t_start, t_end=t_end)
-        schedule = OdeSchedule(noise=noise, times=times, steps=(StepSpec(eta=1.0),) * nfe)
+        steps = (StepSpec(eta=1.0),) * n
     elif solver in _PNDM:
-        steps, extra, least = _PNDM[solver]
-        if nfe < least:
-            raise ScheduleError(f"{solver} makes at least {least} calls, not {nfe}")
-        times = grid(noise, nfe - extra, kind, t_start=t_start, t_end=t_end)
-        schedule = OdeSchedule(noise=noise, times=times, steps=steps(nfe - extra))
+        steps = _PNDM[solver][0](n)
     elif solver in _MULTISTEP or solver == "ipndm1":
         order, spec = _MULTISTEP.get(solver) or (1, in_basis("adams"))
-        times = grid(noise, nfe, kind, t_start=t_start, t_end=t_end)
-        schedule = multistep(noise, times, order, lower_final=low, spec=spec)
+        return multistep(noise, times, order, lower_final=low, spec=spec)
     else:
         raise ScheduleError(f"solver {solver!r} is unknown: use one of {', '.join(SOLVERS)}")
-    return schedule.model_copy(update={"provenance": {"baseline": name}})
+    return OdeSchedule(noise=noise, times=tuple(times), steps=steps)
 
 
 def at_other_nfe(schedule: OdeSchedule | ProgramSchedule, nfe: int) -> OdeSchedule:

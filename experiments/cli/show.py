@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fewstep.experiments.cli.app import Settings, app, console
 from fewstep.space.errors import FewstepError, StudyError
+
+if TYPE_CHECKING:
+    from fewstep.samplers.network import NetworkFacts
 
 
 @app.command(epilog="Example:  fewstep show runs/demo/schedules/nfe05.json")
@@ -29,16 +32,33 @@ def show(
     screen.print(explain.steps_table(schedule))
 
 
-@app.command(epilog="Example:  fewstep lint runs/demo/schedules/*.json")
+@app.command(
+    epilog="Examples:  fewstep lint runs/demo/schedules/*.json   |   "
+    "fewstep lint nfe05.json --pipeline my_pipeline"
+)
 def lint(
     files: Annotated[
         list[Path], typer.Argument(help="Schedule files.", metavar="FILE...", show_default=False)
     ],
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--pipeline",
+            help="Folder of a diffusers pipeline: say, fact by fact, whether the files fit it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check schedule files: what they say, and that their programs are what they say."""
     from fewstep.experiments.cli import explain
     from fewstep.space import load_schedule
 
+    network = None
+    if pipeline is not None:
+        from fewstep.experiments.cli.listing import read_config
+        from fewstep.samplers.network import network_facts
+
+        network = network_facts(read_config(pipeline))
     wrong = 0
     for file in files:
         try:
@@ -50,8 +70,26 @@ def lint(
             print(f"{file}: ok, {schedule.kind}, {schedule.nfe} calls")
             for note in explain.missing(schedule):
                 print(f"{file}: note: {note}")
+            if network is not None:
+                wrong += _unfit(file, schedule, network)
     if wrong:
         raise typer.Exit(2)
+
+
+def _unfit(file: Path, schedule: object, network: NetworkFacts) -> bool:
+    """Print the facts of a file and a pipeline; whether one is refused."""
+    from fewstep.samplers.fits import facts
+    from fewstep.space import OdeSchedule, ProgramSchedule
+
+    if not isinstance(schedule, OdeSchedule | ProgramSchedule):
+        print(f"{file}: refused: its kind does not run in a diffusers pipeline", file=sys.stderr)
+        return True
+    table = facts(schedule, network)
+    for fact in table:
+        refused = fact.verdict == "refused"
+        line = f"{file}: {fact.verdict}: {fact.name}: {fact.line}"
+        print(line, file=sys.stderr if refused else sys.stdout)
+    return any(fact.verdict == "refused" for fact in table)
 
 
 @app.command(

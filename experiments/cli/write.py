@@ -57,7 +57,29 @@ def export(
         typer.Argument(help="Folder to write into.", metavar="DIR", show_default=False),
     ] = None,
     form: Annotated[
-        str | None, typer.Option("--to", help="diffusers, sigmas or csv.", show_default=False)
+        str | None,
+        typer.Option(
+            "--to",
+            help="diffusers, comfy, python, timesteps, sigma_list, denoising_step_list, sigmas "
+            "or csv.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--prediction-type",
+            help="With --to diffusers: what the network returns, if the file does not say.",
+            show_default=False,
+        ),
+    ] = None,
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--pipeline",
+            help="Folder of the diffusers pipeline it is for: refused if it does not fit.",
+            show_default=False,
+        ),
     ] = None,
     cpr: Annotated[
         Path | None,
@@ -80,6 +102,7 @@ def export(
 ) -> None:
     """Write a schedule in the form of another tool, or one that nobody searched."""
     from fewstep.experiments.cli import exporting
+    from fewstep.experiments.cli.listing import read_config
     from fewstep.space import load_schedule
 
     if cpr is not None:
@@ -92,8 +115,17 @@ def export(
         raise StudyError("--nfe, --guidance and --out need --cpr FILE")
     if file is None or folder is None or form is None:
         raise StudyError("give FILE --to FORM DIR, or --cpr FILE --nfe N --out FILE")
-    for path in exporting.export(load_schedule(file), form, folder, file.stem):
+    config = None if pipeline is None else read_config(pipeline)
+    schedule = load_schedule(file)
+    for path in exporting.export(schedule, form, folder, file.stem, kind, config):
         print(path)
+    if form == "diffusers" and kind is None and config is None:
+        print(
+            f"note: for a network that returns {exporting.assumed_kind(schedule)}; "
+            "--prediction-type or --pipeline says otherwise"
+        )
+    if form == "sigmas":
+        print("note: the times only: another solver on them is another sampler")
 
 
 @app.command(
@@ -141,14 +173,48 @@ def baseline(
 
 @app.command(
     "import",
-    epilog="Example:  fewstep import cifar10_edm_nfe5.pth --v3 identity --out usf05.json",
+    epilog="Examples:  fewstep import list.txt --from timesteps --solver dpmpp2m --out own.json   "
+    "|   fewstep import my_pipeline --nfe 8 --out stock.json   |   "
+    "fewstep import cifar10_edm_nfe5.pth --v3 identity --out usf05.json",
 )
 def import_(
     file: Annotated[
-        Path, typer.Argument(help="Published schedule.", metavar="FILE", show_default=False)
+        Path,
+        typer.Argument(
+            help="A list of levels, a diffusers pipeline or scheduler_config.json, or a published "
+            "schedule.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Schedule file to write.")],
-    source: Annotated[str, typer.Option("--from", help="Whose format: usf.")] = "usf",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Schedule file to write.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="What FILE is: timesteps, sigmas, times, denoising_step_list, diffusers or usf; "
+            "auto asks the file.",
+        ),
+    ] = "auto",
+    solver: Annotated[
+        str, typer.Option("--solver", help="Of a list: its solver, or NAME/low.")
+    ] = "dpmpp2m",
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            "--noise",
+            help="Of a list: noise schedule (type:key=value,...), or a pipeline's folder; default "
+            "Stable Diffusion's.",
+            show_default=False,
+        ),
+    ] = None,
+    nfe: Annotated[
+        int, typer.Option("--nfe", min=1, help="Of a diffusers scheduler: network calls.")
+    ] = 8,
+    mu: Annotated[
+        float | None,
+        typer.Option("--mu", help="Of a scheduler that shifts dynamically.", show_default=False),
+    ] = None,
     v3: Annotated[
         str, typer.Option(help="DPM-Solver-v3 steps: refuse, or identity (data prediction).")
     ] = "refuse",
@@ -156,13 +222,61 @@ def import_(
         str | None, typer.Option(help="Noise schedule of a .pth; default from its name.")
     ] = None,
 ) -> None:
-    """Read a schedule that others published."""
+    """Turn a list of levels, a diffusers scheduler or a published schedule into a file."""
+    from fewstep.experiments.cli import listing
+
+    known = ("auto", "diffusers", "usf", *listing.LISTS)
+    if source not in known:
+        raise StudyError(f"--from {source}: the formats known are: {', '.join(known)}")
+    if not file.exists():
+        raise StudyError(f"{file}: no such file")
+    kind = listing.kind_of(file) if source == "auto" else source
+    if kind == "usf":
+        _import_usf(file, out, v3, family)
+    elif kind == "diffusers":
+        _import_config(file, out, nfe, mu)
+    else:
+        _import_list(file, out, None if source == "auto" else source, solver, noise)
+
+
+def _import_list(file: Path, out: Path, kind: str | None, solver: str, noise: str | None) -> None:
+    from fewstep.experiments.cli import listing
+    from fewstep.experiments.cli.importing import noise_settings
+    from fewstep.samplers.network import network_facts
+    from fewstep.space import save_schedule
+    from fewstep.space.noise import noise_from_dict
+
+    kind, values = listing.read_list(file, kind)
+    if noise is not None and Path(noise).exists():
+        schedule_of = network_facts(listing.read_config(Path(noise))).noise
+    else:
+        said = listing.list_noise(file) if noise is None else noise_settings(noise)
+        schedule_of = noise_from_dict(said)
+    made, where = listing.from_list(kind, values, solver, schedule_of)
+    path = save_schedule(made, out)
+    print(
+        f"{path}: {made.nfe} network calls of {solver} on these {kind}, noise schedule "
+        f"{schedule_of.type}, ending at {where}"
+    )
+
+
+def _import_config(file: Path, out: Path, nfe: int, mu: float | None) -> None:
+    from fewstep.experiments.cli import listing
+    from fewstep.space import save_schedule
+
+    config = listing.read_config(file)
+    made = listing.from_config(config, nfe, mu)
+    path = save_schedule(made, out)
+    like = made.provenance.get("baseline")
+    what = f"named solver {like}" if like else "a program without named steps"
+    print(f"{path}: {made.nfe} network calls of {config.get('_class_name')}, {what}")
+
+
+def _import_usf(file: Path, out: Path, v3: str, family: str | None) -> None:
     from fewstep.experiments.cli import explain
     from fewstep.experiments.cli.importing import import_usf
     from fewstep.space import save_schedule
 
-    if source != "usf":
-        raise StudyError(f"--from {source}: the formats known are: usf")
     if v3 not in ("refuse", "identity"):
         raise StudyError(f"--v3 {v3}: use refuse or identity")
     schedule = import_usf(file, v3="identity" if v3 == "identity" else "refuse", family=family)
