@@ -1,6 +1,4 @@
-"""The Denoiser contract: what a sampler may ask of a model.
-
-Wrappers make models of every output kind meet it.
+"""The Denoiser contract, what a sampler may ask of a model, and wrappers that keep it.
 
 A Denoiser returns the data prediction D = E[x0 | x_t] at the time it was asked. With eps, v, score
 or flow outputs:
@@ -109,10 +107,13 @@ class ModelDenoiser:
                     "guidance is set but the model has no unconditional branch: give null_cond "
                     "to from_model"
                 )
-            both = {
-                name: torch.cat([value, self.null_cond(cond)[name]])
-                for name, value in cond.items()
-            }
+            if not cond:
+                raise ModelError(
+                    "guidance is set but there are no conditions, so that both branches are one: "
+                    "give cond, or guidance 1"
+                )
+            none = self.null_cond(cond)
+            both = {name: torch.cat([value, none[name]]) for name, value in cond.items()}
             out, null = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
             scale = (
                 guidance

@@ -34,7 +34,11 @@ PIECE = 2**15
 class Progress:
     """What a callback gets after every network call.
 
-    Its index, the query times, the states asked and the data predictions.
+    Args:
+        call: index of the call.
+        t: query times, one per image asked.
+        state: the states asked.
+        denoised: their data predictions.
     """
 
     call: int

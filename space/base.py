@@ -23,7 +23,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from fewstep.space.errors import ScheduleError
+from fewstep.space.errors import ScheduleError, need
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
 from fewstep.space.options import require_options
 
@@ -218,9 +218,3 @@ def require_nfe(found: object, nfe: int, what: str) -> None:
         isinstance(found, int) and not isinstance(found, bool) and found == nfe,
         f"nfe is {found!r} in the file but its {what} make{'s' * (what[-1] != 's')} {nfe} calls",
     )
-
-
-def need(condition: bool, message: str) -> None:
-    """Raise a ScheduleError with this message unless the condition holds."""
-    if not condition:
-        raise ScheduleError(message)

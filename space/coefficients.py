@@ -51,9 +51,9 @@ ADAMS_MOULTON = (
 
 @dataclass(frozen=True)
 class Level:
-    """A point of the noise schedule.
+    """A point of the noise schedule: its time, alpha, sigma and lam.
 
-    Time, alpha, sigma and lam as float64 tensors: 0-d, or (B,) where rows are per image.
+    All are float64 tensors, of shape () or, where rows are per image, (B,).
     """
 
     t: Tensor
@@ -74,10 +74,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a step turns points into weights.
-
-    The fields are those of `StepSpec`, resolved for predictor or corrector.
-    """
+    """How a step turns points into weights: fields of `StepSpec`, of predictor or corrector."""
 
     formulation: str = "data"
     basis: str = "lam"
@@ -200,7 +197,7 @@ def step_weights(
 def _taylor_weights(
     rule: Rule, start: Level, points: Sequence[Level], land: Level, total: Tensor
 ) -> list[Tensor]:
-    """Sum_k A_k F^(k), F^(k) from differences to the start.
+    """The weights of sum_k A_k F^(k), with the derivatives F^(k) from differences to the start.
 
     A_k = +-(alpha'|sigma') h^{k+1} phi_{k+1}(-+h).
     """
@@ -251,7 +248,7 @@ def _derivative_rows(ratio: Tensor, m: int) -> list[list[Tensor]]:
 def _relaxation(rule: Rule, k: int, h: Tensor, z: Tensor) -> Tensor | float:
     """The factor 1 + R(h) of USF's derivative scalings.
 
-    On F' except half_second (DPM-Solver++ 3M, which halves F'').
+    It acts on F'; "half_second" (DPM-Solver++ 3M) halves F'' instead.
     """
     name = rule.relaxation
     if name == "half_second":

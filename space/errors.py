@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class FewstepError(Exception):
     """Root of every error this project raises on purpose."""
@@ -17,3 +19,19 @@ class ModelError(FewstepError, RuntimeError):
 
 class StudyError(FewstepError, ValueError):
     """A study file, a search option or an output folder that cannot be used."""
+
+
+def need(condition: bool, message: str) -> None:
+    """Raise a ScheduleError with this message unless the condition holds."""
+    if not condition:
+        raise ScheduleError(message)
+
+
+def is_number(x: object) -> bool:
+    """Whether a value of a file is a finite number that a float can hold."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return False
+    try:
+        return math.isfinite(float(x))
+    except OverflowError:
+        return False

@@ -83,13 +83,12 @@ def _load(data: object) -> Any:
             f"version {data.get('version')!r} is unknown: this fewstep reads version {VERSION}; "
             "upgrade fewstep"
         )
-    if data.get("kind") not in LOADERS:
-        raise ScheduleError(
-            f"kind {data.get('kind')!r} is unknown: use one of {', '.join(LOADERS)}"
-        )
-    if data["kind"] == "ode" and "steps" not in data and data.get("program") is not None:
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in LOADERS:
+        raise ScheduleError(f"kind {kind!r} is unknown: use one of {', '.join(LOADERS)}")
+    if kind == "ode" and "steps" not in data and data.get("program") is not None:
         return ProgramSchedule.from_dict(data)
-    return LOADERS[data["kind"]](data)
+    return LOADERS[kind](data)
 
 
 def save_schedule(schedule: Any, path: str | os.PathLike[str]) -> Path:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.space.betas import BETAS, log_alpha_of, named_betas
-from fewstep.space.errors import ScheduleError
+from fewstep.space.errors import ScheduleError, is_number
 
 __all__ = [
     "EDM",
@@ -264,6 +264,8 @@ class VPDiscrete(_VP):
             raise ScheduleError(
                 f"noise.betas {self.betas!r}: give one of {', '.join(BETAS)}, or the list of betas"
             )
+        if named and not (isinstance(self.n, int) and 2 <= self.n <= 10**6):
+            raise ScheduleError(f"noise.n {self.n!r}: a whole number of training steps from 2 up")
         table = self.table
         if len(table) < 2:
             raise ScheduleError("noise.n: a discrete schedule needs at least 2 training steps")
@@ -435,9 +437,9 @@ def noise_from_dict(data: dict[str, Any]) -> NoiseSchedule:
     Raises:
         ScheduleError: unknown type, unknown key or a value out of range; the field is named.
     """
-    if not isinstance(data, dict) or data.get("type") not in _TYPES:
-        found = data.get("type") if isinstance(data, dict) else data
-        raise ScheduleError(f"noise.type {found!r} is unknown: use one of {', '.join(_TYPES)}")
+    kind = data.get("type") if isinstance(data, dict) else data
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ScheduleError(f"noise.type {kind!r} is unknown: use one of {', '.join(_TYPES)}")
     cls = _TYPES[data["type"]]
     known = {f.name for f in fields(cls)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "type"}
@@ -448,14 +450,14 @@ def noise_from_dict(data: dict[str, Any]) -> NoiseSchedule:
                 f"{', '.join(sorted(known))}"
             )
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) != (key == "zero_snr") or not isinstance(
-                number, int | float | str
-            ):
-                raise ScheduleError(f"noise.{key} holds {number!r}: numbers are needed")
+            good = is_number(number) or (isinstance(number, str) and key in ("betas", "labels"))
+            if not (isinstance(number, bool) if key == "zero_snr" else good):
+                what = "true or false is" if key == "zero_snr" else "numbers are"
+                raise ScheduleError(f"noise.{key} holds {str(number)[:60]!r}: {what} needed")
     try:
         return cast(NoiseSchedule, cls(**values))
     except TypeError as error:
-        raise ScheduleError(f"noise: {error}") from None
+        raise ScheduleError(f"noise: {str(error).splitlines()[0]}") from None
 
 
 def noise_to_dict(noise: NoiseSchedule) -> dict[str, Any]:
@@ -480,7 +482,7 @@ def noise_to_dict(noise: NoiseSchedule) -> dict[str, Any]:
 def _check(noise: object, first: float, last: float, positive: tuple[str, ...]) -> None:
     for name in positive:
         value = getattr(noise, name)
-        if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+        if not (is_number(value) and value > 0):
             raise ScheduleError(f"noise.{name} = {value!r} must be a positive number")
-    if not (math.isfinite(first) and first > last >= 0):
+    if not (is_number(first) and is_number(last) and first > last >= 0):
         raise ScheduleError(f"noise: the first time {first} must lie above the last {last} >= 0")

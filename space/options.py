@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
 
-from fewstep.space.errors import ScheduleError
+from fewstep.space.errors import ScheduleError, is_number
 
 SEMANTICS = ("paper", "pnm")
 
@@ -65,16 +65,16 @@ class Threshold(_Option):
     def __post_init__(self) -> None:
         self._require(
             (
-                _number(self.quantile) and 0 <= self.quantile <= 1,
+                is_number(self.quantile) and 0 <= self.quantile <= 1,
                 f"quantile {self.quantile!r} must be a number from 0 to 1",
             ),
             (
-                _number(self.minimum) and self.minimum > 0,
+                is_number(self.minimum) and self.minimum > 0,
                 f"minimum {self.minimum!r} must be a number above 0",
             ),
             (
                 self.maximum == math.inf
-                or (_number(self.maximum) and self.maximum >= self.minimum),
+                or (is_number(self.maximum) and self.maximum >= self.minimum),
                 f"maximum {self.maximum!r} must be a number from minimum up",
             ),
         )
@@ -105,7 +105,7 @@ class VarianceRule(_Option):
         whole = isinstance(self.window, int) and not isinstance(self.window, bool)
         self._require(
             (self.rule == "variance", f"rule {self.rule!r} is unknown: use 'variance'"),
-            (_number(self.cutoff), f"cutoff {self.cutoff!r} must be a time"),
+            (is_number(self.cutoff), f"cutoff {self.cutoff!r} must be a time"),
             (
                 whole and self.window >= 0,
                 f"window {self.window!r} must be a whole number of training steps, 0 or more",
@@ -116,7 +116,7 @@ class VarianceRule(_Option):
             ),
             (self.per in ("image", "batch"), f"per {self.per!r} must be 'image' or 'batch'"),
             (
-                _number(self.data_variance) and self.data_variance >= 0,
+                is_number(self.data_variance) and self.data_variance >= 0,
                 f"data_variance {self.data_variance!r} must be 0 or more",
             ),
         )
@@ -131,7 +131,3 @@ def require_options(options: Mapping[str, Any], known: Mapping[str, Any] = OPTIO
         if name not in known:
             raise ScheduleError(f"options.{name} is unknown: use {', '.join(known)}")
         OPTIONS[name].of(options)
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -28,11 +27,10 @@ from fewstep.space.base import (
     FORMAT,
     VERSION,
     Replayable,
-    need,
     require_nfe,
     require_within,
 )
-from fewstep.space.errors import ScheduleError
+from fewstep.space.errors import ScheduleError, is_number, need
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.solve import Choices, Number, Tape, solve
@@ -471,13 +469,13 @@ def _numbers(value: object, name: str, size: int) -> Tensor:
     if not isinstance(value, list) or len(value) != size:
         raise ScheduleError(f"{name} must be a list of {size} numbers")
     for i, number in enumerate(value):
-        if (
-            isinstance(number, bool)
-            or not isinstance(number, int | float)
-            or not math.isfinite(number)
-        ):
-            raise ScheduleError(f"{name}[{i}] is {number!r}: a finite number is needed")
+        need(is_number(number), f"{name}[{i}] is {_short(number)}: a finite number is needed")
     return torch.tensor(value, dtype=torch.float64)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _canonical(value: object) -> object:

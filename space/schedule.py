@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from fewstep.space.base import FORMAT, VERSION, Frozen, Replayable, Timed, need, require_nfe
+from fewstep.space.base import FORMAT, VERSION, Frozen, Replayable, Timed, require_nfe
 from fewstep.space.coefficients import RELAXATIONS, TABLEAUS
-from fewstep.space.errors import ScheduleError
+from fewstep.space.errors import ScheduleError, need
 from fewstep.space.noise import noise_to_dict
 
 if TYPE_CHECKING:
@@ -339,18 +339,23 @@ class OdeSchedule(Timed, Replayable):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OdeSchedule:
-        """Read the file form and check that `program` is what `steps` compile to, to 1e-9."""
+        """Read the file form and check that `program` is what `steps` compile to, to 1e-9.
+
+        Raises:
+            ScheduleError: what is missing, unknown, out of range or has no program; it is named.
+        """
         body = {k: v for k, v in data.items() if k not in ("format", "version", "nfe", "program")}
         for field in ("noise", "times", "steps"):
             need(field in body, f"{field} is missing from the schedule file")
-        body["steps"] = tuple(_step(i, s) for i, s in enumerate(body["steps"]))
+        steps = body["steps"]
+        need(isinstance(steps, list), f"steps is {steps!r}: a list of steps is needed")
+        body["steps"] = tuple(_step(i, s) for i, s in enumerate(steps))
         schedule = cls(**body)
         if "nfe" in data:
             require_nfe(data["nfe"], schedule.nfe, "steps")
+        compiled = schedule.program  # choices without a program are refused here, not later
         if data.get("program") is not None:
-            from fewstep.space.program import Program
-
-            Program.from_dict(data["program"]).require_equal(schedule.program)
+            type(compiled).from_dict(data["program"]).require_equal(compiled)
         return schedule
 
 

@@ -195,10 +195,7 @@ def solve(choices: Choices, tape: Tape) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(choices: Choices, tape: Tape, x: Tensor, i: int, arrived: Tensor) -> Point:
-    """Ask the network at state x at times[i] (shifted as step i says.
-
-    The end of the last step is unshifted).
-    """
+    """Ask the network at state x at times[i], shifted as step i says; the end is not shifted."""
     if i < len(choices.schedule.steps):
         query_shift, start_shift, guidance = (
             choices.get("dt_query", i),
@@ -309,7 +306,7 @@ def _advance(
 def _downstep(eta: Number, start: Level, land: Level) -> tuple[Level, Tensor]:
     """Ancestral step: land at sigma_down, then add g noise.
 
-    G = eta sigma' sqrt(1 - e^-2h), sigma_down^2 = sigma'^2 - g^2.
+    g = eta sigma' sqrt(1 - e^-2h), sigma_down^2 = sigma'^2 - g^2.
     """
     share = -torch.expm1(2 * (start.lam - land.lam)) * eta**2
     g, down = land.sigma * torch.sqrt(share), land.sigma * torch.sqrt(1 - share)
