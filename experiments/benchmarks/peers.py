@@ -140,7 +140,11 @@ class Bench:
         found = fit(variant.form, model, self.train, self.held, plan, self.display)
         self.display.note(f"  {name}: held out {found.before:.4g} -> {found.after:.4g}")
         provenance = {"peer": name, "before": found.before, "after": found.after}
-        return ProgramSchedule(found.program, self.noise, {}, provenance), found.evaluations
+        first, last = self.noise.t_range
+        schedule = ProgramSchedule(
+            noise=self.noise, program=found.program, start=first, end=last, provenance=provenance
+        )
+        return schedule, found.evaluations
 
     def best_fit(self, method: str, nfe: int) -> tuple[str, Schedule, int]:
         """Every variant in short, then the best of them with the whole budget."""
@@ -240,13 +244,11 @@ def _ld3(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
 
 
 def _dyweight(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
-    return {
-        f"{kind}{'/afs' if first_free else ''}": Variant(
-            Weighted(bench.noise, nfe, kind, first_free)
-        )
-        for kind in DYWEIGHT_GRIDS
-        for first_free in (True, False)
-    }, 0
+    found = {}
+    for kind, free in ((kind, free) for kind in DYWEIGHT_GRIDS for free in (True, False)):
+        name = f"{kind}/afs" if free else kind
+        found[name] = Variant(Weighted(bench.noise, nfe, kind, free))
+    return found, 0
 
 
 def _bns(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
