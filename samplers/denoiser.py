@@ -86,6 +86,15 @@ class ModelDenoiser:
         self.calls = 0
         self.forwards = 0
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the network runs; None if it follows the state."""
+        if self._device is not None:
+            return torch.device(self._device)
+        if isinstance(self.model, torch.nn.Module):
+            return next((p.device for p in self.model.parameters()), None)
+        return None
+
     def reset(self) -> None:
         """Set both counters to 0."""
         self.calls = self.forwards = 0

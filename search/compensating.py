@@ -6,20 +6,18 @@ exactly the base's times. What becomes of it: `finishing`.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from fewstep.samplers.ode import start_scale
-from fewstep.search.evaluate import Counted, Evaluator, Single
 from fewstep.search.problem import conditions, noise_of
-from fewstep.search.refining import RefineResult
+from fewstep.search.refining import Improved
 from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
 from fewstep.search.strategies.targets import aligned_targets, published_targets
 from fewstep.search.tables import CompensationTable
+from fewstep.search.work import Counted, Evaluator, Single
 from fewstep.space import OdeSchedule, load_schedule
 from fewstep.space.errors import FewstepError
 
@@ -41,16 +39,18 @@ class CompensationTask(Single):
     constant: Tensor | None
     table: CompensationTable
 
-    def execute(self, evaluator: Evaluator) -> RefineResult:
+    def failed(self, status: str, message: str) -> Improved:
+        """See `Work`: a base that fails is said and left out."""
+        return Improved(message=f"{message} ({status})")
+
+    def run(self, evaluator: Evaluator) -> Improved:
         """Compensate on the evaluator's problem; a base that cannot be is a failed result."""
-        begun, denoiser = time.perf_counter(), Counted(evaluator.ode.denoiser)
+        denoiser = Counted(evaluator.ode.denoiser)
         try:
             found = self._compensate(evaluator, denoiser)
         except (FewstepError, RuntimeError) as error:  # no gradients for the original's recipe
             line = " ".join(str(error).split())[:300]
-            nothing = np.full((1, 1, 1), np.nan)
-            seconds = time.perf_counter() - begun
-            return RefineResult(nothing, ("error",), (line,), denoiser.evaluations, seconds)
+            return Improved(message=line, evaluations=denoiser.evaluations)
         spent = denoiser.evaluations
         if self.table.recipe == "published":
             spent += 2 * found.calls  # their backward passes
@@ -61,9 +61,7 @@ class CompensationTask(Single):
             "compensation_recipe": self.table.recipe,
             "ratios": list(found.ratios),
         }
-        values = np.full((1, 1, 1), found.after)
-        seconds, body = time.perf_counter() - begun, found.schedule.to_dict()
-        return RefineResult(values, ("ok",), ("",), spent, seconds, body, note)
+        return Improved(found.schedule.to_dict(), note, evaluations=spent)
 
     def _compensate(self, evaluator: Evaluator, denoiser: Counted) -> Compensated:
         table, problem = self.table, evaluator.ode

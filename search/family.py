@@ -7,14 +7,13 @@ the strategies to the report, is the same for all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.targets import Target
 from fewstep.search.config import StudyConfig
-from fewstep.search.drawn import DrawnChunk, MaskedTask, ParticleTask, drawn_chunks, prompts
-from fewstep.search.evaluate import Chunk, Want, chunks
+from fewstep.search.problem import prompts
 from fewstep.space.baselines import named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ModelError, ScheduleError, StudyError
@@ -28,31 +27,6 @@ from fewstep.space.step_choices import StepChoices
 _T = TypeVar("_T")
 
 
-class AnyChunk(Protocol):
-    """Candidates that run as one batch."""
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Their positions in the list that was cut."""
-        ...
-
-    @property
-    def nfe(self) -> int:
-        """Network calls of each."""
-        ...
-
-    def tasks(
-        self,
-        stream: str,
-        samples: int,
-        block: int,
-        want: Want = "measures",
-        first: int = 0,
-    ) -> Iterator[Any]:
-        """The blocks of samples first..samples-1, in index order: what a pool takes."""
-        ...
-
-
 class Family(Protocol):
     """A kind of schedules, for one problem."""
 
@@ -62,7 +36,7 @@ class Family(Protocol):
         ...
 
     @property
-    def taught(self) -> bool:
+    def has_teacher(self) -> bool:
         """Whether samples are scored against a teacher's; only then can schedules be refined."""
         ...
 
@@ -91,10 +65,6 @@ class Family(Protocol):
         """The named schedules, "name/variant": what a search must beat."""
         ...
 
-    def chunks(self, schedules: Sequence[Any], size: int) -> Sequence[AnyChunk]:
-        """Cut a list of schedules into chunks of at most `size`."""
-        ...
-
     def check(self, schedule: Any, name: str) -> None:
         """Raise a FewstepError if a schedule from a file is not for this problem."""
         ...
@@ -115,7 +85,7 @@ class OdeFamily:
 
     problem: Problem
     kind: ClassVar[str] = "ode"
-    taught: ClassVar[bool] = True
+    has_teacher: ClassVar[bool] = True
     per_sample: ClassVar[int] = 1
 
     def settle(self, config: StudyConfig) -> StudyConfig:
@@ -140,10 +110,6 @@ class OdeFamily:
         """See `Family`: every named solver on every grid."""
         return dict(named(self.problem.denoiser.noise, nfe))
 
-    def chunks(self, schedules: Sequence[Any], size: int) -> list[Chunk]:
-        """See `Family`; programs of one shape are stacked."""
-        return chunks(schedules, self.problem.denoiser.noise, size)
-
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
         _of_kind(self, schedule, name)
@@ -160,7 +126,7 @@ class MaskedFamily:
 
     problem: MaskedProblem
     kind: ClassVar[str] = "masked"
-    taught: ClassVar[bool] = False
+    has_teacher: ClassVar[bool] = False
     per_sample: ClassVar[int] = 1
 
     @property
@@ -179,7 +145,7 @@ class MaskedFamily:
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
-        return _untaught(self, config)
+        return _without_teacher(self, config)
 
     def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
         """See `Family`; keys are fields of `MaskedDomain`."""
@@ -198,10 +164,6 @@ class MaskedFamily:
             raise StudyError(f"search.nfe: {error}") from None
         return dict(every.baselines())
 
-    def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
-        """See `Family`."""
-        return drawn_chunks(list(schedules), size, MaskedTask)
-
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
         _of_kind(self, schedule, name)
@@ -219,7 +181,7 @@ class ParticleFamily:
 
     problem: ParticleProblem
     kind: ClassVar[str] = "particles"
-    taught: ClassVar[bool] = False
+    has_teacher: ClassVar[bool] = False
 
     @property
     def target(self) -> Target:
@@ -233,7 +195,7 @@ class ParticleFamily:
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
-        return _untaught(self, config)
+        return _without_teacher(self, config)
 
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
@@ -250,10 +212,6 @@ class ParticleFamily:
         target = self.target
         strength = 1.0 if target.reward is not None else target.strength
         return dict(named_policies(target.noise, nfe, b=strength))
-
-    def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
-        """See `Family`."""
-        return drawn_chunks(list(schedules), size, ParticleTask)
 
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
@@ -276,7 +234,7 @@ def _with_objective(config: StudyConfig, name: str) -> StudyConfig:
     )
 
 
-def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
+def _without_teacher(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
     """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
     own, kind = family.problem.objective, type(family.problem).__name__
     if config.search.race and family.problem.score is not None:

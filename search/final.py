@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from fewstep.search.config import FinalTable
-from fewstep.search.evaluate import Result
 from fewstep.search.objective import Array, Objective, ratio_interval
 from fewstep.search.scoring import Scorer
 from fewstep.search.strategies import Evaluated
+from fewstep.search.work import Result
 from fewstep.space.errors import StudyError
 
 SELECT, FRESH = "select", "fresh"

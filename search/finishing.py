@@ -17,7 +17,7 @@ from fewstep.search.compensating import CompensationTask, compensation_cost
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool
-from fewstep.search.refining import RefineResult, RefineTask, best_starts, refine_cost
+from fewstep.search.refining import RefineTask, best_starts, refine_cost
 from fewstep.search.rung import Rung, best_of
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, load_schedule
@@ -74,36 +74,33 @@ def _improve(
 ) -> dict[int, int]:
     """The stage at some NFEs at once, in their order; `start` competes with the candidates."""
     stage = config.finish or ""
-    tickets: dict[int, tuple[int, list[Evaluated]]] = {}
+    sent: list[tuple[int, list[Evaluated]]] = []
     for nfe, rung in rungs.items():
         if rung.refined_before:
             continue
         found = starts(config, rung, start, mean)
         alone = config.finish == "compensation" or not found
         for group in [[one] for one in found] if alone else [found]:
-            tickets[pool.submit(_task(config, group, mean))] = (nfe, group)
-    proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
-    for k in range(len(tickets)):
-        display.stage(f"{stage} of {len(tickets)} schedules, {k} done")
-        ticket, result = pool.collect()
-        nfe, group = tickets[ticket]
-        used = group[0]
+            sent.append((nfe, group))
+    proposals: dict[int, list[Proposal]] = {nfe: [] for nfe in rungs}
+    results = pool.map(_task(config, group, mean) for _, group in sent)
+    for k, (nfe, group) in enumerate(sent):
+        display.stage(f"{stage} of {len(sent)} schedules, {k} done")
+        result, used = next(results), group[0]
         display.advance(result.evaluations)
-        if isinstance(result, RefineResult) and result.schedule is not None:
+        if result.schedule is not None:
             used = group[result.start_used]
             schedule = load_schedule(result.schedule)
             constant = _constant(group, mean)
             if constant is not None and schedule.first == "mean":
                 schedule = schedule.with_constant(constant)
-            proposals[nfe][ticket] = Proposal(
-                schedule, f"{stage}:{used.source}", dict(result.note)
-            )
+            proposals[nfe].append(Proposal(schedule, f"{stage}:{used.source}", dict(result.note)))
         else:
-            display.note(f"NFE {nfe}: {stage} of {used.source} failed ({result.message[0]})")
+            display.note(f"NFE {nfe}: {stage} of {used.source} failed ({result.message})")
     spent: dict[int, int] = {}
     for nfe, rung in sorted(rungs.items()):
         display.stage(f"NFE {nfe}: scoring the schedules of {stage}")
-        told = rung.extend([proposals[nfe][t] for t in sorted(proposals[nfe])])
+        told = rung.extend(proposals[nfe])
         spent[nfe] = sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
         for p in told:
             text = (

@@ -18,11 +18,11 @@ from pathlib import Path
 from fewstep.search.config import StudyConfig
 from fewstep.search.cpr_stage import cpr_cost, regress
 from fewstep.search.display import Display
-from fewstep.search.evaluate import Evaluator
 from fewstep.search.final import Row
 from fewstep.search.preparing import evaluator_spec, open_pool
 from fewstep.search.record import write_text
 from fewstep.search.results import schedule_path
+from fewstep.search.work import Evaluator
 from fewstep.space.files import load_schedule, save_schedule
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Want
 from fewstep.search.family import Family, OdeFamily
 from fewstep.search.finishing import named_bases
-from fewstep.search.pool import Pool, make_pool
+from fewstep.search.pool import Pool, make_pool, one_thread
 from fewstep.search.problem import ModelSpec
 from fewstep.search.record import Record, write_text
 from fewstep.search.strategies import Strategy
+from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Want, cut
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ScheduleError, StudyError
 from fewstep.space.protocol import Domain
@@ -140,14 +137,9 @@ def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> float:
     """
     size, samples = config.search.block[0], min(config.search.block[1], config.search.samples)
     schedules = list(family.named(min(2, *config.search.nfe)).values())[:size]
-    want: Want = "samples" if family.taught else "measures"
-    (task,) = family.chunks(schedules, size)[0].tasks("timing", samples, samples, want)
-    task = replace(task, strict=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        evaluator.run(task.only(0))  # warm-up, and the first look at the model
-        result = evaluator.run(task)
-    finally:
-        torch.set_num_threads(threads)
+    want: Want = "samples" if family.has_teacher else "measures"
+    group = tuple(schedules[i] for i in cut(schedules, size)[0])
+    with one_thread():
+        for together in (group[:1], group):  # warm-up, and the first look at the model
+            result = Block(together, "timing", 0, samples, want, strict=True).run(evaluator)
     return result.seconds / max(result.evaluations, 1)

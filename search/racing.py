@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
-from fewstep.search.evaluate import Result
 from fewstep.search.objective import Array
 from fewstep.search.scoring import Batch, Scorer
+from fewstep.search.work import Result
 
 LEVEL = 0.1
 

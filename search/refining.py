@@ -6,36 +6,44 @@ neither ranks candidates nor reports results. What becomes of it: `finishing`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.samplers.ode import start_scale
 from fewstep.search.config import RefineTable
-from fewstep.search.evaluate import Evaluator, Single, TaskResult
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.closed_form import by_closed_form
 from fewstep.search.strategies.fitting import Batch, Settings
 from fewstep.search.strategies.knobs import open_knobs
 from fewstep.search.strategies.refine import refine_best
+from fewstep.search.work import Evaluator, Single
 from fewstep.space import OdeSchedule, load_schedule
 
 TRAIN, HELD = "train", "held"
 
 
 @dataclass(frozen=True)
-class RefineResult(TaskResult):
-    """What refining gave: from which start, and its schedule; None if it failed."""
+class Improved:
+    """What a stage made of its starts.
+
+    Args:
+        schedule: the file form; None if it failed.
+        note: numbers for the trial.
+        start_used: which start it came from.
+        message: why it failed, "" if it did not.
+        evaluations: network evaluations.
+    """
 
     schedule: dict[str, Any] | None = None
     note: dict[str, Any] = field(default_factory=dict)
     start_used: int = 0
+    message: str = ""
+    evaluations: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,13 @@ class RefineTask(Single):
     seed: int
     featured: bool
 
-    def execute(self, evaluator: Evaluator) -> RefineResult:
+    def failed(self, status: str, message: str) -> Improved:
+        """See `Work`: a stage that fails is said and left out."""
+        return Improved(message=f"{message} ({status})")
+
+    def run(self, evaluator: Evaluator) -> Improved:
         """Refine on the evaluator's problem."""
-        begun, table = time.perf_counter(), self.table
+        table = self.table
         denoiser = evaluator.ode.denoiser
         starts: list[OdeSchedule] = [load_schedule(s) for s in self.schedules]
         if self.constant is not None:
@@ -90,16 +102,12 @@ class RefineTask(Single):
             "refine_method": found.method,
             "refine_calls": spent + found.calls,
         }
-        values = np.full((1, 1, 1), found.after)
-        seconds = time.perf_counter() - begun
-        body = found.schedule.to_dict()
-        calls = spent + found.calls
-        return RefineResult(values, ("ok",), ("",), calls, seconds, body, note, at)
+        return Improved(found.schedule.to_dict(), note, at, evaluations=spent + found.calls)
 
     def _batch(self, evaluator: Evaluator, stream: str, size: int, scale: float) -> Batch:
         problem, indices = evaluator.ode, range(size)
-        z = noise_of(evaluator.seed, stream, indices, problem.shape)
-        cond = conditions(problem, indices) or {}
+        z = noise_of(evaluator.seed, stream, indices, problem.shape).to(evaluator.device)
+        cond = {k: v.to(z.device) for k, v in (conditions(problem, indices) or {}).items()}
         target = evaluator.reference(stream)[:size]
         return Batch(scale * z, target.to(torch.float32), cond, problem.guidance, self.constant)
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, Silent
-from fewstep.search.evaluate import Evaluator, Result, TaskResult, assemble
 from fewstep.search.family import family_of
 from fewstep.search.objective import Array, Objective, ratio_interval
 from fewstep.search.pool import SerialPool
 from fewstep.search.preparing import evaluator_spec
+from fewstep.search.scoring import assemble
 from fewstep.search.teacher import Teacher
+from fewstep.search.work import Block, Evaluator, Result, cut
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def rescore(
     held = samples if held is None else max(held, samples)
     weight = family.per_sample
     total = weight * samples * sum(s.nfe for s in schedules)
-    work = family.chunks(schedules, members)
+    for schedule in schedules:
+        family.check(schedule, "a schedule")
     reference = np.zeros((samples, 0))
-    if family.taught:
+    if family.has_teacher:
         teacher = Teacher(evaluator.ode, config.teacher, pool, cache, seed=seed, block=block)
         display.total(teacher.cost(held) + total)
         display.stage(f"teacher, {config.teacher.nfe} calls")
@@ -102,13 +104,14 @@ def rescore(
         display.total(total)
     display.stage(f"{len(schedules)} schedules")
     found: dict[int, Result] = {}
-    for chunk in work:
-        parts: list[TaskResult] = []
-        for task in chunk.tasks(stream, samples, block):
-            pool.submit(task)
-            parts.append(pool.collect()[1])
-            display.advance(weight * task.candidates * (task.stop - task.start) * chunk.nfe)
-        found |= dict(zip(chunk.members, assemble(parts, objective, reference), strict=True))
+    for positions in cut(schedules, members):
+        group = [schedules[i] for i in positions]
+        parts = []
+        for part in pool.map(Block.cover(group, stream, range(samples), block)):
+            parts.append(part)
+            size = part.values.shape[1]
+            display.advance(weight * len(group) * size * group[0].nfe)
+        found |= dict(zip(positions, assemble(parts, objective, reference), strict=True))
     results = [found[i] for i in range(len(schedules))]
     return Rescored(results, reference, objective, config.final.resamples, seed)
 

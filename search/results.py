@@ -22,6 +22,7 @@ from fewstep.search.record import write_text
 from fewstep.search.rung import best_so_far
 from fewstep.search.strategies import Evaluated
 from fewstep.search.tracking import Tracker
+from fewstep.search.work import Block
 from fewstep.space.files import save_schedule
 
 
@@ -81,13 +82,13 @@ def write_results(
     if len(rows) > 1:
         pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, objective))
     sheet = None
-    if family.taught or problem.picture is not None:
-        drawn = _sheet(config, pool, family, verdicts, endpoints)
+    if family.has_teacher or problem.picture is not None:
+        drawn = _sheet(config, pool, verdicts, endpoints)
         sheet = report.contact_sheet(out / "samples.png", drawn, problem.picture)
     if sheet is not None:
         pictures.insert(0, sheet)
     stages = ("teacher.", "refine.", "compensation.", "cpr.")
-    unused = () if family.taught else (*stages, "search.guidance", "objective.features")
+    unused = () if family.has_teacher else (*stages, "search.guidance", "objective.features")
     facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
     facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
     written.append(
@@ -122,7 +123,6 @@ def schedule_path(out: Path, nfe: int, guidance: float | None) -> Path:
 def _sheet(
     config: StudyConfig,
     pool: Pool,
-    family: Family,
     verdicts: list[Verdict],
     endpoints: Tensor | None,
 ) -> list[tuple[str, Tensor]]:
@@ -134,16 +134,9 @@ def _sheet(
         for v in verdicts
         for t in (f"{v.row.best_named}, {v.row.nfe} calls", f"found, {v.row.nfe} calls")
     ]
-    tickets: dict[int, str] = {}
-    for label, schedule in zip(labels, schedules, strict=True):
-        (chunk,) = family.chunks([schedule], 1)
-        (task,) = chunk.tasks(FRESH, size, size, "samples")
-        tickets[pool.submit(task)] = label
-    drawn: dict[str, Tensor] = {}
-    while len(drawn) < len(tickets):
-        ticket, result = pool.collect()
-        drawn[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
-    rows = [(label, drawn[label]) for label in labels]
+    blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
+    samples = [torch.from_numpy(np.array(r.values[0])) for r in pool.map(blocks)]
+    rows = list(zip(labels, samples, strict=True))
     if endpoints is not None:
         rows.append((f"teacher, {config.teacher.nfe} calls", endpoints[:size]))
     return rows

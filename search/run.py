@@ -25,7 +25,6 @@ from torch import Tensor
 from fewstep.search.config import StudyConfig
 from fewstep.search.cpr_stage import cpr_cost, regress, wanted
 from fewstep.search.display import Display, Silent, count, duration
-from fewstep.search.evaluate import Evaluator
 from fewstep.search.family import family_of
 from fewstep.search.final import FRESH, SELECT, Judge, Row, Verdict, final_cost
 from fewstep.search.finishing import finish_cost, finish_rungs
@@ -51,6 +50,7 @@ from fewstep.search.study import TrialTable, open_storage, study_name
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
 from fewstep.search.warm import load_warm, warm_start
+from fewstep.search.work import Evaluator
 from fewstep.space.protocol import Domain
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class _Search:
     def _announce(self, per_call: float, pool: Pool, solvers: list[str]) -> None:
         config, final, weight = self.config, self.config.final, self.family.per_sample
         reference = 0
-        if self.family.taught:
+        if self.family.has_teacher:
             check = 2 * min(config.teacher.check, final.samples)
             reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
         rivals = {name.split("/")[0] if final.named == "best_grid" else name for name in solvers}
@@ -251,7 +251,7 @@ class _Search:
         solvers: Mapping[int, Mapping[str, Any]],
     ) -> Outcome:
         config, family = self.config, self.family
-        teacher = self._teacher(evaluator, pool) if family.taught else None
+        teacher = self._teacher(evaluator, pool) if family.has_teacher else None
         limits = config.candidates(family.per_sample)
         scorer = Scorer(
             pool,

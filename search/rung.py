@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import Result
 from fewstep.search.racing import Race
 from fewstep.search.record import Record, packed_image, unpacked_image
 from fewstep.search.scoring import Batch, Scorer
 from fewstep.search.strategies import Evaluated, Proposal, Strategy
 from fewstep.search.study import TrialTable
+from fewstep.search.work import Result
 from fewstep.space.errors import StudyError
 from fewstep.space.files import load_schedule
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from fewstep.samplers import Problem
 from fewstep.search.config import TeacherTable
-from fewstep.search.evaluate import Chunk, Task, chunks
 from fewstep.search.pool import Pool
 from fewstep.search.problem import model_key
+from fewstep.search.work import Block
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
 from fewstep.space.schedule import OdeSchedule
@@ -110,37 +111,22 @@ class Teacher:
             if advance is not None:
                 advance(samples * schedule.nfe)
             return Reference(found, 0)
-        (chunk,) = chunks([schedule], self.noise, 1)
-        values, calls = self._run(chunk, stream, samples, advance)
+        values, calls = self._run(schedule, stream, samples, advance)
         _write(path, values)
         return Reference(values, calls)
 
     def _run(
-        self, chunk: Chunk, stream: str, samples: int, advance: Advance | None
+        self, schedule: OdeSchedule, stream: str, samples: int, advance: Advance | None
     ) -> tuple[Tensor, int]:
-        parts: dict[int, np.ndarray] = {}
-        tickets: dict[int, int] = {}
-        calls = 0
-        for start in range(0, samples, self.block):
-            stop = min(start + self.block, samples)
-            task = Task(
-                chunk.program,
-                stream,
-                start,
-                stop,
-                "samples",
-                chunk.options,
-                chunk.constant,
-                strict=True,
-            )
-            tickets[self.pool.submit(task)] = start
-        while len(parts) < len(tickets):
-            ticket, result = self.pool.collect()
-            parts[tickets[ticket]] = result.values[0]
+        more: dict[str, Any] = {"want": "samples", "strict": True}
+        blocks = Block.cover([schedule], stream, range(samples), self.block, **more)
+        parts, calls = [], 0
+        for result in self.pool.map(blocks):
+            parts.append(result.values[0])
             calls += result.evaluations
             if advance is not None:
                 advance(result.evaluations)
-        samples_found = torch.from_numpy(np.concatenate([parts[k] for k in sorted(parts)]))
+        samples_found = torch.from_numpy(np.concatenate(parts))
         if not bool(torch.isfinite(samples_found).all()):
             raise ModelError(
                 f"the teacher's end points of {self.problem.fingerprint or 'the model'} are not "

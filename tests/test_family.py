@@ -1,5 +1,6 @@
 """Searches of masked and particle schedules: the same driver, files, log and command line."""
 
+import dataclasses
 import json
 import shutil
 from itertools import pairwise
@@ -10,11 +11,11 @@ import pytest
 from fewstep.experiments.__main__ import main
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.evaluate import Evaluator
 from fewstep.search.family import family_of
 from fewstep.search.final import Row
 from fewstep.search.preparing import evaluator_spec
-from fewstep.space import FewstepError, StudyError, load_schedule
+from fewstep.search.work import Block, Evaluator
+from fewstep.space import FewstepError, ScheduleError, StudyError, load_schedule
 from tests.drawn_studies import STUDY, write_drawn
 from tests.studies import trial_table
 
@@ -178,11 +179,10 @@ def test_blocks_of_another_size_give_masked_sequences_the_same_scores(tmp_path):
     evaluator = Evaluator.from_spec(spec)
     family = family_of(evaluator.problem)
     schedule = family.named(3)["linear"]
-    (chunk,) = family.chunks([schedule], 1)
-    parts = {
-        block: np.concatenate([evaluator.run(t).values[0] for t in chunk.tasks("x", 24, block)])
-        for block in (24, 5)
-    }
+    parts = {}
+    for size in (24, 5):
+        blocks = Block.cover([schedule], "x", range(24), size)
+        parts[size] = np.concatenate([block.run(evaluator).values[0] for block in blocks])
     assert np.array_equal(parts[24], parts[5])
 
 
@@ -336,17 +336,29 @@ def test_samples_with_a_picture_are_drawn(tmp_path, capsys):
     assert picture.stat().st_size > 0
 
 
-def test_a_schedule_that_fails_is_a_row(tmp_path):
-    """An exception in one candidate is its status; the others are scored."""
+def test_a_model_that_fails_on_one_schedule_is_a_row_and_a_schedule_that_does_not_fit_is_none(
+    tmp_path,
+):
+    """An exception of the model is its candidate's status; the others are scored."""
     evaluator = Evaluator.from_spec(evaluator_spec(load_study(write_drawn(tmp_path, "masked"))))
-    family = family_of(evaluator.problem)
-    fine = family.named(3)["uniform"]
-    long = type(fine).from_counts([2, 2, 2])
-    (chunk,) = family.chunks([fine, long], 2)
-    (task,) = chunk.tasks("x", 8, 8)
-    result = evaluator.run(task)
+    fine = family_of(evaluator.problem).named(3)["uniform"]
+    other = type(fine).from_counts([3, 1, 1])
+    plain = evaluator.problem.denoiser
+
+    def fussy(tokens, t):
+        if ((tokens == plain.mask).sum(-1) == 2).any():
+            raise ValueError("two are too many")
+        return plain(tokens, t)
+
+    fussy.mask, fussy.length = plain.mask, plain.length
+    again = Evaluator(
+        dataclasses.replace(evaluator.problem, denoiser=fussy), evaluator.objective, 0
+    )
+    result = Block((fine, other), "x", 0, 8).run(again)
     assert result.status == ("ok", "error")
-    assert "free positions" in result.message[1]
+    assert "two are too many" in result.message[1]
+    with pytest.raises(ScheduleError, match="free positions"):
+        Block((fine, type(fine).from_counts([2, 2, 2])), "x", 0, 8).run(evaluator)
 
 
 def test_a_factory_of_something_else_is_told_what_a_problem_is(tmp_path):

@@ -5,9 +5,9 @@ import pytest
 
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.evaluate import Result
 from fewstep.search.racing import LEVEL, Race, loses
 from fewstep.search.record import Record
+from fewstep.search.work import Result
 from fewstep.space import StudyError
 from tests.studies import trial_table, write_study
 

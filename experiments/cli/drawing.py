@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from fewstep.experiments.cli.explain import Loaded
 from fewstep.samplers import AnyProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import Evaluator
 from fewstep.search.family import family_of
 from fewstep.search.rescore import load_evaluator, rescore
+from fewstep.search.work import Block, Evaluator
 from fewstep.space.errors import StudyError
 
 COLUMNS = 8
@@ -31,8 +31,8 @@ def draw(schedule: Any, evaluator: Evaluator, count: int, name: str) -> Tensor:
     """
     family = family_of(evaluator.problem)
     family.check(schedule, name)
-    (task,) = family.chunks([schedule], 1)[0].tasks("sample", count, count, "samples")
-    return torch.from_numpy(evaluator.run(replace(task, strict=True)).values[0])
+    block = Block((schedule,), "sample", 0, count, "samples", strict=True)
+    return torch.from_numpy(block.run(evaluator).values[0])
 
 
 def sheet(path: Path, x: Tensor, problem: AnyProblem, label: str) -> Path:
