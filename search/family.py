@@ -14,6 +14,7 @@ from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.targets import Target
 from fewstep.search.config import StudyConfig
 from fewstep.search.problem import prompts
+from fewstep.search.yardstick import Statistic
 from fewstep.space.baselines import named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ModelError, ScheduleError, StudyError
@@ -90,7 +91,8 @@ class OdeFamily:
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
-        return _with_objective(config, config.objective.name or "endpoint_mse")
+        name = config.objective.name or "endpoint_mse"
+        return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
@@ -228,10 +230,10 @@ def _of_kind(family: Family, schedule: Any, name: str) -> None:
         )
 
 
-def _with_objective(config: StudyConfig, name: str) -> StudyConfig:
-    return config.model_copy(
-        update={"objective": config.objective.model_copy(update={"name": name})}
-    )
+def _with_objective(config: StudyConfig, name: str, statistic: Statistic) -> StudyConfig:
+    """The study with its objective's name, and its statistic where it names none."""
+    changes = {"name": name, "statistic": config.objective.statistic or statistic}
+    return config.model_copy(update={"objective": config.objective.model_copy(update=changes)})
 
 
 def _without_teacher(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
@@ -253,7 +255,7 @@ def _without_teacher(family: MaskedFamily | ParticleFamily, config: StudyConfig)
             )
         search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
         config = config.model_copy(update={"search": search})
-    return _with_objective(config, own)
+    return _with_objective(config, own, "mean")
 
 
 def _open(domain: type[Any], *fixed: str) -> set[str]:

@@ -3,7 +3,7 @@
     OUT/w7.5/...                       all that the search at scale 7.5 leaves
     OUT/schedules/nfe05_w7.5.json      every schedule found
     OUT/results.json                   all rows, each with its guidance
-    OUT/cpr.json                       schedules for the settings between (`cpr_stage`)
+    OUT/cpr.json                       schedules for the settings between (`stages.cpr`)
 
 A scale changes what the teacher samples, so searches at different scales share nothing but the
 study; each resumes by itself.
@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.cpr_stage import cpr_cost, regress
 from fewstep.search.display import Display
-from fewstep.search.final import Row
 from fewstep.search.preparing import evaluator_spec, open_pool
 from fewstep.search.record import write_text
 from fewstep.search.results import schedule_path
+from fewstep.search.stages.cpr import cpr_cost, regress
+from fewstep.search.verdict import Row
 from fewstep.search.work import Evaluator
 from fewstep.space.files import load_schedule, save_schedule
 

@@ -93,7 +93,7 @@ class Worker:
         torch.set_num_threads(1)
         leave_checkout()
         self._spec, self._evaluator = spec, None
-        self._shared: set[str] = set()
+        self._shared: dict[str, Any] = {}
 
     def ready(self) -> None:
         """Load the model."""
@@ -102,9 +102,10 @@ class Worker:
     def run(self, work: Work, shared: dict[str, Any]) -> Any:
         """Do work; `shared` names the teacher's end points in the object store by stream."""
         evaluator = self._loaded()
-        for stream in shared.keys() - self._shared:
-            evaluator.share(stream, _fetcher(shared[stream]))
-        self._shared |= shared.keys()
+        for stream, reference in shared.items():
+            if self._shared.get(stream) != reference:  # new, or of more samples than before
+                evaluator.share(stream, _fetcher(reference))
+        self._shared = dict(shared)
         return work.run(evaluator)
 
     def _loaded(self) -> Evaluator:

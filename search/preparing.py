@@ -8,10 +8,10 @@ from typing import Any
 
 from fewstep.search.config import StudyConfig
 from fewstep.search.family import Family, OdeFamily
-from fewstep.search.finishing import named_bases
 from fewstep.search.pool import Pool, make_pool, one_thread
 from fewstep.search.problem import ModelSpec
 from fewstep.search.record import Record, write_text
+from fewstep.search.stages.improve import named_bases
 from fewstep.search.strategies import Strategy
 from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Want, cut
 from fewstep.space.baselines import baseline
@@ -23,7 +23,11 @@ def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
     """What workers need to know of a study."""
     model = ModelSpec(config.model.factory, config.model.arguments, config.folder, config.scale)
     return EvaluatorSpec(
-        model, config.objective.name, config.objective.features, config.search.seed
+        model,
+        config.objective.name,
+        config.objective.features,
+        config.search.seed,
+        config.objective.statistic,
     )
 
 

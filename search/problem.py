@@ -207,6 +207,10 @@ def sample_seed(seed: int, stream: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+PERTURBED, DISTANCE = "~", 0.01
+"""The stream "search~1" holds the noise of "search" moved by `DISTANCE` times other unit noise."""
+
+
 def noise_of(seed: int, stream: str, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Unit noise of the samples `indices` of a stream, shape (B, *shape), float32.
 
@@ -216,6 +220,10 @@ def noise_of(seed: int, stream: str, indices: Sequence[int], shape: tuple[int, .
         indices: sample indices.
         shape: shape of one sample.
     """
+    whole, moved, _ = stream.partition(PERTURBED)
+    if moved:
+        other = noise_of(seed, stream.replace(PERTURBED, "/moved"), indices, shape)
+        return noise_of(seed, whole, indices, shape) + DISTANCE * other
     draws = []
     for index in indices:
         generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.search.objective import Array
 from fewstep.search.work import Result
+from fewstep.search.yardstick import Array
 from fewstep.space.errors import StudyError
 
 Key = tuple[str, int, str]

@@ -6,6 +6,7 @@ The evaluator, the noise, the conditions and the teacher are the search's own, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ import numpy as np
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, Silent
 from fewstep.search.family import family_of
-from fewstep.search.objective import Array, Objective, ratio_interval
+from fewstep.search.objective import Objective, Paired
 from fewstep.search.pool import SerialPool
 from fewstep.search.preparing import evaluator_spec
 from fewstep.search.scoring import assemble
 from fewstep.search.teacher import Teacher
 from fewstep.search.work import Block, Evaluator, Result, cut
+from fewstep.search.yardstick import Array, Comparison
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,27 @@ class Rescored:
     resamples: int
     seed: int
 
-    def ratio(self, a: int, b: int) -> tuple[float, tuple[float, float]]:
-        """score(a) / score(b) and its 95% interval, paired; inf where `a` failed."""
-        one, other = self.results[a], self.results[b]
-        if one.measures is None or other.measures is None:
-            return float("inf"), (float("inf"), float("inf"))
-        score = None
-        if not self.objective.per_sample:
-            score = lambda m, p: self.objective.score(m[p], self.reference[p])  # noqa: E731
-        interval = ratio_interval(
-            one.measures, other.measures, resamples=self.resamples, seed=self.seed, score=score
-        )
-        return (one.score / other.score if other.score > 0 else 1.0), interval
+    @property
+    def _paired(self) -> Paired:
+        return Paired(self.objective, resamples=self.resamples, seed=self.seed)
+
+    def value(self, a: int) -> float:
+        """The score of a schedule as it is reported; inf if it failed."""
+        measures = self.results[a].measures
+        return math.inf if measures is None else self._paired.value(measures, self.reference)
+
+    def ratio(
+        self, a: int, b: int
+    ) -> tuple[float | None, tuple[float, float] | None, Comparison | None]:
+        """Score of a over that of b with its 95% interval, paired, and every other statistic.
+
+        inf where `a` failed.
+        """
+        one, other = self.results[a].measures, self.results[b].measures
+        if one is None or other is None:
+            return math.inf, (math.inf, math.inf), None
+        share, interval = self._paired.ratio(one, other, self.reference)
+        return share, interval, self._paired.compared(one, other)
 
 
 def rescore(

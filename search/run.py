@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.cpr_stage import cpr_cost, regress, wanted
 from fewstep.search.display import Display, Silent, count, duration
 from fewstep.search.family import family_of
-from fewstep.search.final import FRESH, SELECT, Judge, Row, Verdict, final_cost
-from fewstep.search.finishing import finish_cost, finish_rungs
 from fewstep.search.guided import regress_all, search_each
-from fewstep.search.objective import Array
+from fewstep.search.objective import Frechet, frechet_distance
 from fewstep.search.pool import Pool, cpus
 from fewstep.search.preparing import (
     check_names,
@@ -41,16 +38,20 @@ from fewstep.search.preparing import (
     starters,
 )
 from fewstep.search.record import Record, prepare_out
-from fewstep.search.refining import HELD, TRAIN
-from fewstep.search.results import write_results
+from fewstep.search.results import drawn, write_results
 from fewstep.search.rung import SEARCH, Progress, Rung, best_so_far
 from fewstep.search.scoring import Scorer
+from fewstep.search.stages.cpr import cpr_cost, regress, wanted
+from fewstep.search.stages.improve import finish_cost, finish_rungs
+from fewstep.search.stages.refine import HELD, TRAIN
 from fewstep.search.strategies import Proposal, Strategy
 from fewstep.search.study import TrialTable, open_storage, study_name
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
+from fewstep.search.verdict import FRESH, Judge, Row, Verdict, final_cost, with_frechet
 from fewstep.search.warm import load_warm, warm_start
 from fewstep.search.work import Evaluator
+from fewstep.search.yardstick import Array
 from fewstep.space.protocol import Domain
 
 log = logging.getLogger(__name__)
@@ -191,8 +192,7 @@ class _Search:
         if self.family.has_teacher:
             check = 2 * min(config.teacher.check, final.samples)
             reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
-        rivals = {name.split("/")[0] if final.named == "best_grid" else name for name in solvers}
-        verdict = weight * sum(final_cost(nfe, final, len(rivals)) for nfe in config.search.nfe)
+        verdict = weight * sum(final_cost(nfe, final) for nfe in config.search.nfe)
         candidates = config.candidates(weight)
         at_once = max(1, min(pool.workers, cpus()) if self.address is None else pool.workers)
         where = f"{pool.workers} workers" if pool.workers else "this process"
@@ -263,7 +263,11 @@ class _Search:
             clock=self.clock,
             advance=self.display.advance,
         )
-        self._refer(teacher, evaluator, pool, SEARCH, config.search.samples)
+
+        def refer(stream: str, samples: int) -> Array:
+            return self._refer(teacher, evaluator, pool, stream, samples)
+
+        refer(SEARCH, config.search.samples)
         rungs: dict[int, Rung] = {}
         for k, nfe in enumerate(config.search.nfe):
             fresh = not self.record.generations
@@ -301,20 +305,17 @@ class _Search:
         extra: dict[int, int] = {}
         if config.finish == "refine":
             for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
-                self._refer(teacher, evaluator, pool, stream, size)
+                refer(stream, size)
         if config.finish is not None:
             wants_mean = config.finish == "refine" and config.refine.mean
             mean = self._endpoints[TRAIN].mean(0) if wants_mean else None
             extra = finish_rungs(config, pool, rungs, self.display, mean)
-        for stream in (SELECT, FRESH):
-            self._refer(teacher, evaluator, pool, stream, config.final.samples)
         own_error = None
+        refer(FRESH, config.final.samples)
         if teacher is not None:
             self.display.stage("teacher against itself")
             own_error = teacher.self_error(FRESH, self._endpoints[FRESH], self.display.advance)
-        judge = Judge(
-            scorer, evaluator.objective, config.final, self._references, config.search.seed
-        )
+        judge = Judge(scorer, evaluator.objective, config.final, refer, config.search.seed)
         verdicts: list[Verdict] = []
         for nfe in config.search.nfe:
             self.display.stage(f"NFE {nfe}: fresh seeds")
@@ -325,8 +326,10 @@ class _Search:
                 teacher_self_error=own_error,
                 calls_spent=sum(rungs[nfe].costs) + extra.get(nfe, 0),
             )
+            if verdict.row.note:
+                self.display.note(f"NFE {nfe}: {verdict.row.note}")
             row = replace(verdict.row, guidance=config.scale)
-            verdicts.append(replace(verdict, row=row))
+            verdicts.append(self._with_features(replace(verdict, row=row), evaluator, pool))
         self.display.stage("writing")
         rows = write_results(
             config,
@@ -346,6 +349,23 @@ class _Search:
             if path is not None:
                 tracker.file(None, path)
         return Outcome(config.objective.name or "", rows, self.out, self.clock())
+
+    def _with_features(self, verdict: Verdict, evaluator: Evaluator, pool: Pool) -> Verdict:
+        """The verdict with its paired Frechet distances, where the problem has features."""
+        if not self.family.has_teacher or evaluator.ode.features is None or verdict.errors is None:
+            return verdict
+        count = verdict.row.samples
+        ends = self._endpoints[FRESH][:count]
+        aim = Frechet(evaluator.features).measure(ends[None], ends)[0].double().cpu().numpy()
+        if count <= 2 * aim.shape[1]:
+            return verdict  # fewer samples than a covariance needs
+        block = self.config.search.block[1]
+        features = (
+            drawn(pool, s, FRESH, count, "features", block)
+            for s in (verdict.found, verdict.best_named)
+        )
+        found, named = (frechet_distance(each, aim) for each in features)
+        return with_frechet(verdict, found, named)
 
     def _teacher(self, evaluator: Evaluator, pool: Pool) -> Teacher:
         config = self.config
@@ -370,18 +390,24 @@ class _Search:
 
     def _refer(
         self, teacher: Teacher | None, evaluator: Evaluator, pool: Pool, stream: str, samples: int
-    ) -> None:
+    ) -> Array:
         """The teacher's end points of a stream, given to every worker, and their measures."""
+        if stream in self._references and len(self._references[stream]) >= samples:
+            return self._references[stream][:samples]
         if teacher is None:
             self._references[stream] = np.zeros((samples, 0))
-            return
+            return self._references[stream]
         self.display.stage(f"teacher, {self.config.teacher.nfe} calls ({stream})")
         endpoints = teacher.reference(stream, samples, self.display.advance).samples
         self._endpoints[stream] = endpoints
         pool.share(stream, endpoints)
+        if evaluator.objective.per_sample and evaluator.objective.statistic == "backward":
+            self._references[stream] = teacher.gain(stream, samples, self.display.advance)
+            return self._references[stream]
         with torch.no_grad():
             measures = evaluator.objective.measure(endpoints[None], endpoints)
         self._references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
+        return self._references[stream]
 
     def _teller(self, nfe: int, tracker: Tracker) -> Callable[[Progress], None]:
         def told(progress: Progress) -> None:

@@ -102,7 +102,7 @@ class Rung:
         self._limit = limit
         self._proposed = self._named_count = 0
         self._calls = config.calls_of(nfe)
-        self._race = Race(scorer, SEARCH, config.search.levels)
+        self._race = Race(scorer, SEARCH, config.search.levels, scorer.statistic)
         self._results: dict[str, Result] = {}
         self._seen: set[str] = set()
         self.known: list[Evaluated] = []

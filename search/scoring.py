@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fewstep.search.family import Family
-from fewstep.search.objective import Array, Objective
+from fewstep.search.objective import Objective
 from fewstep.search.pool import Pool
 from fewstep.search.record import Record
 from fewstep.search.work import Block, BlockResult, Result, cut
+from fewstep.search.yardstick import Array, Statistic
 
 
 @dataclass
@@ -117,6 +118,11 @@ class Scorer:
             self.spent += sum(r.calls for r in piece.results)
             self.spent -= sum(r.calls for r in piece.before or ())
         return [found[i] for i in range(batch.size)]
+
+    @property
+    def statistic(self) -> Statistic:
+        """Of the errors of a schedule's samples, its score."""
+        return self._objective.statistic
 
     @property
     def per_sample(self) -> int:

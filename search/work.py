@@ -47,7 +47,7 @@ from fewstep.samplers import (
     start_particles,
 )
 from fewstep.samplers.ode import start_scale
-from fewstep.search.objective import Array, EndpointMSE, Frechet, Measured, Objective
+from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
 from fewstep.search.problem import (
     ModelSpec,
     conditions,
@@ -60,10 +60,11 @@ from fewstep.search.problem import (
     uniforms_of,
     watched,
 )
+from fewstep.search.yardstick import Array, Statistic
 from fewstep.space import Program, stack
 from fewstep.space.errors import FewstepError, ModelError, StudyError
 
-Want = Literal["measures", "samples"]
+Want = Literal["measures", "samples", "features"]
 
 
 class Work(Protocol):
@@ -158,7 +159,7 @@ class Block:
         stream: which noise.
         start: first sample index.
         stop: one past the last.
-        want: "measures" of the objective, or the "samples" themselves.
+        want: "measures" of the objective, the "samples" themselves, or the problem's "features".
         strict: raise at the first thing that goes wrong, instead of recording it.
         guidance: scale where a schedule sets none; None is the problem's.
     """
@@ -274,6 +275,8 @@ class Block:
             evaluator.evaluations += denoiser.evaluations
         if self.want == "samples":
             return x.to(torch.float32).cpu().numpy()
+        if self.want == "features":
+            return kept(Frechet(evaluator.features).measure(x, x))
         reference = evaluator.reference(self.stream)[self.start : self.stop]
         return kept(evaluator.objective.measure(x, reference.to(x)))
 
@@ -393,12 +396,14 @@ class EvaluatorSpec:
         objective: name of the objective; None is the problem's own.
         features: import path of the feature function, or None for the problem's own.
         seed: the study's seed.
+        statistic: of per-sample errors; None is the objective's default.
     """
 
     model: ModelSpec
     objective: str | None
     features: str | None
     seed: int
+    statistic: Statistic | None = None
 
 
 class Evaluator:
@@ -435,6 +440,17 @@ class Evaluator:
             raise StudyError(f"a {type(self.problem).__name__} has no ODE schedules")
         return self.problem
 
+    @property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        """The problem's features.
+
+        Raises:
+            StudyError: it has none.
+        """
+        if self.ode.features is None:
+            raise StudyError("the problem has no features")
+        return self.ode.features
+
     def share(self, stream: str, reference: Tensor | Callable[[], Tensor]) -> None:
         """Take the teacher's end points of a stream, sample i at row i, or what fetches them."""
         fetch = reference if callable(reference) else lambda: reference
@@ -453,6 +469,11 @@ def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
     Raises:
         StudyError: an unknown name, or frechet without features.
     """
+    if spec.statistic is not None and spec.objective not in (None, "endpoint_mse"):
+        raise StudyError(
+            f"objective.statistic = {spec.statistic!r} is one of the errors of endpoint_mse; the "
+            f"objective {spec.objective} has its own score: leave it out"
+        )
     if not isinstance(problem, Problem):
         own, kind = problem.objective, type(problem).__name__
         if spec.objective not in (None, own):
@@ -468,7 +489,7 @@ def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
     if spec.objective not in (None, "endpoint_mse", "frechet"):
         raise StudyError(f"objective.name = {spec.objective!r}: use endpoint_mse or frechet")
     if spec.objective != "frechet":
-        return EndpointMSE()
+        return EndpointMSE(spec.statistic or "geometric")
     features: Callable[[Tensor], Tensor] | None = problem.features
     if spec.features is not None:
         features = import_path(spec.features, spec.model.folder, "objective.features")

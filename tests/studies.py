@@ -97,7 +97,6 @@ nfe = 16
 check = 4
 [refine]
 rounds = 2
-steps = 6
 samples = 8
 held = 8
 batch = 8

@@ -12,8 +12,8 @@ from fewstep.experiments.__main__ import main
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.search.family import family_of
-from fewstep.search.final import Row
 from fewstep.search.preparing import evaluator_spec
+from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Evaluator
 from fewstep.space import FewstepError, ScheduleError, StudyError, load_schedule
 from tests.drawn_studies import STUDY, write_drawn

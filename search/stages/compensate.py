@@ -1,7 +1,7 @@
 """Dynamic compensation inside a search: ratios for the best bases of every NFE, on the workers.
 
 One task compensates one base on noise of its own ("compensate"), with the teacher's states at
-exactly the base's times. What becomes of it: `finishing`.
+exactly the base's times. What becomes of it: `stages.improve`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from fewstep.samplers.ode import start_scale
 from fewstep.search.problem import conditions, noise_of
-from fewstep.search.refining import Improved
+from fewstep.search.stages.refine import Improved
 from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
 from fewstep.search.strategies.targets import aligned_targets, published_targets
 from fewstep.search.tables import CompensationTable
 from fewstep.search.work import Counted, Evaluator, Single
-from fewstep.space import OdeSchedule, load_schedule
+from fewstep.space import OdeSchedule
 from fewstep.space.errors import FewstepError
 
 STREAM = "compensate"
@@ -30,13 +28,11 @@ class CompensationTask(Single):
     """One base to compensate.
 
     Args:
-        schedule: the base's file form.
-        constant: its constant image, if it has one.
+        schedule: the base.
         table: the study's [compensation].
     """
 
-    schedule: dict[str, Any]
-    constant: Tensor | None
+    schedule: OdeSchedule
     table: CompensationTable
 
     def failed(self, status: str, message: str) -> Improved:
@@ -61,14 +57,11 @@ class CompensationTask(Single):
             "compensation_recipe": self.table.recipe,
             "ratios": list(found.ratios),
         }
-        return Improved(found.schedule.to_dict(), note, evaluations=spent)
+        return Improved(found.schedule, note, evaluations=spent)
 
     def _compensate(self, evaluator: Evaluator, denoiser: Counted) -> Compensated:
         table, problem = self.table, evaluator.ode
-        base: OdeSchedule = load_schedule(self.schedule)
-        if self.constant is not None:
-            base = base.with_constant(self.constant)
-        base = base.model_copy(
+        base = self.schedule.model_copy(
             update={"compensation_order": table.order, "compensation_variable": table.variable}
         )
         indices = range(samples(table))

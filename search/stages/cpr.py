@@ -24,8 +24,6 @@ from fewstep.predictors.cpr import CPR, fit
 from fewstep.samplers import Problem
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.final import Row
-from fewstep.search.objective import Array
 from fewstep.search.pool import Pool
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.results import schedule_path
@@ -37,7 +35,9 @@ from fewstep.search.strategies.joint import (
     fit_joint,
     gram,
 )
+from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Counted, Evaluator, Single, scaled
+from fewstep.search.yardstick import Array
 from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
@@ -152,7 +152,7 @@ class Stage:
             self.look,
             start=start,
             rounds=table.rounds,
-            told=lambda k, e: self.display.stage(f"CPR: round {k}, mean log error {e:.3f}"),
+            on_round=lambda k, e: self.display.stage(f"CPR: round {k}, mean log error {e:.3f}"),
         )
         return replace(made.model, provenance=self._provenance(made, found, template, start))
 
@@ -204,8 +204,8 @@ class Stage:
         nfes = [s.nfe for s in found]
         names: list[str] = []
         for schedule in found.values():
-            scores = schedule.provenance.get("baselines", {})
-            usable = [n for n in sorted(scores, key=scores.get) if self._exists(n, nfes)]
+            scores = schedule.provenance.get("baselines") or {}
+            usable = [n for n in sorted(scores, key=scores.__getitem__) if self._exists(n, nfes)]
             names += [n for n in usable[:2] if n not in names]
         if not names:
             raise StudyError(
@@ -228,6 +228,8 @@ class Stage:
 
     def _start(self, found: Mapping[Setting, OdeSchedule], template: str) -> CPR | None:
         """The regression of the schedules found, if they are all of the template's family."""
+        if not all(isinstance(schedule, OdeSchedule) for schedule in found.values()):
+            return None
         try:
             return fit([(s.nfe, s.guidance, schedule) for s, schedule in found.items()], template)
         except StudyError:
