@@ -92,7 +92,8 @@ class Worker:
     def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(1)
         leave_checkout()
-        self._spec, self._evaluator = spec, None
+        self._spec = spec
+        self._evaluator: Evaluator | None = None
         self._shared: dict[str, Any] = {}
 
     def ready(self) -> None:

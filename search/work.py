@@ -230,7 +230,7 @@ class Block:
             return [(values, "ok", "") for values in self.values(evaluator)]
         except (MemoryError, torch.OutOfMemoryError) as error:
             status, line = "oom", one_line(error)
-        except (ModelError, torch.linalg.LinAlgError) as error:
+        except (ModelError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             status, line = "error", one_line(error)
         if len(self.schedules) == 1:
             return [(None, status, line)]
@@ -242,8 +242,9 @@ class Block:
         problem = evaluator.problem
         if isinstance(problem, Problem):
             return self._ode(evaluator, problem)
-        one = self._masked if isinstance(problem, MaskedProblem) else self._particles
-        return np.stack([one(evaluator, problem, schedule) for schedule in self.schedules])
+        if isinstance(problem, MaskedProblem):
+            return np.stack([self._masked(evaluator, problem, s) for s in self.schedules])
+        return np.stack([self._particles(evaluator, problem, s) for s in self.schedules])
 
     def _ode(self, evaluator: Evaluator, problem: Problem) -> np.ndarray:
         """Stacked programs of ODE schedules; state, history and measure on the model's device."""

@@ -38,6 +38,7 @@ from fewstep.search.strategies.levenberg import Quadratic
 from fewstep.space import OdeSchedule, Program, compile, stack
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
+from fewstep.space.program import at_times, written_out
 
 _DIFFERENCE = 2e-3  # far above float32 rounding of the samples, far below where samples bend
 
@@ -170,12 +171,12 @@ class FreeProgram:
         t = torch.where(by_t == 0, t - t.detach() + base.t, t)  # neutral to the bit
         b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
         by_init = torch.cat([by_p, by_k[:1] if self.constant else torch.zeros_like(by_p)])
-        changes = {"t": t, "init": base.init + by_init, "e": base.e + by_e, "b": b}
+        changes = {"init": base.init + by_init, "e": base.e + by_e, "b": b}
         if self.constant:
             changes["k"] = base.k + by_k[1:]
         if self.guided and base.guidance is not None:
             changes["guidance"] = base.guidance * torch.exp(by_w)
-        return placed(dataclasses.replace(base, **changes), self.noise)
+        return at_times(dataclasses.replace(base, **changes), self.noise, t)
 
 
 @dataclass(frozen=True)
@@ -228,26 +229,9 @@ def canonical(program: Program) -> Program:
     A number of a row then acts through the calls after it only, so that perturbed programs keep
     their prefixes.
     """
-    p, k = [program.init[0]], [program.init[1]]
-    W = [torch.zeros_like(program.b[0])]
-    for c in range(program.nfe):
-        p.append(program.r[c] * p[-1] + program.e[c])
-        k.append(program.r[c] * k[-1] + program.k[c])
-        W.append(program.r[c] * W[-1] + program.b[c])
+    p, rest, _ = written_out(program)
     return dataclasses.replace(
-        program,
-        r=torch.zeros_like(program.r),
-        e=torch.stack(p[1:]),
-        k=torch.stack(k[1:]),
-        b=torch.stack(W[1:]),
-    )
-
-
-def placed(program: Program, noise: NoiseSchedule) -> Program:
-    """The program with label, alpha and sigma of its query times."""
-    t = program.t
-    return dataclasses.replace(
-        program, label=noise.label(t), alpha=noise.alpha(t), sigma=noise.sigma(t)
+        program, r=torch.zeros_like(program.r), e=p[1:], k=rest[1:, 0], b=rest[1:, 1:]
     )
 
 
@@ -269,8 +253,8 @@ def perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:
             moved = value.clone()
             if name == "t":
                 moved[index] = noise.t_of_lam(finite_lam(noise, value[index]) + _DIFFERENCE)
-            else:
-                moved.view(-1)[index] += _DIFFERENCE
+                return at_times(program, noise, moved)
+            moved.view(-1)[index] += _DIFFERENCE
             return dataclasses.replace(program, **{name: moved})
         index -= value.numel()
     raise IndexError(index)
