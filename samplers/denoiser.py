@@ -126,9 +126,9 @@ class ModelDenoiser:
             scale = (
                 guidance
                 if isinstance(guidance, Tensor)
-                else torch.full((len(x),), float(guidance), dtype=torch.float64)
+                else torch.full((), float(guidance), dtype=torch.float64, device=out.device)
             )
-            raw = null + bcast(scale.to(out.device), out) * (out - null)
+            raw = null + bcast(scale.to(out.device).expand(len(x)), out) * (out - null)
         return self._data(x, t, raw)
 
     def _network(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -168,7 +168,9 @@ def data_prediction(output: str, x: Tensor, out: Tensor, alpha: Tensor, sigma: T
 
 
 def _is_one(guidance: float | Tensor) -> bool:
-    return bool((guidance == 1).all()) if isinstance(guidance, Tensor) else guidance == 1
+    if isinstance(guidance, Tensor):  # elsewhere than on a CPU the question is a wait
+        return guidance.device.type == "cpu" and bool((guidance == 1).all())
+    return guidance == 1
 
 
 def from_model(

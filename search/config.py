@@ -342,13 +342,16 @@ class StudyConfig(Table):
         data: dict[str, Any] = json.loads(self.model_dump_json())
         return data
 
-    def identity(self) -> dict[str, Any]:
-        """The resolved settings that decide scores, flat: {"search.samples": 256, ...}."""
+    def identity(self, *, budget: bool = True) -> dict[str, Any]:
+        """The resolved settings that decide scores, flat: {"search.samples": 256, ...}.
+
+        Args:
+            budget: with the budget, which decides only where a search ends.
+        """
         flat = dict(_flatten(self.resolved()))
+        left = RUN_ONLY if budget else (*RUN_ONLY, "budget")
         return {
-            k: v
-            for k, v in flat.items()
-            if not any(k == r or k.startswith(f"{r}.") for r in RUN_ONLY)
+            k: v for k, v in flat.items() if not any(k == r or k.startswith(f"{r}.") for r in left)
         }
 
     @model_validator(mode="after")

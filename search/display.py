@@ -1,4 +1,4 @@
-"""What a search says while it runs: a protocol, a silent form, and the terminal's.
+"""What a search says while it runs: a silent form, and the terminal's.
 
 On a terminal one line shows the stage, a bar over the network evaluations of the whole search and
 the time left; elsewhere (a log file, a job) only the finished stages are printed.
@@ -8,43 +8,14 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class Display(Protocol):
-    """Where progress is shown; also a context."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def total(self, evaluations: int | None) -> None:
-        """The network evaluations expected in all; None if unknown (a budget in seconds)."""
-        ...
-
-    def stage(self, text: str) -> None:
-        """What is being done now."""
-        ...
-
-    def advance(self, evaluations: int) -> None:
-        """More network evaluations are done."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A line to keep."""
-        ...
-
-
-class Silent:
-    """Shows nothing."""
+class Display:
+    """Where progress is shown; also a context. This one shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,19 +29,19 @@ class Silent:
         return None
 
     def total(self, evaluations: int | None) -> None:
-        """See `Display`."""
+        """The network evaluations expected in all; None if unknown (a budget in seconds)."""
 
     def stage(self, text: str) -> None:
-        """See `Display`."""
+        """What is being done now."""
 
     def advance(self, evaluations: int) -> None:
-        """See `Display`."""
+        """More network evaluations are done."""
 
     def note(self, text: str) -> None:
-        """See `Display`."""
+        """A line to keep."""
 
 
-class Terminal:
+class Terminal(Display):
     """Shows a rich progress bar on a terminal, and plain lines elsewhere.
 
     Args:

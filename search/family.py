@@ -7,7 +7,7 @@ the strategies to the report, is the same for all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
@@ -54,6 +54,10 @@ class Family(Protocol):
         """
         ...
 
+    def readable(self, config: StudyConfig) -> dict[str, Any]:
+        """The resolved study as it is written down: it reads back."""
+        ...
+
     def domain(self, config: StudyConfig, nfe: int) -> Domain:
         """The search space of the study's [space].
 
@@ -93,6 +97,10 @@ class OdeFamily:
         """See `Family`."""
         name = config.objective.name or "endpoint_mse"
         return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
+
+    def readable(self, config: StudyConfig) -> dict[str, Any]:
+        """See `Family`."""
+        return _read_back(config, ())
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
@@ -149,6 +157,10 @@ class MaskedFamily:
         """See `Family`."""
         return _without_teacher(self, config)
 
+    def readable(self, config: StudyConfig) -> dict[str, Any]:
+        """See `Family`."""
+        return _read_back(config, _TEACHERS)
+
     def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
         """See `Family`; keys are fields of `MaskedDomain`."""
         values = _values(config, _open(MaskedDomain, "length", "nfe", "noise"))
@@ -199,6 +211,10 @@ class ParticleFamily:
         """See `Family`."""
         return _without_teacher(self, config)
 
+    def readable(self, config: StudyConfig) -> dict[str, Any]:
+        """See `Family`."""
+        return _read_back(config, _TEACHERS)
+
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
         values, target = _values(config, _open(ParticleDomain, "noise", "nfe", "own")), self.target
@@ -236,6 +252,17 @@ def _with_objective(config: StudyConfig, name: str, statistic: Statistic) -> Stu
     return config.model_copy(update={"objective": config.objective.model_copy(update=changes)})
 
 
+_TEACHERS = ("teacher", "refine", "compensation", "cpr")
+"""Tables of studies with a teacher."""
+
+
+def _read_back(config: StudyConfig, absent: Sequence[str]) -> dict[str, Any]:
+    data = {k: v for k, v in config.resolved().items() if k not in absent}
+    if config.objective.name != "endpoint_mse":
+        data["objective"].pop("statistic")
+    return data
+
+
 def _without_teacher(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
     """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
     own, kind = family.problem.objective, type(family.problem).__name__
@@ -243,7 +270,7 @@ def _without_teacher(family: MaskedFamily | ParticleFamily, config: StudyConfig)
         raise StudyError(f"search.race compares sample by sample, which {own} cannot: remove race")
     if config.search.guidance is not None:
         raise StudyError(f"search.guidance: a {kind} has no guidance scale: leave it out")
-    for table in ("teacher", "refine", "compensation", "cpr"):
+    for table in _TEACHERS:
         if table in config.model_fields_set:
             raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
     if config.finish is not None:

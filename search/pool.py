@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,28 +28,6 @@ from torch import Tensor
 from fewstep.search.problem import leave_checkout
 from fewstep.search.work import Evaluator, EvaluatorSpec, Work
 from fewstep.space.errors import FewstepError, StudyError
-
-
-class Pool(Protocol):
-    """Does work.
-
-    Attributes:
-        workers: processes asked for; 0 is this one.
-    """
-
-    workers: int
-
-    def share(self, stream: str, reference: Tensor) -> None:
-        """Give every worker, present and future, the teacher's end points of a stream."""
-        ...
-
-    def map(self, works: Iterable[Work]) -> Iterator[Any]:
-        """Send works out at once; their results, in order, as they are asked for."""
-        ...
-
-    def close(self) -> None:
-        """Let the workers go."""
-        ...
 
 
 class SerialPool:
@@ -61,18 +39,18 @@ class SerialPool:
         self._evaluator = evaluator or Evaluator.from_spec(spec)
 
     def share(self, stream: str, reference: Tensor) -> None:
-        """See `Pool`."""
+        """Give every worker, present and future, the teacher's end points of a stream."""
         self._evaluator.share(stream, reference)
 
     def map(self, works: Iterable[Work]) -> Iterator[Any]:
-        """See `Pool`."""
+        """Send works out at once; their results, in order, as they are asked for."""
         for work in list(works):
             with one_thread():
                 result = work.run(self._evaluator)
             yield result
 
     def close(self) -> None:
-        """See `Pool`."""
+        """Let the workers go."""
 
 
 @contextlib.contextmanager
@@ -188,11 +166,11 @@ class RayPool:
             raise
 
     def share(self, stream: str, reference: Tensor) -> None:
-        """See `Pool`."""
+        """See `SerialPool`."""
         self._shared[stream] = self._ray.put(reference.cpu().numpy())
 
     def map(self, works: Iterable[Work]) -> Iterator[Any]:
-        """See `Pool`."""
+        """See `SerialPool`."""
         jobs = [_Job(work) for work in works]
         self._queue.extend(jobs)
         self._feed()
@@ -205,7 +183,7 @@ class RayPool:
             yield job.result
 
     def close(self) -> None:
-        """See `Pool`."""
+        """See `SerialPool`."""
         if self._owned:
             self._ray.shutdown()
         else:
@@ -287,6 +265,9 @@ class RayPool:
         self._queue.extendleft(reversed(job.parts))
         if not job.parts:
             job.result, job.done = job.work.failed(status, message), True
+
+
+Pool = SerialPool | RayPool
 
 
 def cpus() -> int:

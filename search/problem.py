@@ -94,6 +94,7 @@ class _Watched:
 
     def __init__(self, inner: Any) -> None:
         self._inner, self._call = inner, guarded(inner, "the model")
+        self.piece: int | None = getattr(inner, "piece", None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.display import Display, Silent
+from fewstep.search.display import Display
 from fewstep.search.family import family_of
 from fewstep.search.objective import Objective, Paired
 from fewstep.search.pool import SerialPool
@@ -94,7 +94,7 @@ def rescore(
     Raises:
         FewstepError: a schedule of another noise schedule, or a model that gives nothing finite.
     """
-    display = display or Silent()
+    display = display or Display()
     family, objective, seed = family_of(evaluator.problem), evaluator.objective, config.search.seed
     members, block = config.search.block
     pool = SerialPool(evaluator_spec(config), evaluator)

@@ -1,4 +1,8 @@
-"""Lists of schedules to results, through a pool and the log: nothing runs twice."""
+"""Lists of schedules to results, through a pool; on other streams than the search's, kept.
+
+The search's own results are trials (`rung`); those that choose the schedule to keep and judge it
+are kept by the scorer as they arrive, so that a resumed search scores nothing twice.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.search.family import Family
 from fewstep.search.objective import Objective
 from fewstep.search.pool import Pool
-from fewstep.search.record import Record
+from fewstep.search.store import Store, remember, remembered
 from fewstep.search.work import Block, BlockResult, Result, cut
 from fewstep.search.yardstick import Array, Statistic
+
+SEARCH = "search"
+"""The stream of noise that candidates are scored on."""
 
 
 @dataclass
@@ -21,7 +27,7 @@ class _Piece:
     """Schedules that run together: their positions, their blocks, and results once known."""
 
     members: tuple[int, ...]
-    digests: tuple[str, ...]
+    schedules: list[Any]
     blocks: list[Block]
     before: list[Result] | None
     cost: int
@@ -30,7 +36,7 @@ class _Piece:
 
 @dataclass
 class Batch:
-    """Schedules under evaluation, in the order given."""
+    """Schedules under evaluation, in the order given; the first `size` are wanted."""
 
     size: int
     stream: str
@@ -41,35 +47,32 @@ class Batch:
 
 
 class Scorer:
-    """Cuts schedules into blocks, runs them, and keeps their results.
+    """Cuts schedules into blocks, runs them, and makes results of them.
 
     Args:
         pool: where blocks run.
         objective: turns measures into scores.
-        family: the kind of schedules.
-        record: the log.
+        store: keeps results of other streams than the search's.
         references: measures of the teacher's end points by stream.
         block: (candidates, samples) of a block.
-        clock: seconds since the search began.
-        advance: told the network evaluations done, those found in the log included.
+        per_sample: network evaluations of one sample and one call.
+        advance: called with network evaluations as they are done, kept ones included.
     """
 
     def __init__(
         self,
         pool: Pool,
         objective: Objective,
-        family: Family,
-        record: Record,
+        store: Store,
         references: Mapping[str, Array],
         *,
         block: tuple[int, int],
-        clock: Callable[[], float],
+        per_sample: int,
         advance: Callable[[int], None],
     ) -> None:
-        self._pool, self._objective, self._family, self._record = pool, objective, family, record
-        self._references, self._block = references, block
-        self._clock, self._advance = clock, advance
-        self.spent = 0
+        self._pool, self._objective, self._store = pool, objective, store
+        self._references, self._block, self._advance = references, block, advance
+        self.per_sample = per_sample
 
     def submit(
         self,
@@ -79,6 +82,7 @@ class Scorer:
         *,
         measures: bool = False,
         before: Sequence[Result] | None = None,
+        needed: int | None = None,
     ) -> Batch:
         """Start evaluating schedules of any NFE on samples 0..samples-1 of a stream.
 
@@ -90,23 +94,29 @@ class Scorer:
                 per-sample scores run again).
             before: results of these schedules on fewer samples of the stream, all the same number,
                 to go on from; the objective must have per-sample scores.
+            needed: only the first so many are wanted. All are cut into blocks, so that a score
+                does not depend on how many are wanted, and blocks without one of these are left.
         """
         first = before[0].samples if before else 0
         pieces = []
         for members in cut(schedules, self._block[0]):
+            if needed is not None and min(members) >= needed:
+                continue
             group = [schedules[i] for i in members]
-            digests = tuple(schedule.digest for schedule in group)
             blocks = Block.cover(group, stream, range(first, samples), self._block[1])
             earlier = None if before is None else [before[i] for i in members]
             cost = group[0].nfe * self.per_sample * len(group)
-            piece = _Piece(members, digests, blocks, earlier, cost)
+            piece = _Piece(members, group, blocks, earlier, cost)
             pieces.append(piece)
-            known = [self._record.results.get((stream, samples, digest)) for digest in digests]
+            if stream == SEARCH:
+                continue
+            known = remembered(self._store, stream, samples, group)
             if all(r is not None and not _lacks(r, measures) for r in known):
                 piece.results = [r for r in known if r is not None]
                 self._advance((samples - first) * cost)
         coming = self._pool.map(b for p in pieces if p.results is None for b in p.blocks)
-        return Batch(len(schedules), stream, samples, measures, pieces, coming)
+        size = len(schedules) if needed is None else needed
+        return Batch(size, stream, samples, measures, pieces, coming)
 
     def wait(self, batch: Batch) -> list[Result]:
         """A batch's results in the order of its schedules."""
@@ -115,19 +125,12 @@ class Scorer:
             if piece.results is None:
                 piece.results = self._finish(batch, piece)
             found |= dict(zip(piece.members, piece.results, strict=True))
-            self.spent += sum(r.calls for r in piece.results)
-            self.spent -= sum(r.calls for r in piece.before or ())
         return [found[i] for i in range(batch.size)]
 
     @property
     def statistic(self) -> Statistic:
         """Of the errors of a schedule's samples, its score."""
         return self._objective.statistic
-
-    @property
-    def per_sample(self) -> int:
-        """Network evaluations of one sample and one call."""
-        return self._family.per_sample
 
     def _finish(self, batch: Batch, piece: _Piece) -> list[Result]:
         parts = []
@@ -138,8 +141,10 @@ class Scorer:
         results = assemble(parts, self._objective, reference, piece.before)
         if not (batch.measures or self._objective.per_sample):  # features are large
             results = [replace(r, measures=None) for r in results]
-        args = (batch.stream, batch.samples, piece.digests, results, self._clock())
-        self._record.block(*args)
+        if batch.stream != SEARCH:
+            for schedule, result in zip(piece.schedules, results, strict=True):
+                kept = replace(result, samples=batch.samples)
+                remember(self._store, batch.stream, schedule, kept)
         return results
 
 

@@ -10,7 +10,7 @@ A `Work` is a small picklable value with four methods:
                              worker died), or raises where the search cannot go on without it
 
 `Block` is the work of scoring: M schedules on samples start..stop-1 of a stream of noise that all
-of them share. Stages (refinement, compensation, CPR) send works of their own, made from `Single`.
+of them share. Stages (refinement, compensation, CPR) send works of their own.
 What goes wrong with one candidate of a block is its status, found by running it alone: numbers
 that are not finite, memory, and whatever the user's model or measure raises (`ModelError`).
 Any other exception is a fault of ours and ends the search.
@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -67,41 +68,25 @@ from fewstep.space.errors import FewstepError, ModelError, StudyError
 Want = Literal["measures", "samples", "features"]
 
 
-class Work(Protocol):
-    """What a pool takes; see the module's first lines."""
-
-    def run(self, evaluator: Evaluator) -> Any:
-        """Do it."""
-        ...
-
-    def parts(self) -> Sequence[Work]:
-        """Works of a part each; empty where it cannot be divided."""
-        ...
-
-    def join(self, results: Sequence[Any]) -> Any:
-        """The result of the whole."""
-        ...
-
-    def failed(self, status: str, message: str) -> Any:
-        """The result of work that was given up."""
-        ...
-
-
-class Single:
-    """A work without parts; without it the search cannot go on, unless `failed` says otherwise."""
+class Work(ABC):
+    """What a pool takes; see the module's first lines. By default it has no parts."""
 
     what: ClassVar[str] = "a task"
 
+    @abstractmethod
+    def run(self, evaluator: Evaluator) -> Any:
+        """Do it."""
+
     def parts(self) -> Sequence[Work]:
-        """None."""
+        """Works of a part each; empty where it cannot be divided."""
         return ()
 
     def join(self, results: Sequence[Any]) -> Any:
-        """Never asked."""
+        """The result of the whole from those of its parts."""
         raise NotImplementedError
 
     def failed(self, status: str, message: str) -> Any:
-        """Raise a StudyError."""
+        """The result of work that was given up; by default the search cannot go on without it."""
         raise StudyError(f"{self.what} could not be done: {message} ({status})")
 
 
@@ -151,7 +136,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Work):
     """M schedules on samples start..stop-1 of a stream.
 
     Args:
@@ -381,6 +366,8 @@ class Counted:
 
     def __init__(self, inner: Denoiser) -> None:
         self.inner, self.noise, self.evaluations = inner, inner.noise, 0
+        self.piece: int | None = getattr(inner, "piece", None)
+        self.device = getattr(inner, "device", None)
 
     def __call__(self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None) -> Tensor:
         """See `Denoiser`."""
@@ -398,6 +385,7 @@ class EvaluatorSpec:
         features: import path of the feature function, or None for the problem's own.
         seed: the study's seed.
         statistic: of per-sample errors; None is the objective's default.
+        piece: images of one network call that suit its processor; None where it was not found.
     """
 
     model: ModelSpec
@@ -405,6 +393,7 @@ class EvaluatorSpec:
     features: str | None
     seed: int
     statistic: Statistic | None = None
+    piece: int | None = None
 
 
 class Evaluator:
@@ -422,13 +411,21 @@ class Evaluator:
         self.problem, self.objective, self.seed = watched(problem), objective, seed
         self.device = device_of(problem)
         self.evaluations = 0
+        self.piece: int | None = None
         self._references: dict[str, Callable[[], Tensor]] = {}
 
     @classmethod
     def from_spec(cls, spec: EvaluatorSpec) -> Self:
         """Load the problem and the objective."""
         problem = spec.model.load()
-        return cls(problem, make_objective(spec, watched(problem)), spec.seed)
+        made = cls(problem, make_objective(spec, watched(problem)), spec.seed)
+        made.set_piece(spec.piece)
+        return made
+
+    def set_piece(self, images: int | None) -> None:
+        """Let network calls of stacked ODE candidates hold at most so many images."""
+        if images is not None and isinstance(self.problem, Problem):
+            self.piece = self.problem.denoiser.piece = images  # type: ignore[attr-defined]
 
     @property
     def ode(self) -> Problem:

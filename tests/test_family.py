@@ -10,7 +10,7 @@ import pytest
 
 from fewstep.experiments.__main__ import main
 from fewstep.search import run
-from fewstep.search.config import load_study
+from fewstep.search.config import load_study, study_from_dict
 from fewstep.search.family import family_of
 from fewstep.search.preparing import evaluator_spec
 from fewstep.search.verdict import Row
@@ -86,11 +86,11 @@ def test_calls_are_those_of_every_sequence_or_particle(finished):
 def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, kind, strategy):
     settings = (f"search.strategy={strategy}", "search.samples=8", "final.samples=16")
     whole = _search(tmp_path, kind, tmp_path / "whole", *settings)
-    log = (whole.out / "log.jsonl").read_bytes()
+    log = (whole.out / "study.journal").read_bytes()
     for share in (0.02, 0.55, 0.97):
         out = tmp_path / f"cut{share}"
         out.mkdir()
-        (out / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        (out / "study.journal").write_bytes(log[: int(share * len(log))])
         resumed = _search(tmp_path, kind, out, *settings, resume=True)
         assert trial_table(out) == trial_table(whole.out)
         assert resumed.rows == whole.rows
@@ -102,8 +102,12 @@ def test_a_finished_search_resumed_does_nothing_again(finished, tmp_path):
     shutil.copytree(outcome.out, out)
     again = _search(tmp_path, kind, out, "search.nfe=[2,3]", resume=True)
     assert again.rows == outcome.rows
-    if kind == "particles":  # features are not logged: a score of all samples is drawn again
-        assert (out / "log.jsonl").read_bytes() == (outcome.out / "log.jsonl").read_bytes()
+    if kind == "particles":  # features are not kept: a score of all samples is drawn again
+        journals = [(o / "study.journal").read_bytes() for o in (out, outcome.out)]
+        assert journals[0] == journals[1]
+    data = json.loads((out / "study.json").read_text())
+    again = run.search(study_from_dict(data, folder=str(outcome.out.parent)), out, resume=True)
+    assert again.rows == outcome.rows
 
 
 def test_a_small_space_is_searched_whole_and_its_best_is_kept(tmp_path):

@@ -79,11 +79,11 @@ def test_a_log_cut_after_the_first_generation_resumes_without_the_files(tmp_path
     text = STUDY.replace("nfe = [3]", 'nfe = [3]\nwarm = ["mine.json"]')
     config = load_study(write_study(tmp_path, text), ["budget.candidates=150"])
     whole = run.search(config, tmp_path / "whole")
-    log = (whole.out / "log.jsonl").read_bytes().splitlines(keepends=True)
-    first = next(i for i, line in enumerate(log) if b'"generation":0' in line)
+    log = (whole.out / "study.journal").read_bytes().splitlines(keepends=True)
+    last = next(i for i, line in enumerate(log) if b'"generation":1' in line)
     out = tmp_path / "cut"
     out.mkdir()
-    (out / "log.jsonl").write_bytes(b"".join(log[: first + 2]))
+    (out / "study.journal").write_bytes(b"".join(log[:last]))
     path.unlink()
     assert run.search(config, out, resume=True).rows == whole.rows
     assert trial_table(out) == trial_table(whole.out)

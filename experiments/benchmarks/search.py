@@ -1,4 +1,4 @@
-"""Which strategy finds better schedules: S3, random, TPE, the released USF evolution, CMA-ES.
+"""Which strategy finds better schedules: S3, the released USF evolution, samplers of Optuna's.
 
 Every run has the same space, the same starting population (all named solvers on all grids), the
 same samples and the same number of candidates; only the strategy and its seed differ. As in
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fewstep.samplers import Problem, run, start
 from fewstep.search.record import write_text
-from fewstep.search.strategies import Evaluated, make
+from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import FewstepError
@@ -49,7 +49,7 @@ BLOCK = 2048  # samples a network call may hold
 FRESH = 1_000_000  # first index of the fresh samples
 SELECT = 2_000_000  # first index of those that the winner is chosen on
 TOP = 8
-STRATEGIES = ("s3", "evolution", "tpe", "cmaes", "random")
+STRATEGIES = ("s3", "evolution", "tpe", "cmaes", "random", "gp", "qmc", "nsgaii")
 
 
 @dataclass
@@ -183,18 +183,19 @@ class Bench:
         self, strategy: str, seed: int, candidates: int, generation: int
     ) -> list[Evaluated]:
         """The candidates a strategy proposed after the named solvers, in the order told."""
-        known = list(self.seeds)
-        maker = make(strategy, self.domain)
+        proposer = Proposer(strategy, self.domain, seed=seed, size=generation)
+        for known in self.seeds:
+            proposer.tell(known)
+        told: list[Evaluated] = []
         for g in range(candidates // generation):
             asked = time.perf_counter()
-            rng = np.random.default_rng([seed, g])
-            proposals = maker.propose(known, g, generation, rng)
+            proposals = proposer.propose(g)
             self.proposing += time.perf_counter() - asked
             scores = self.search.score([p.schedule for p in proposals])
-            known += [
-                _evaluated(p.schedule, v, p.source) for p, v in zip(proposals, scores, strict=True)
-            ]
-        return known[len(self.seeds) :]
+            for p, v in zip(proposals, scores, strict=True):
+                told.append(_evaluated(p.schedule, v, p.source))
+                proposer.tell(told[-1], p.trial)
+        return told
 
 
 def _evaluated(schedule: OdeSchedule, score: float, source: str) -> Evaluated:

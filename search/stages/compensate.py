@@ -15,7 +15,7 @@ from fewstep.search.stages.refine import Improved
 from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
 from fewstep.search.strategies.targets import aligned_targets, published_targets
 from fewstep.search.tables import CompensationTable
-from fewstep.search.work import Counted, Evaluator, Single
+from fewstep.search.work import Counted, Evaluator, Work
 from fewstep.space import OdeSchedule
 from fewstep.space.errors import FewstepError
 
@@ -24,7 +24,7 @@ _ORIGINAL = 10  # samples of the original recipe
 
 
 @dataclass(frozen=True)
-class CompensationTask(Single):
+class CompensationTask(Work):
     """One base to compensate.
 
     Args:

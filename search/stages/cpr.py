@@ -36,7 +36,7 @@ from fewstep.search.strategies.joint import (
     gram,
 )
 from fewstep.search.verdict import Row
-from fewstep.search.work import Block, Counted, Evaluator, Single, scaled
+from fewstep.search.work import Block, Counted, Evaluator, Work, scaled
 from fewstep.search.yardstick import Array
 from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.baselines import baseline
@@ -48,7 +48,7 @@ TRAIN, HELD = "cpr", "cpr-held"
 
 
 @dataclass(frozen=True)
-class GramTask(Single):
+class GramTask(Work):
     """Schedules of one setting on the noise of a stream.
 
     Args:

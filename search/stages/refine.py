@@ -19,7 +19,7 @@ from fewstep.search.problem import conditions, noise_of
 from fewstep.search.stages.fit import Startable, refine
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.gauss_newton import Batch
-from fewstep.search.work import Evaluator, Single
+from fewstep.search.work import Evaluator, Work
 from fewstep.space import OdeSchedule, ProgramSchedule
 
 TRAIN, HELD = "train", "held"
@@ -45,7 +45,7 @@ class Improved:
 
 
 @dataclass(frozen=True)
-class RefineTask(Single):
+class RefineTask(Work):
     """The starts of one NFE, to refine.
 
     Args:
