@@ -7,8 +7,8 @@ the strategies to the report, is the same for all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.targets import Target
@@ -22,29 +22,30 @@ from fewstep.space.masked import MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.particle_domain import ParticleDomain, named_policies
 from fewstep.space.particles import ParticleSchedule
-from fewstep.space.protocol import Domain
 from fewstep.space.step_choices import StepChoices
 
 _T = TypeVar("_T")
 
 
-class Family(Protocol):
-    """A kind of schedules, for one problem."""
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of schedules, for one problem.
 
-    @property
-    def kind(self) -> str:
-        """The kind that schedule files of it name."""
-        ...
+    Attributes:
+        kind: the kind that schedule files of it name.
+        has_teacher: whether samples are scored against a teacher's; only then can schedules be
+            refined.
+        per_sample: network evaluations of one sample and one call.
+    """
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether samples are scored against a teacher's; only then can schedules be refined."""
-        ...
+    problem: Any
+    kind: ClassVar[str]
+    has_teacher: ClassVar[bool] = False
 
     @property
     def per_sample(self) -> int:
-        """Network evaluations of one sample and one call."""
-        ...
+        """One."""
+        return 1
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """The study with what it leaves open filled in.
@@ -52,27 +53,35 @@ class Family(Protocol):
         Raises:
             StudyError: a setting that this kind does not have.
         """
-        ...
+        return _without_teacher(self, config)
 
     def readable(self, config: StudyConfig) -> dict[str, Any]:
-        """The resolved study as it is written down: it reads back."""
-        ...
+        """The settled study as it is written down: it reads back."""
+        absent = () if self.has_teacher else _TEACHERS
+        data = {k: v for k, v in config.resolved().items() if k not in absent}
+        if config.objective.name != "endpoint_mse":
+            data["objective"].pop("statistic")
+        return data
 
-    def domain(self, config: StudyConfig, nfe: int) -> Domain:
+    def domain(self, config: StudyConfig, nfe: int) -> Any:
         """The search space of the study's [space].
 
         Raises:
             StudyError: an unknown key or a space without members; one line.
         """
-        ...
+        raise NotImplementedError
 
     def named(self, nfe: int) -> dict[str, Any]:
         """The named schedules, "name/variant": what a search must beat."""
-        ...
+        raise NotImplementedError
 
     def check(self, schedule: Any, name: str) -> None:
         """Raise a FewstepError if a schedule from a file is not for this problem."""
-        ...
+        if schedule.kind != self.kind:
+            raise StudyError(
+                f"{name} is a schedule of kind {schedule.kind!r}, and the study's model needs "
+                f"kind {self.kind!r}"
+            )
 
 
 def family_of(problem: AnyProblem) -> Family:
@@ -85,22 +94,17 @@ def family_of(problem: AnyProblem) -> Family:
 
 
 @dataclasses.dataclass(frozen=True)
-class OdeFamily:
+class OdeFamily(Family):
     """Solver schedules of the probability-flow ODE."""
 
     problem: Problem
     kind: ClassVar[str] = "ode"
     has_teacher: ClassVar[bool] = True
-    per_sample: ClassVar[int] = 1
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
         name = config.objective.name or "endpoint_mse"
         return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
-
-    def readable(self, config: StudyConfig) -> dict[str, Any]:
-        """See `Family`."""
-        return _read_back(config, ())
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
@@ -122,7 +126,7 @@ class OdeFamily:
 
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
-        _of_kind(self, schedule, name)
+        super().check(schedule, name)
         if schedule.noise != self.problem.denoiser.noise:
             raise ModelError(
                 f"{name} was made for noise schedule {schedule.noise.type}, and the study's model "
@@ -131,13 +135,11 @@ class OdeFamily:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedFamily:
+class MaskedFamily(Family):
     """Schedules of masked diffusion: how many tokens each call unmasks, and how."""
 
     problem: MaskedProblem
     kind: ClassVar[str] = "masked"
-    has_teacher: ClassVar[bool] = False
-    per_sample: ClassVar[int] = 1
 
     @property
     def free(self) -> int:
@@ -152,14 +154,6 @@ class MaskedFamily:
             raise StudyError("the prompt leaves no position to decide: put the mask id where a "
                              "token is wanted")  # fmt: skip
         return count
-
-    def settle(self, config: StudyConfig) -> StudyConfig:
-        """See `Family`."""
-        return _without_teacher(self, config)
-
-    def readable(self, config: StudyConfig) -> dict[str, Any]:
-        """See `Family`."""
-        return _read_back(config, _TEACHERS)
 
     def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
         """See `Family`; keys are fields of `MaskedDomain`."""
@@ -180,7 +174,7 @@ class MaskedFamily:
 
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
-        _of_kind(self, schedule, name)
+        super().check(schedule, name)
         assert isinstance(schedule, MaskedSchedule)
         if schedule.length != self.free:
             raise ModelError(
@@ -190,12 +184,11 @@ class MaskedFamily:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParticleFamily:
+class ParticleFamily(Family):
     """Schedules of weighted particles."""
 
     problem: ParticleProblem
     kind: ClassVar[str] = "particles"
-    has_teacher: ClassVar[bool] = False
 
     @property
     def target(self) -> Target:
@@ -206,14 +199,6 @@ class ParticleFamily:
     def per_sample(self) -> int:
         """See `Family`: a population of K particles, asked of every model."""
         return self.problem.particles * len(self.target.factors)
-
-    def settle(self, config: StudyConfig) -> StudyConfig:
-        """See `Family`."""
-        return _without_teacher(self, config)
-
-    def readable(self, config: StudyConfig) -> dict[str, Any]:
-        """See `Family`."""
-        return _read_back(config, _TEACHERS)
 
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
@@ -233,17 +218,9 @@ class ParticleFamily:
 
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
-        _of_kind(self, schedule, name)
+        super().check(schedule, name)
         assert isinstance(schedule, ParticleSchedule)
         self.target.require_noise(schedule.noise)
-
-
-def _of_kind(family: Family, schedule: Any, name: str) -> None:
-    if schedule.kind != family.kind:
-        raise StudyError(
-            f"{name} is a schedule of kind {schedule.kind!r}, and the study's model needs kind "
-            f"{family.kind!r}"
-        )
 
 
 def _with_objective(config: StudyConfig, name: str, statistic: Statistic) -> StudyConfig:
@@ -256,14 +233,7 @@ _TEACHERS = ("teacher", "refine", "compensation", "cpr")
 """Tables of studies with a teacher."""
 
 
-def _read_back(config: StudyConfig, absent: Sequence[str]) -> dict[str, Any]:
-    data = {k: v for k, v in config.resolved().items() if k not in absent}
-    if config.objective.name != "endpoint_mse":
-        data["objective"].pop("statistic")
-    return data
-
-
-def _without_teacher(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
+def _without_teacher(family: Family, config: StudyConfig) -> StudyConfig:
     """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
     own, kind = family.problem.objective, type(family.problem).__name__
     if config.search.race and family.problem.score is not None:

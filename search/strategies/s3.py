@@ -44,9 +44,7 @@ from fewstep.search.strategies.spaces import (
     ParameterSpace,
     Point,
     Space,
-    draw,
     predicted,
-    value,
 )
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import StudyError
@@ -143,9 +141,9 @@ class S3Sampler(BaseSampler):
     ) -> Any:
         """A parameter that not every trial has: uniform."""
         _require_single(study)
-        key = [self._seed, trial.number, *param_name.encode()]
-        rng = np.random.default_rng(key)
-        return value(param_distribution, draw(param_distribution, rng))
+        space = ParameterSpace({param_name: param_distribution})
+        rng = np.random.default_rng([self._seed, trial.number, *param_name.encode()])
+        return space.params(space.explore((), rng))[param_name]
 
     def _propose(
         self, study: Study, trial: FrozenTrial, space: Space, rng: np.random.Generator

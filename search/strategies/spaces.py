@@ -22,12 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna._transform import _SearchSpaceTransform
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from torch import Tensor
 
 from fewstep.predictors.gaussian import GaussianProcess
@@ -346,7 +342,7 @@ class OdeSpace(DomainSpace):
 
 
 class ParameterSpace:
-    """Any Optuna distributions; genes are numbers 0..1, or the index of a choice.
+    """Any Optuna distributions; genes are Optuna's own transform of the parameters, in [0, 1].
 
     Args:
         space: distributions by name.
@@ -355,27 +351,22 @@ class ParameterSpace:
     rounds, children = 6, 144
 
     def __init__(self, space: Mapping[str, BaseDistribution]) -> None:
-        self.space = dict(space)
+        self._names = set(space)
+        self._transform = _SearchSpaceTransform(dict(space), transform_0_1=True)
+        self._columns = list(
+            zip(space.values(), self._transform.column_to_encoded_columns, strict=True)
+        )
 
     def point(self, params: Mapping[str, Any], source: str = "parent") -> Point | None:
         """See `DomainSpace`."""
-        if not set(self.space) <= set(params):
+        if not self._names <= set(params):
             return None
-        return self._at([gene(d, params[name]) for name, d in self.space.items()], source)
-
-    def _at(self, genes: Sequence[float], source: str) -> Point:
-        columns: list[float] = []
-        for g, d in zip(genes, self.space.values(), strict=True):
-            if isinstance(d, CategoricalDistribution):
-                columns += [float(k == int(g)) for k in range(len(d.choices))]
-            else:
-                columns.append(g)
-        return Point(tuple(genes), torch.tensor(columns, dtype=torch.float64), source)
+        genes = self._transform.transform({name: params[name] for name in self._names})
+        return Point(genes, torch.from_numpy(genes), source)
 
     def params(self, point: Point) -> dict[str, Any]:
         """See `DomainSpace`."""
-        pairs = zip(self.space.items(), point.genes, strict=True)
-        return {name: value(d, g) for (name, d), g in pairs}
+        return self._transform.untransform(point.genes)
 
     def guests(self) -> list[Point]:
         """None."""
@@ -387,11 +378,11 @@ class ParameterSpace:
 
     def explore(self, best: Sequence[Point], rng: np.random.Generator) -> Point:
         """See `DomainSpace`: uniform."""
-        return self._at([draw(d, rng) for d in self.space.values()], "random")
+        return self._settled(rng.random(len(self._transform.bounds)), "random")
 
     def model(
         self, known: Sequence[Point], scores: Sequence[float], newest: int, seed: int
-    ) -> Model:
+    ) -> Process:
         """See `DomainSpace`."""
         return Process(torch.stack([p.x for p in known]), scores, 1e-5, 10)
 
@@ -401,26 +392,29 @@ class ParameterSpace:
         made = [self._child(alive, rng) for _ in range(self.children - random)]
         return made + [self.explore((), rng) for _ in range(random)]
 
+    def _settled(self, genes: np.ndarray, source: str) -> Point:
+        """The point of the parameters that genes mean: integers, steps and choices have few."""
+        point = self.point(self._transform.untransform(genes.clip(0.0, 1.0)), source)
+        assert point is not None
+        return point
+
     def _child(self, alive: Sequence[Point], rng: np.random.Generator) -> Point:
         """A parent moved by a Gaussian step of log-uniform size, or along a difference."""
         parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)].genes
         a, b = (alive[int(k)].genes for k in rng.integers(len(alive), size=2))
-        difference = rng.random() < 0.4
+        difference, child = rng.random() < 0.4, parent.copy()
         scale, share = 10 ** rng.uniform(-2.5, -0.5), float(rng.choice([0.3, 1.0]))
-        child: list[float] = []
-        for g, p, q, d in zip(parent, a, b, self.space.values(), strict=True):
-            if isinstance(d, CategoricalDistribution):
-                if rng.random() < 0.5 / len(self.space) + 0.05:
-                    g = draw(d, rng)
+        for distribution, columns in self._columns:
+            if isinstance(distribution, CategoricalDistribution):
+                if rng.random() < 0.5 / len(self._columns) + 0.05:
+                    child[columns] = rng.random(len(columns))
                 elif difference and rng.random() < 0.3:
-                    g = p
-                child.append(g)
-                continue
-            move = 0.7 * (p - q) if difference else 0.0
-            if not difference and rng.random() < share:
-                move = rng.normal(0, scale)
-            child.append(snapped(d, min(max(g + move, 0.0), 1.0)))
-        return self._at(child, "mutation")
+                    child[columns] = a[columns]
+            elif difference:
+                child[columns] += 0.7 * (a - b)[columns]
+            elif rng.random() < share:
+                child[columns] += rng.normal(0, scale)
+        return self._settled(child, "mutation")
 
 
 Space = DomainSpace | ParameterSpace
@@ -433,55 +427,3 @@ def predicted(model: Model, points: Sequence[Point]) -> list[Point]:
         return []
     mean, std = model.predict(torch.stack([p.x for p in points]))
     return [replace(p, mean=float(mean[i]), std=float(std[i])) for i, p in enumerate(points)]
-
-
-def draw(d: BaseDistribution, rng: np.random.Generator) -> float:
-    """A uniform gene."""
-    if isinstance(d, CategoricalDistribution):
-        return float(rng.integers(len(d.choices)))
-    return snapped(d, float(rng.random()))
-
-
-def gene(d: BaseDistribution, at: Any) -> float:
-    """The coordinate of a value."""
-    if isinstance(d, CategoricalDistribution):
-        return float(d.to_internal_repr(at))
-    d = _number(d)
-    low, high = _bounds(d)
-    position = math.log(at) if d.log else float(at)
-    return min(max((position - low) / (high - low), 0.0), 1.0) if high > low else 0.5
-
-
-def value(d: BaseDistribution, at: float) -> Any:
-    """The value at a coordinate."""
-    if isinstance(d, CategoricalDistribution):
-        return d.choices[int(at)]
-    d = _number(d)
-    low, high = _bounds(d)
-    found = low + at * (high - low)
-    found = math.exp(found) if d.log else found
-    if isinstance(d, IntDistribution):
-        step = d.step or 1
-        return int(min(max(d.low + step * round((found - d.low) / step), d.low), d.high))
-    if d.step is not None:
-        found = d.low + d.step * round((found - d.low) / d.step)
-    return float(min(max(found, d.low), d.high))
-
-
-def snapped(d: BaseDistribution, at: float) -> float:
-    """The coordinate of the value a coordinate means: integers and steps have few."""
-    continuous = isinstance(d, FloatDistribution) and d.step is None
-    return at if continuous else gene(d, value(d, at))
-
-
-def _number(d: BaseDistribution) -> FloatDistribution | IntDistribution:
-    if not isinstance(d, FloatDistribution | IntDistribution):
-        raise TypeError(f"S3Sampler knows no {type(d).__name__}")
-    return d
-
-
-def _bounds(d: FloatDistribution | IntDistribution) -> tuple[float, float]:
-    if not d.log:
-        return float(d.low), float(d.high)
-    half = 0.5 if isinstance(d, IntDistribution) else 0.0  # integers get equal room at both ends
-    return math.log(d.low - half), math.log(d.high + half)
