@@ -177,7 +177,7 @@ class RefineTable(Table):
 
     top: Annotated[int, Field(ge=1)] = 2
     grow: bool = False
-    mean: bool = False
+    mean: bool = True
     samples: Annotated[int, Field(ge=2)] = 1024
     held: Annotated[int, Field(ge=2)] = 512
     loss: Literal["huber", "mean"] = "huber"

@@ -33,7 +33,8 @@ STOCK = "stock:"
 """Prefix of the scheduler that a pipeline came with: always compared."""
 
 _RIVALS = 6  # named solvers compared on the "select" noise, the best of the search
-_WITHIN = math.log(1.1)
+WITHIN = math.log(1.1)
+"""Half the width, in logs, that the interval of a geometric ratio is brought to."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ class Judge:
             if 2 * size > self._table.limit or one is None or other is None:
                 return results
             _, (low, high) = geometric_ratio(one, other)
-            if math.log(high / low) <= 2 * _WITHIN:
+            if math.log(high / low) <= 2 * WITHIN:
                 return results
             size, before = 2 * size, results
 

@@ -8,8 +8,8 @@ Every run starts from the best named solver, or from the winner of a search of `
 strategy s3 and the same seed (--searches), and is fitted on noise of its own seed. Scores are
 geometric means of endpoint errors on one set of fresh samples, over the best named solver's. Each
 run is a JSON file in OUT; runs that are there are not repeated. `report` prints medians and ranges
-over seeds, and found(n) against the best named solver at 2n where `run` has met both (`--variants named` scores named solvers only;
-found(n) is variant "mean" where it was run, else "all").
+over seeds, and found(n) against the best named solver at 2n where `run` has met both (`--variants
+named` scores named solvers only; found(n) is variant "mean" where it was run, else "all").
 """
 
 from __future__ import annotations

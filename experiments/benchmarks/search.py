@@ -61,12 +61,14 @@ class Landscape:
         samples: number of samples, indices offset .. offset + samples - 1.
         offset: first sample; fresh samples start at `FRESH`.
         seed: seed of the starting noise.
+        teacher_calls: network calls of the teacher.
     """
 
     problem: Problem
     samples: int
     offset: int = 0
     seed: int = 0
+    teacher_calls: int = TEACHER_CALLS
 
     def __post_init__(self) -> None:
         index = torch.arange(self.offset, self.offset + self.samples)
@@ -77,7 +79,7 @@ class Landscape:
             for i in index.tolist()
         ]
         self._z = torch.from_numpy(np.stack(rows)).float()
-        teacher = baseline(TEACHER, self.noise, TEACHER_CALLS)
+        teacher = baseline(TEACHER, self.noise, self.teacher_calls)
         self.teacher = self._run(teacher.program, start(teacher, self._z))
 
     @torch.no_grad()

@@ -4,8 +4,8 @@ A fit begins on few samples, where a round is cheap, and goes on with four times
 training and the held-out error agree, or the samples end: then more noise would teach nothing.
 Every start is fitted on the few, and the one that got furthest goes on. Where all numbers at once
 gain nothing on held-out noise, because the noise cannot tell so many, the start's times are fitted
-first, which are few, and all numbers after. A constant image joins where the fit without it has
-ended, so that it can only help. The iterate with the least held-out error is kept.
+first, which are few, and all numbers after. A constant image joins after the few samples, which
+would not tell its weights. The iterate with the least held-out error is kept.
 
 The result is a fitted program (`ProgramSchedule`), with the image beside it, and in its provenance
 the schedule it started from.
@@ -159,17 +159,15 @@ class _Run:
     def go_on(self, few: int) -> None:
         """Fit on more and more samples, until training and held-out error agree."""
         size, fit = few, self._times if self.table.knobs == ("times",) else self._all
+        joins = self.train.constant is not None and not self.imaged and fit == self._all
+        self.imaged = self.imaged or joins
+        if joins and few == len(self.train):
+            fit(size)
         while size < len(self.train):
             size = min(_GROWTH * size, len(self.train))
             fit(size)
             if self._agree(size):
                 break
-        if self.train.constant is not None and not self.imaged and fit == self._all:
-            self.imaged = True
-            self._all(size)
-            while size < len(self.train) and not self._agree(size):
-                size = min(_GROWTH * size, len(self.train))
-                self._all(size)
 
     def _agree(self, size: int) -> bool:
         """Whether more noise would teach nothing: the held-out error is that on the noise seen."""
