@@ -1,7 +1,8 @@
 """What a search says while it runs: a silent form, and the terminal's.
 
 On a terminal one line shows the stage, a bar over the network evaluations of the whole search and
-the time left; elsewhere (a log file, a job) only the finished stages are printed.
+the time left; elsewhere (a log file, a job) finished stages are printed and, every 30 s, the share
+done, the rate and the time left. What turns out not to be needed is taken off the total.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_EVERY = 30.0
 
 
 class Display:
@@ -36,6 +39,9 @@ class Display:
 
     def advance(self, evaluations: int) -> None:
         """More network evaluations are done."""
+
+    def saved(self, evaluations: int) -> None:
+        """So many of the expected network evaluations will not be needed."""
 
     def note(self, text: str) -> None:
         """A line to keep."""
@@ -74,7 +80,8 @@ class Terminal(Display):
             speed_estimate_period=60,
         )
         self._task: Any = self._progress.add_task("starting", total=None)
-        self._said = time.monotonic()
+        self._said = self._begun = time.monotonic()
+        self._stage, self._total, self._done = "starting", 0, 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -91,16 +98,38 @@ class Terminal(Display):
     def total(self, evaluations: int | None) -> None:
         """See `Display`."""
         self._progress.reset(self._task, total=evaluations)
+        self._begun, self._total, self._done = time.monotonic(), evaluations or 0, 0
 
     def stage(self, text: str) -> None:
         """See `Display`."""
+        self._stage = text
         self._progress.update(self._task, description=text)
-        if not self.console.is_terminal and time.monotonic() - self._said > 15:
-            self.note(text)
+        self._say()
 
     def advance(self, evaluations: int) -> None:
         """See `Display`."""
+        self._done += evaluations
         self._progress.advance(self._task, evaluations)
+        self._say()
+
+    def saved(self, evaluations: int) -> None:
+        """See `Display`."""
+        if self._total:
+            self._total = max(self._total - evaluations, self._done)
+            self._progress.update(self._task, total=self._total)
+
+    def _say(self) -> None:
+        """The stage and how far it is, every 30 s where there is no bar to look at."""
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._said < _EVERY:
+            return
+        text, seconds = self._stage, now - self._begun
+        if self._total and self._done:
+            left = seconds * (self._total - self._done) / self._done
+            text += f": {100 * self._done // self._total} %, "
+            text += f"{count(int(self._done / seconds))} network evaluations a second, "
+            text += f"about {duration(left)} left"
+        self.note(text)
 
     def note(self, text: str) -> None:
         """See `Display`."""

@@ -287,6 +287,9 @@ class Search:
             self.display.note(f"NFE {nfe}: {made} candidates from {name}")
         self.display.stage(f"NFE {nfe}: named solvers")
         rung.run()
+        if self.limits is not None and self.config.search.race:
+            full = self.limits[nfe] * self.config.search.samples * nfe * self.family.per_sample
+            self.display.saved(full - sum(rung.costs))
         points = best_so_far(rung.known)
         text = f"NFE {nfe}: best {points[-1][1]:.4g} of {len(rung.known)} candidates"
         named_points = best_so_far(rung.named_known())

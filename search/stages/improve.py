@@ -90,6 +90,7 @@ def _improve(
             display.stage(f"{stage} of {total} schedules, {done} done")
             result = next(results)
             display.advance(result.evaluations)
+            display.saved(_cost(config, nfe, len(group)) - result.evaluations)
             done += 1
             if result.schedule is None:
                 source = group[0].source
@@ -169,12 +170,18 @@ def named_bases(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> dict[str
 
 
 def finish_cost(config: StudyConfig) -> int:
-    """Network evaluations of the stage at all NFEs, at most."""
-    nfes = config.search.nfe
+    """Network evaluations of the stage at all NFEs, as announced."""
+    if config.finish is None:
+        return 0
+    bases = len(config.compensation.base) or config.compensation.top
+    count = 1 if config.finish == "refine" else bases
+    noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
+    tasks = sum(count * _cost(config, nfe, 1) for nfe in config.search.nfe)
+    return tasks + (noise if config.finish == "refine" else 0)
+
+
+def _cost(config: StudyConfig, nfe: int, starts: int) -> int:
+    """Network evaluations of one task, as announced."""
     if config.finish == "refine":
-        noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
-        return noise + sum(refine_cost(config.refine, nfe) for nfe in nfes)
-    if config.finish == "compensation":
-        bases = len(config.compensation.base) or config.compensation.top
-        return sum(compensation_cost(config.compensation, nfe, bases) for nfe in nfes)
-    return 0
+        return refine_cost(config.refine, nfe)
+    return compensation_cost(config.compensation, nfe, starts)
