@@ -84,6 +84,15 @@ class ModelDenoiser:
         self.calls = 0
         self.forwards = 0
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the network runs; None if it follows the state."""
+        if self._device is not None:
+            return torch.device(self._device)
+        if isinstance(self.model, torch.nn.Module):
+            return next((p.device for p in self.model.parameters()), None)
+        return None
+
     def reset(self) -> None:
         """Set both counters to 0."""
         self.calls = self.forwards = 0
@@ -118,9 +127,9 @@ class ModelDenoiser:
             scale = (
                 guidance
                 if isinstance(guidance, Tensor)
-                else torch.full((len(x),), float(guidance), dtype=torch.float64)
+                else torch.full((), float(guidance), dtype=torch.float64, device=out.device)
             )
-            raw = null + bcast(scale.to(out.device), out) * (out - null)
+            raw = null + bcast(scale.to(out.device).expand(len(x)), out) * (out - null)
         return self._data(x, t, raw)
 
     def _network(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -160,7 +169,9 @@ def data_prediction(output: str, x: Tensor, out: Tensor, alpha: Tensor, sigma: T
 
 
 def _is_one(guidance: float | Tensor) -> bool:
-    return bool((guidance == 1).all()) if isinstance(guidance, Tensor) else guidance == 1
+    if isinstance(guidance, Tensor):  # elsewhere than on a CPU the question is a wait
+        return guidance.device.type == "cpu" and bool((guidance == 1).all())
+    return guidance == 1
 
 
 def from_model(

@@ -5,9 +5,10 @@
                       y = r_c y + e_c x_T + k_c m + sum_j b_cj D_j + g_c noise
 
 Coefficients are float64 and cast once; the state and the history are at least float32 whatever the
-network's dtype. There are no solver classes: a new method is a new way to fill rows. With
-candidates stacked (a leading axis M in the program) the network sees M B images a call, on a CPU
-in pieces; candidates only share the starting noise.
+network's dtype, and stay where x_T is: what a call needs besides is there before the loop begins.
+There are no solver classes: a new method is a new way to fill rows. With candidates stacked (a
+leading axis M in the program) the network sees M B images a call, in pieces that its denoiser's
+`piece` names; candidates only share the starting noise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
 PIECE = 2**15
-"""Numbers of the states that one network call of stacked candidates holds at most, on a CPU."""
+"""Numbers of the states that one network call of stacked candidates holds at most, on a CPU,
+where the denoiser names no `piece` (images)."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def run(
             "same name with .safetensors: copy it along, or call with_constant(m)"
         )
     groups = prefix_groups(program) if stacked and share else None
+    queries = _Queries(program, groups, batch, x_T)
     origin = x_T.expand(count, batch, *shape)
     constant = None if m is None else m.to(x_T)
     y = p.at("p", 0) * origin
@@ -164,24 +167,19 @@ def run(
             if program.r.ndim == 2:  # from here on every image is its own candidate
                 count, batch = len(x_T), 1
             y, origin, *history = (v.reshape(count, batch, *shape) for v in (y, origin, *history))
-        reps = list(range(count)) if groups is None else sorted(set(groups[c]))
-        asked = len(reps)
-        t = _per_image(program.t[..., c], reps, batch, x_T)
-        scale: float | Tensor | None = guidance
-        if program.guidance is not None:
-            scale = _per_image(program.guidance[..., c], reps, batch, x_T)
-        flat = (y if asked == count else y[reps]).reshape(asked * batch, *shape)
-        D = _ask(denoiser, flat, t, cond, scale, asked if shifter is None else 1)
+            queries = _Queries(program, None, batch, x_T)
+        q = queries.at[c]
+        flat = (y if q.rows is None else y[q.rows]).reshape(q.asked * batch, *shape)
+        scale = guidance if q.guidance is None else q.guidance
+        D = _ask(denoiser, flat, q.t, cond, scale, q.asked if shifter is None else 1)
         D = D.to(x_T.dtype)
         if options and "threshold" in options:
             D = threshold(D, **options["threshold"])
         finite.append(torch.isfinite(D).all() if check else None)
         if callback is not None:
-            callback(Progress(c, t, flat, D))
-        D = D.reshape(asked, batch, *shape)
-        if groups is not None and asked < count:
-            D = D[[reps.index(g) for g in groups[c]]]
-        history.append(D)
+            callback(Progress(c, q.t, flat, D))
+        D = D.reshape(q.asked, batch, *shape)
+        history.append(D if q.back is None else D[q.back])
         fresh = None
         if p.noisy(c):  # one draw, shared by candidates
             fresh = torch.empty_like(x_T).normal_(generator=generator)
@@ -219,6 +217,58 @@ def prefix_groups(program: Program) -> list[list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class _Query:
+    """What one network call asks: of which candidates, when, with what guidance, for whom."""
+
+    asked: int
+    t: Tensor
+    guidance: float | Tensor | None
+    rows: Tensor | None
+    back: Tensor | None
+
+
+class _Queries:
+    """The queries of every call, on x's device before the loop begins: three copies in all.
+
+    Args:
+        program: one program, or M stacked ones.
+        groups: see `prefix_groups`; None asks for every candidate.
+        batch: images of a candidate.
+        x: a tensor of the state's device.
+    """
+
+    def __init__(
+        self, program: Program, groups: list[list[int]] | None, batch: int, x: Tensor
+    ) -> None:
+        count = program.r.shape[0] if program.r.ndim == 2 else 1
+        every = list(range(count))
+        reps = [every if groups is None else sorted(set(g)) for g in groups or [[]] * program.nfe]
+        self._batch, self._sizes = batch, [len(r) for r in reps]
+        times = self._moved([program.t[..., c].reshape(-1)[r] for c, r in enumerate(reps)], x)
+        scales: list[float | Tensor | None] = [None] * program.nfe
+        if program.guidance is not None:
+            chosen = [program.guidance[..., c].reshape(-1)[r] for c, r in enumerate(reps)]
+            moved = self._moved(chosen, x)
+            for c, (given, there) in enumerate(zip(chosen, moved, strict=True)):
+                same = not given.requires_grad and bool((given == given[0]).all())
+                scales[c] = float(given[0]) if same else there
+        rows: list[Tensor | None] = [None] * program.nfe
+        back: list[Tensor | None] = [None] * program.nfe
+        fewer = [c for c, r in enumerate(reps) if len(r) < count]
+        if groups is not None and fewer:
+            lists = [reps[c] + [reps[c].index(g) for g in groups[c]] for c in fewer]
+            flat = torch.tensor([i for part in lists for i in part]).to(x.device)
+            for c, part in zip(fewer, flat.split([len(part) for part in lists]), strict=True):
+                rows[c], back[c] = part[: len(reps[c])], part[len(reps[c]) :]
+        self.at = [_Query(*q) for q in zip(self._sizes, times, scales, rows, back, strict=True)]
+
+    def _moved(self, values: list[Tensor], x: Tensor) -> list[Tensor]:
+        """One number per candidate asked -> one per image, on x's device."""
+        parts = torch.cat(values).to(x.device).split(self._sizes)
+        return [v[:, None].expand(len(v), self._batch).reshape(-1) for v in parts]
+
+
 def _ask(
     denoiser: Denoiser,
     x: Tensor,
@@ -229,11 +279,17 @@ def _ask(
 ) -> Tensor:
     """The data predictions of `count` candidates' states, in pieces that suit the processor.
 
-    On a CPU a piece holds as many whole candidates as fit into `PIECE` numbers, so that the
-    network's activations stay in its cache; elsewhere all run at once.
+    A piece holds as many whole candidates as fit into the denoiser's `piece` images. Where it
+    names none, all run at once; on a CPU as many as fit into `PIECE` numbers, so that the
+    network's activations stay in its cache.
     """
-    batch = len(x) // count
-    most = count if x.device.type != "cpu" else max(1, PIECE * count // max(1, x.numel()))
+    batch, piece = len(x) // count, getattr(denoiser, "piece", None)
+    where = getattr(denoiser, "device", None) or x.device
+    if piece is not None:
+        most = max(1, piece // batch)
+    else:
+        on_cpu = torch.device(where).type == "cpu"
+        most = max(1, PIECE * count // max(1, x.numel())) if on_cpu else count
     made = []
     for at in range(0, count, most):
         rows = slice(at * batch, (at + most) * batch)
@@ -246,11 +302,6 @@ def _ask(
             )
         made.append(D)
     return made[0] if len(made) == 1 else torch.cat(made)
-
-
-def _per_image(values: Tensor, reps: list[int], batch: int, x: Tensor) -> Tensor:
-    """One number per candidate -> one per image of the candidates asked, on x's device."""
-    return values.reshape(-1, 1)[reps].expand(len(reps), batch).reshape(-1).to(x.device)
 
 
 def _tiled(cond: Cond | None, times: int) -> Cond | None:
@@ -275,8 +326,11 @@ class _Coefficients:
             "p": program.init[..., :1],
             "k0": program.init[..., 1:],
         }
+        flat = torch.cat([v.reshape(-1) for v in values.values()]).to(x)  # one copy
+        parts = flat.split([v.numel() for v in values.values()])
         self._cast = {
-            name: (v if lead is not None else v[None]).to(x) for name, v in values.items()
+            name: part.reshape(v.shape if lead is not None else (1, *v.shape))
+            for (name, v), part in zip(values.items(), parts, strict=True)
         }
         self._live = {
             name: [bool((v[..., c] != 0).any()) or v.requires_grad for c in range(v.shape[-1])]

@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.space.errors import ModelError
 
 __all__ = [
-    "Counted",
+    "CountedSequences",
     "SubsDenoiser",
     "TokenDenoiser",
     "from_hf_masked_lm",
@@ -144,7 +144,7 @@ def _spans(real: Tensor) -> Iterator[tuple[Tensor, int, int]]:
         yield (pairs == pair).all(-1).nonzero()[:, 0], a, b
 
 
-class Counted:
+class CountedSequences:
     """A `TokenDenoiser` that counts the sequences its model was asked for.
 
     Args:

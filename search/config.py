@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fewstep.search.tables import CompensationTable, CprTable, Table
+from fewstep.search.yardstick import Statistic
 from fewstep.space.errors import StudyError
 
 RUN_ONLY = (
@@ -198,46 +199,39 @@ class RefineTable(Table):
 
     Args:
         top: best candidates that are tried as starts, per NFE, beside the best named solver; each
-            is refined on `batch` samples, and the one that got furthest on all.
+            is refined on `batch` samples, and the one that got furthest on more.
         grow: refine the NFEs one after another, from the fewest calls on; the best schedule of
             each, with calls of weight 0 added (`space.growing`), is a start of the next.
-        mean: schedules may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
+        mean: programs may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
             an analytical first step that costs no call. The image lies beside the schedule file.
-            Needs Gauss-Newton with times, shifts and weights open, as by default.
-        closed_form: first give the starts extra weights by a ridge regression per step
-            (`search.strategies.closed_form`), kept where the held-out error falls.
-        samples: noise it is fitted on.
+        samples: noise it is fitted on, at most: four times as many each time, from `batch` on,
+            until training and held-out error agree within 10 %.
         held: noise the iterate is chosen by.
-        method: "gauss-newton" (no gradient of the model needed) or "adam" (gradients through the
-            sampler).
-        rounds: Gauss-Newton rounds on `batch` samples, at most; on all of them half as many.
-        steps: Adam steps.
-        batch: samples in one Adam step, or of Gauss-Newton's rounds on few.
-        rate: Adam's step size.
-        history: older outputs of a step that get an extra weight.
-        knobs: what may move (`search.strategies.knobs`); None is times, shifts and weights.
-        checkpointed: Adam: recompute the network in the backward pass instead of storing it.
+        loss: "huber", by which the few samples that end in another mode of the data count by
+            their distance, or "mean", by its square.
+        rounds: Gauss-Newton rounds on `batch` samples, at most; half as many on more.
+        batch: samples that a fit begins on, and that run as one piece.
+        knobs: what may move: "times" and "weights" (all numbers of the program), and "guidance"
+            (of every call); "times" alone keeps the start's other choices and its steps.
     """
 
     top: Annotated[int, Field(ge=1)] = 2
     grow: bool = False
-    mean: bool = False
-    closed_form: bool = False
-    samples: Annotated[int, Field(ge=2)] = 512
-    held: Annotated[int, Field(ge=2)] = 256
-    method: Literal["gauss-newton", "adam"] = "gauss-newton"
-    rounds: Annotated[int, Field(ge=1)] = 20
-    steps: Annotated[int, Field(ge=1)] = 150
+    mean: bool = True
+    samples: Annotated[int, Field(ge=2)] = 1024
+    held: Annotated[int, Field(ge=2)] = 512
+    loss: Literal["huber", "mean"] = "huber"
+    rounds: Annotated[int, Field(ge=1)] = 12
     batch: Annotated[int, Field(ge=1)] = 64
-    rate: Annotated[float, Field(gt=0)] = 0.1
-    history: Annotated[int, Field(ge=0)] = 16
-    knobs: tuple[str, ...] | None = None
-    checkpointed: bool = False
+    knobs: tuple[Literal["times", "weights", "guidance"], ...] = ("times", "weights")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.mean and self.method != "gauss-newton":
-            raise ValueError(f"mean needs method gauss-newton: set method, not {self.method!r}")
+        if self.knobs != ("times",) and not {"times", "weights"} <= set(self.knobs):
+            raise ValueError(
+                f"knobs {list(self.knobs)}: use [times], or times and weights with or without "
+                "guidance"
+            )
         return self
 
 
@@ -264,11 +258,14 @@ class ObjectiveTable(Table):
     Args:
         name: "endpoint_mse" (the default) or "frechet"; a problem whose samples are drawn brings
             its own, and this is left out.
+        statistic: of a schedule's per-sample errors, its score (`search.yardstick`): "geometric"
+            (the default of endpoint_mse), "mean", "median", "trimmed" or "backward".
         features: for frechet: "module.path:function", images (B, *shape) -> (B, F); None takes the
             problem's own.
     """
 
     name: str | None = None
+    statistic: Statistic | None = None
     features: str | None = None
 
 
@@ -276,19 +273,27 @@ class FinalTable(Table):
     """[final]: the re-scoring on fresh seeds.
 
     Args:
-        samples: fresh samples.
+        samples: fresh samples at first; they double until the 95 % interval of the geometric
+            ratio is within 10 %.
+        most: fresh samples at most; None is 16 times `samples`.
         top: candidates of the search that are compared on separate samples for the one to keep.
         named: "best_grid": every named solver on the grid it did best on in the search; "all":
             every pair.
-        resamples: bootstrap resamples of the paired intervals.
+        resamples: bootstrap resamples of intervals that have no formula.
         pictures: samples in the picture.
     """
 
     samples: Annotated[int, Field(ge=2)] = 1024
+    most: Annotated[int, Field(ge=2)] | None = None
     top: Annotated[int, Field(ge=1)] = 8
     named: Literal["best_grid", "all"] = "best_grid"
-    resamples: Annotated[int, Field(ge=100)] = 10_000
+    resamples: Annotated[int, Field(ge=100)] = 1000
     pictures: Annotated[int, Field(ge=1, le=64)] = 16
+
+    @property
+    def limit(self) -> int:
+        """Fresh samples at most."""
+        return 16 * self.samples if self.most is None else self.most
 
 
 class TrackingTable(Table):
@@ -377,13 +382,16 @@ class StudyConfig(Table):
         data: dict[str, Any] = json.loads(self.model_dump_json())
         return data
 
-    def identity(self) -> dict[str, Any]:
-        """The resolved settings that decide scores, flat: {"search.samples": 256, ...}."""
+    def identity(self, *, budget: bool = True) -> dict[str, Any]:
+        """The resolved settings that decide scores, flat: {"search.samples": 256, ...}.
+
+        Args:
+            budget: with the budget, which decides only where a search ends.
+        """
         flat = dict(_flatten(self.resolved()))
+        left = RUN_ONLY if budget else (*RUN_ONLY, "budget")
         return {
-            k: v
-            for k, v in flat.items()
-            if not any(k == r or k.startswith(f"{r}.") for r in RUN_ONLY)
+            k: v for k, v in flat.items() if not any(k == r or k.startswith(f"{r}.") for r in left)
         }
 
     @model_validator(mode="after")

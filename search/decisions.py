@@ -20,12 +20,12 @@ import numpy as np
 
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.evaluate import Evaluator
-from fewstep.search.final import FRESH
 from fewstep.search.importance import DECISIONS, Effect, effects, swaps
 from fewstep.search.record import write_text
 from fewstep.search.report import number, save_figure
 from fewstep.search.rescore import rescore
+from fewstep.search.verdict import FRESH
+from fewstep.search.work import Evaluator
 from fewstep.space.errors import StudyError
 from fewstep.space.schedule import OdeSchedule
 

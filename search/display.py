@@ -1,50 +1,24 @@
-"""What a search says while it runs: a protocol, a silent form, and the terminal's.
+"""What a search says while it runs: a silent form, and the terminal's.
 
 On a terminal one line shows the stage, a bar over the network evaluations of the whole search and
-the time left; elsewhere (a log file, a job) only the finished stages are printed.
+the time left; elsewhere (a log file, a job) finished stages are printed and, every 30 s, the share
+done, the rate and the time left. What turns out not to be needed is taken off the total.
 """
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-class Display(Protocol):
-    """Where progress is shown; also a context."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def total(self, evaluations: int | None) -> None:
-        """The network evaluations expected in all; None if unknown (a budget in seconds)."""
-        ...
-
-    def stage(self, text: str) -> None:
-        """What is being done now."""
-        ...
-
-    def advance(self, evaluations: int) -> None:
-        """More network evaluations are done."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A line to keep."""
-        ...
+_EVERY = 30.0
 
 
-class Silent:
-    """Shows nothing."""
+class Display:
+    """Where progress is shown; also a context. This one shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,19 +32,22 @@ class Silent:
         return None
 
     def total(self, evaluations: int | None) -> None:
-        """See `Display`."""
+        """The network evaluations expected in all; None if unknown (a budget in seconds)."""
 
     def stage(self, text: str) -> None:
-        """See `Display`."""
+        """What is being done now."""
 
     def advance(self, evaluations: int) -> None:
-        """See `Display`."""
+        """More network evaluations are done."""
+
+    def saved(self, evaluations: int) -> None:
+        """So many of the expected network evaluations will not be needed."""
 
     def note(self, text: str) -> None:
-        """See `Display`."""
+        """A line to keep."""
 
 
-class Terminal:
+class Terminal(Display):
     """Shows a rich progress bar on a terminal, and plain lines elsewhere.
 
     Args:
@@ -103,7 +80,8 @@ class Terminal:
             speed_estimate_period=60,
         )
         self._task: Any = self._progress.add_task("starting", total=None)
-        self._said = time.monotonic()
+        self._said = self._begun = time.monotonic()
+        self._stage, self._total, self._done = "starting", 0, 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -120,16 +98,38 @@ class Terminal:
     def total(self, evaluations: int | None) -> None:
         """See `Display`."""
         self._progress.reset(self._task, total=evaluations)
+        self._begun, self._total, self._done = time.monotonic(), evaluations or 0, 0
 
     def stage(self, text: str) -> None:
         """See `Display`."""
+        self._stage = text
         self._progress.update(self._task, description=text)
-        if not self.console.is_terminal and time.monotonic() - self._said > 15:
-            self.note(text)
+        self._say()
 
     def advance(self, evaluations: int) -> None:
         """See `Display`."""
+        self._done += evaluations
         self._progress.advance(self._task, evaluations)
+        self._say()
+
+    def saved(self, evaluations: int) -> None:
+        """See `Display`."""
+        if self._total:
+            self._total = max(self._total - evaluations, self._done)
+            self._progress.update(self._task, total=self._total)
+
+    def _say(self) -> None:
+        """The stage and how far it is, every 30 s where there is no bar to look at."""
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._said < _EVERY:
+            return
+        text, seconds = self._stage, now - self._begun
+        if self._total and self._done:
+            left = seconds * (self._total - self._done) / self._done
+            text += f": {100 * self._done // self._total} %, "
+            text += f"{count(int(self._done / seconds))} network evaluations a second, "
+            text += f"about {duration(left)} left"
+        self.note(text)
 
     def note(self, text: str) -> None:
         """See `Display`."""

@@ -7,14 +7,14 @@ the strategies to the report, is the same for all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.targets import Target
 from fewstep.search.config import StudyConfig
-from fewstep.search.drawn import DrawnChunk, MaskedTask, ParticleTask, drawn_chunks, prompts
-from fewstep.search.evaluate import Chunk, Want, chunks
+from fewstep.search.problem import prompts
+from fewstep.search.yardstick import Statistic
 from fewstep.space.baselines import named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ModelError, ScheduleError, StudyError
@@ -23,54 +23,30 @@ from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.particle_domain import ParticleDomain
 from fewstep.space.particle_policies import named_policies
 from fewstep.space.particles import ParticleSchedule
-from fewstep.space.protocol import Domain
 from fewstep.space.step_choices import StepChoices
 
 _T = TypeVar("_T")
 
 
-class AnyChunk(Protocol):
-    """Candidates that run as one batch."""
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of schedules, for one problem.
 
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Their positions in the list that was cut."""
-        ...
+    Attributes:
+        kind: the kind that schedule files of it name.
+        has_teacher: whether samples are scored against a teacher's; only then can schedules be
+            refined.
+        per_sample: network evaluations of one sample and one call.
+    """
 
-    @property
-    def nfe(self) -> int:
-        """Network calls of each."""
-        ...
-
-    def tasks(
-        self,
-        stream: str,
-        samples: int,
-        block: int,
-        want: Want = "measures",
-        first: int = 0,
-    ) -> Iterator[Any]:
-        """The blocks of samples first..samples-1, in index order: what a pool takes."""
-        ...
-
-
-class Family(Protocol):
-    """A kind of schedules, for one problem."""
-
-    @property
-    def kind(self) -> str:
-        """The kind that schedule files of it name."""
-        ...
-
-    @property
-    def taught(self) -> bool:
-        """Whether samples are scored against a teacher's; only then can schedules be refined."""
-        ...
+    problem: Any
+    kind: ClassVar[str]
+    has_teacher: ClassVar[bool] = False
 
     @property
     def per_sample(self) -> int:
-        """Network evaluations of one sample and one call."""
-        ...
+        """One."""
+        return 1
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """The study with what it leaves open filled in.
@@ -78,27 +54,35 @@ class Family(Protocol):
         Raises:
             StudyError: a setting that this kind does not have.
         """
-        ...
+        return _without_teacher(self, config)
 
-    def domain(self, config: StudyConfig, nfe: int) -> Domain:
+    def readable(self, config: StudyConfig) -> dict[str, Any]:
+        """The settled study as it is written down: it reads back."""
+        absent = () if self.has_teacher else _TEACHERS
+        data = {k: v for k, v in config.resolved().items() if k not in absent}
+        if config.objective.name != "endpoint_mse":
+            data["objective"].pop("statistic")
+        return data
+
+    def domain(self, config: StudyConfig, nfe: int) -> Any:
         """The search space of the study's [space].
 
         Raises:
             StudyError: an unknown key or a space without members; one line.
         """
-        ...
+        raise NotImplementedError
 
     def named(self, nfe: int) -> dict[str, Any]:
         """The named schedules, "name/variant": what a search must beat."""
-        ...
-
-    def chunks(self, schedules: Sequence[Any], size: int) -> Sequence[AnyChunk]:
-        """Cut a list of schedules into chunks of at most `size`."""
-        ...
+        raise NotImplementedError
 
     def check(self, schedule: Any, name: str) -> None:
         """Raise a FewstepError if a schedule from a file is not for this problem."""
-        ...
+        if schedule.kind != self.kind:
+            raise StudyError(
+                f"{name} is a schedule of kind {schedule.kind!r}, and the study's model needs "
+                f"kind {self.kind!r}"
+            )
 
 
 def family_of(problem: AnyProblem) -> Family:
@@ -111,17 +95,17 @@ def family_of(problem: AnyProblem) -> Family:
 
 
 @dataclasses.dataclass(frozen=True)
-class OdeFamily:
+class OdeFamily(Family):
     """Solver schedules of the probability-flow ODE."""
 
     problem: Problem
     kind: ClassVar[str] = "ode"
-    taught: ClassVar[bool] = True
-    per_sample: ClassVar[int] = 1
+    has_teacher: ClassVar[bool] = True
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
-        return _with_objective(config, config.objective.name or "endpoint_mse")
+        name = config.objective.name or "endpoint_mse"
+        return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
@@ -142,13 +126,9 @@ class OdeFamily:
         own = self.problem.baselines
         return {**(own(nfe) if own else {}), **named(self.problem.denoiser.noise, nfe)}
 
-    def chunks(self, schedules: Sequence[Any], size: int) -> list[Chunk]:
-        """See `Family`; programs of one shape are stacked."""
-        return chunks(schedules, self.problem.denoiser.noise, size)
-
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
-        _of_kind(self, schedule, name)
+        super().check(schedule, name)
         if schedule.noise != self.problem.denoiser.noise:
             raise ModelError(
                 f"{name} was made for noise schedule {schedule.noise.type}, and the study's model "
@@ -157,13 +137,11 @@ class OdeFamily:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedFamily:
+class MaskedFamily(Family):
     """Schedules of masked diffusion: how many tokens each call unmasks, and how."""
 
     problem: MaskedProblem
     kind: ClassVar[str] = "masked"
-    taught: ClassVar[bool] = False
-    per_sample: ClassVar[int] = 1
 
     @property
     def free(self) -> int:
@@ -178,10 +156,6 @@ class MaskedFamily:
             raise StudyError("the prompt leaves no position to decide: put the mask id where a "
                              "token is wanted")  # fmt: skip
         return count
-
-    def settle(self, config: StudyConfig) -> StudyConfig:
-        """See `Family`."""
-        return _untaught(self, config)
 
     def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
         """See `Family`; keys are fields of `MaskedDomain`."""
@@ -206,13 +180,9 @@ class MaskedFamily:
             raise StudyError(f"search.nfe: {error}") from None
         return dict(every.baselines())
 
-    def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
-        """See `Family`."""
-        return drawn_chunks(list(schedules), size, MaskedTask)
-
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
-        _of_kind(self, schedule, name)
+        super().check(schedule, name)
         assert isinstance(schedule, MaskedSchedule)
         if schedule.length != self.free:
             raise ModelError(
@@ -222,12 +192,11 @@ class MaskedFamily:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParticleFamily:
+class ParticleFamily(Family):
     """Schedules of weighted particles."""
 
     problem: ParticleProblem
     kind: ClassVar[str] = "particles"
-    taught: ClassVar[bool] = False
 
     @property
     def target(self) -> Target:
@@ -243,10 +212,6 @@ class ParticleFamily:
     def _two_ways(self) -> bool:
         """Whether the target's reward can be weighed by its gradient as well as by its path."""
         return self.target.reward is not None and self.target.reward.integrable
-
-    def settle(self, config: StudyConfig) -> StudyConfig:
-        """See `Family`."""
-        return _untaught(self, config)
 
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
@@ -271,39 +236,31 @@ class ParticleFamily:
         strength = 1.0 if target.reward is not None else target.strength
         return dict(named_policies(target.noise, nfe, b=strength, paths=self._two_ways))
 
-    def chunks(self, schedules: Sequence[Any], size: int) -> list[DrawnChunk]:
-        """See `Family`."""
-        return drawn_chunks(list(schedules), size, ParticleTask)
-
     def check(self, schedule: Any, name: str) -> None:
         """See `Family`."""
-        _of_kind(self, schedule, name)
+        super().check(schedule, name)
         assert isinstance(schedule, ParticleSchedule)
         self.target.require_noise(schedule.noise)
 
 
-def _of_kind(family: Family, schedule: Any, name: str) -> None:
-    if schedule.kind != family.kind:
-        raise StudyError(
-            f"{name} is a schedule of kind {schedule.kind!r}, and the study's model needs kind "
-            f"{family.kind!r}"
-        )
+def _with_objective(config: StudyConfig, name: str, statistic: Statistic) -> StudyConfig:
+    """The study with its objective's name, and its statistic where it names none."""
+    changes = {"name": name, "statistic": config.objective.statistic or statistic}
+    return config.model_copy(update={"objective": config.objective.model_copy(update=changes)})
 
 
-def _with_objective(config: StudyConfig, name: str) -> StudyConfig:
-    return config.model_copy(
-        update={"objective": config.objective.model_copy(update={"name": name})}
-    )
+_TEACHERS = ("teacher", "refine", "compensation", "cpr")
+"""Tables of studies with a teacher."""
 
 
-def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> StudyConfig:
+def _without_teacher(family: Family, config: StudyConfig) -> StudyConfig:
     """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
     own, kind = family.problem.objective, type(family.problem).__name__
     if config.search.race and family.problem.score is not None:
         raise StudyError(f"search.race compares sample by sample, which {own} cannot: remove race")
     if config.search.guidance is not None:
         raise StudyError(f"search.guidance: a {kind} has no guidance scale: leave it out")
-    for table in ("teacher", "refine", "compensation", "cpr"):
+    for table in _TEACHERS:
         if table in config.model_fields_set:
             raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
     if config.finish is not None:
@@ -315,7 +272,7 @@ def _untaught(family: MaskedFamily | ParticleFamily, config: StudyConfig) -> Stu
             )
         search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
         config = config.model_copy(update={"search": search})
-    return _with_objective(config, own)
+    return _with_objective(config, own, "mean")
 
 
 def _open(domain: type[Any], *fixed: str) -> set[str]:

@@ -3,7 +3,7 @@
     OUT/w7.5/...                       all that the search at scale 7.5 leaves
     OUT/schedules/nfe05_w7.5.json      every schedule found
     OUT/results.json                   all rows, each with its guidance
-    OUT/cpr.json                       schedules for the settings between (`cpr_stage`)
+    OUT/cpr.json                       schedules for the settings between (`stages.cpr`)
 
 A scale changes what the teacher samples, so searches at different scales share nothing but the
 study; each resumes by itself.
@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.cpr_stage import cpr_cost, regress
 from fewstep.search.display import Display
-from fewstep.search.evaluate import Evaluator
-from fewstep.search.final import Row
 from fewstep.search.preparing import evaluator_spec, open_pool
 from fewstep.search.record import write_text
 from fewstep.search.results import schedule_path
+from fewstep.search.stages.cpr import cpr_cost, regress
+from fewstep.search.verdict import Row
+from fewstep.search.work import Evaluator
 from fewstep.space.files import load_schedule, save_schedule
 
 
@@ -34,7 +34,7 @@ def folder_of(out: Path, scale: float) -> Path:
 def search_each(
     config: StudyConfig,
     out: Path,
-    one: Callable[[StudyConfig, Path, bool], Sequence[Row]],
+    one: Callable[[StudyConfig, Path], Sequence[Row]],
     display: Display,
 ) -> list[Row]:
     """Search every scale and gather what was found.
@@ -42,18 +42,16 @@ def search_each(
     Args:
         config: the study.
         out: its folder.
-        one: runs the study of one scale in a folder, going on with what is there if True.
+        one: runs the study of one scale in a folder.
         display: where progress is shown.
     """
     rows: list[Row] = []
     off = config.cpr.model_copy(update={"fit": False})
     for scale in config.search.guidance or ():
         folder = folder_of(out, scale)
-        log = folder / "log.jsonl"
-        begun = log.exists() and log.stat().st_size > 0
         display.note(f"guidance {scale:g}")
         part = config.at_guidance(scale).model_copy(update={"cpr": off})
-        found = one(part, folder, begun)
+        found = one(part, folder)
         for row in found:
             schedule = load_schedule(schedule_path(folder, row.nfe, scale))
             save_schedule(schedule, schedule_path(out, row.nfe, scale))
@@ -74,7 +72,7 @@ def regress_all(
     scales = config.search.guidance or ()
     spec = evaluator_spec(config.at_guidance(scales[0]))
     evaluator = Evaluator.from_spec(spec)
-    pool = open_pool(config, spec, evaluator, address)
+    pool = open_pool(config, spec, evaluator, address, display)
     try:
         with display:
             display.total(cpr_cost(config, len(scales)))

@@ -264,7 +264,7 @@ def effects(found: Sequence[Swap], scored: Rescored, whole: int) -> list[Effect]
         effect = Effect(swap.step, swap.decision, swap.was, swap.note)
         if swap.schedule is not None:
             at += 1
-            ratio, interval = scored.ratio(at, whole)
+            ratio, interval, _ = scored.ratio(at, whole)
             effect = replace(effect, ratio=ratio, interval=interval)
         made.append(effect)
     return sorted(made, key=lambda e: -1.0 if e.ratio is None else e.ratio, reverse=True)

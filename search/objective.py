@@ -1,9 +1,10 @@
-"""What is minimised, and statistics of paired scores.
+"""What is minimised.
 
-endpoint_mse: a sample's score is the squared distance of its end point to the teacher's, divided
+endpoint_mse: a sample's error is the squared distance of its end point to the teacher's, divided
 by the number of elements (pixels x channels): the MEAN SQUARE per element, so that RMSE is its
-root in the units of the data. The score of a schedule is the mean over samples. Noise and
-conditions are shared by all schedules, so comparisons are paired, sample by sample.
+root in the units of the data. The score of a schedule is a statistic of its samples' errors, the
+geometric mean unless the study says otherwise (`search.yardstick`). Noise and conditions are
+shared by all schedules, so comparisons are paired, sample by sample.
 
 frechet: |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) between features of the samples and of
 the teacher's end points (Heusel et al. 2017, arXiv 1706.08500, eq. 6), float64, the root by
@@ -11,16 +12,12 @@ eigendecomposition. It has no per-sample scores.
 
 A problem whose samples are drawn (`samplers.problems`) brings its own measure and score, with no
 teacher; samples that have no measure are left out.
-
-Bootstrap: samples are drawn with replacement, the SAME ones for both schedules, and the ratio of
-the two scores is formed; the interval holds the middle 95% of ratios (Efron and Tibshirani 1993,
-ch. 13, percentile interval).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,9 +25,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.samplers import MaskedProblem, ParticleProblem
+from fewstep.search.yardstick import (
+    Array,
+    Comparison,
+    Statistic,
+    bootstrap_ratio,
+    compare,
+    geometric_ratio,
+    level,
+    q90,
+)
 from fewstep.space.errors import StudyError
-
-Array = NDArray[np.float64]
 
 
 class Objective(Protocol):
@@ -38,13 +43,14 @@ class Objective(Protocol):
 
     Attributes:
         name: of the score.
-        per_sample: whether column 0 of the measures is a score of each sample, their mean the
-            schedule's.
+        per_sample: whether column 0 of the measures is an error of each sample.
+        statistic: of these errors, the schedule's score.
         partial: whether a sample may have no measure, a row of NaN.
     """
 
     name: str
     per_sample: bool
+    statistic: Statistic
     partial: bool
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
@@ -61,11 +67,19 @@ class Objective(Protocol):
 
 
 class EndpointMSE:
-    """Mean over samples of the squared distance to the teacher, per element."""
+    """A statistic over samples of the squared distance to the teacher, per element.
+
+    Args:
+        statistic: which; "backward" reads the teacher's squared gain from column 0 of the
+            reference's measures.
+    """
 
     name = "endpoint_mse"
     per_sample = True
     partial = False
+
+    def __init__(self, statistic: Statistic = "geometric") -> None:
+        self.statistic = statistic
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
         """Mean over elements of the squared difference, float64, K = 1."""
@@ -73,8 +87,9 @@ class EndpointMSE:
         return difference.square().flatten(2).mean(-1, keepdim=True)
 
     def score(self, measures: Array, reference: Array) -> float:
-        """Mean over samples."""
-        return float(measures.mean())
+        """The statistic of the first N samples; `reference` may hold more."""
+        gain = reference[: len(measures), 0] if self.statistic == "backward" else None
+        return level(measures[:, 0], self.statistic, gain)
 
     def facts(self, measures: Array) -> dict[str, float]:
         """None."""
@@ -90,6 +105,7 @@ class Frechet:
 
     name = "frechet"
     per_sample = False
+    statistic: Statistic = "mean"
     partial = False
 
     def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
@@ -125,6 +141,7 @@ class Measured:
     def __init__(self, problem: MaskedProblem | ParticleProblem) -> None:
         self.problem, self.name = problem, problem.objective
         self.per_sample = problem.score is None
+        self.statistic: Statistic = "mean"
         self.partial = isinstance(problem, MaskedProblem) and not self.per_sample
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
@@ -168,40 +185,104 @@ def frechet_distance(a: Array, b: Array) -> float:
     return float(max(distance, 0.0))
 
 
-def ratio_interval(
+def ratio(a: float, b: float) -> float | None:
+    """a / b; None where the scores are not positive numbers, so that a ratio says nothing."""
+    return a / b if a >= 0 and b > 0 and np.isfinite(a) and np.isfinite(b) else None
+
+
+def score_interval(
     a: Array,
     b: Array,
+    score: Callable[[Array, NDArray[np.intp]], float],
     *,
-    resamples: int = 10_000,
+    resamples: int = 500,
     seed: int = 0,
-    score: Callable[[Array, NDArray[np.intp]], float] | None = None,
-) -> tuple[float, float]:
-    """Paired bootstrap interval (95%) of score(a) / score(b).
+) -> tuple[float, float] | None:
+    """Paired bootstrap interval (95 %) of score(a) / score(b) for an objective's own score.
+
+    Samples are drawn with replacement, the SAME ones for both schedules; the interval holds the
+    middle 95 % of the ratios (Efron and Tibshirani 1993, chapter 13). None where the scores have
+    no ratio.
 
     Args:
-        a: measures of one schedule, shape (N,) or (N, K).
-        b: measures of the other on the same samples.
-        resamples: number of resamples.
+        a: measures of one schedule, shape (N, K).
+        b: those of the other on the same samples.
+        score: (measures, chosen samples) -> score. Resamples that have no score, because too few
+            samples have measures, are left out.
+        resamples: how often.
         seed: of the resampling.
-        score: (measures, chosen samples) -> score; default the mean of column 0 over the chosen.
-            Resamples that have no score, because too few samples have measures, are left out.
 
     Raises:
         StudyError: no resample has a score.
     """
-    rng = np.random.default_rng(seed)
-    n = len(a)
-    if score is None:
-        pair = np.stack([a.reshape(n, -1)[:, 0], b.reshape(n, -1)[:, 0]], axis=1)
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-        sums = counts @ pair
-        ratios = sums[:, 0] / np.maximum(sums[:, 1], np.finfo(float).tiny)
-    else:
-        picks = [rng.integers(0, n, size=n) for _ in range(min(resamples, 500))]
-        both = np.array([(score(a, p), score(b, p)) for p in picks])
-        both = both[np.isfinite(both).all(1)]
-        if not len(both):
-            raise StudyError("too few samples have a measure to compare: raise final.samples")
-        ratios = both[:, 0] / np.maximum(both[:, 1], np.finfo(float).tiny)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    rng, n = np.random.default_rng(seed), len(a)
+    picks = [rng.integers(0, n, size=n) for _ in range(resamples)]
+    both = np.array([(score(a, p), score(b, p)) for p in picks])
+    both = both[np.isfinite(both).all(1)]
+    if not len(both):
+        raise StudyError("too few samples have a measure to compare: raise final.samples")
+    if (both[:, 0] < 0).any() or (both[:, 1] <= 0).any():
+        return None
+    low, high = np.quantile(both[:, 0] / both[:, 1], [0.025, 0.975])
     return float(low), float(high)
+
+
+class Paired:
+    """Measures of schedules on the same samples, compared as an objective says.
+
+    Args:
+        objective: what was measured.
+        resamples: bootstrap resamples of intervals that have no formula.
+        seed: of the resampling.
+    """
+
+    def __init__(self, objective: Objective, *, resamples: int, seed: int) -> None:
+        self._objective, self._drawn = objective, {"resamples": resamples, "seed": seed}
+
+    def errors(self, measures: Array | None) -> Array | None:
+        """The errors of all samples (N,); None unless each has one and none is negative."""
+        if measures is None or not self._objective.per_sample or self._objective.partial:
+            return None
+        return measures[:, 0] if bool((measures[:, 0] >= 0).all()) else None
+
+    def value(self, measures: Array, reference: Array) -> float:
+        """The score that is reported: the plain geometric mean where the study compares these."""
+        errors = self.errors(measures)
+        if errors is not None and self._objective.statistic == "geometric":
+            return geometric_ratio(errors, np.ones_like(errors))[0]
+        return self._objective.score(measures, reference)
+
+    def compared(self, a: Array | None, b: Array | None) -> Comparison | None:
+        """Ratios of every statistic; None without errors of all samples."""
+        one, other = self.errors(a), self.errors(b)
+        return None if one is None or other is None else compare(one, other, **self._drawn)
+
+    def ratio(
+        self, a: Array, b: Array, reference: Array
+    ) -> tuple[float | None, tuple[float, float] | None]:
+        """The ratio of reported scores and its 95 % interval, None where there is none."""
+        compared, statistic = self.compared(a, b), self._objective.statistic
+        share = ratio(self.value(a, reference), self.value(b, reference))
+        if compared is not None and statistic == "geometric":
+            return compared.geometric, compared.interval
+        if share is None or (compared is not None and statistic == "mean"):
+            return share, None if compared is None else compared.mean_interval
+
+        def score(measures: Array, chosen: Any) -> float:
+            return self._objective.score(measures[chosen], reference[chosen])
+
+        return share, score_interval(a, b, score, **self._drawn)
+
+    def clearly_worse(self, a: Array | None, b: Array | None) -> str:
+        """What of a is clearly worse than b's: its mean or its 90 % quantile; "" if neither.
+
+        Clearly: the 95 % bootstrap interval of the ratio lies above 1.
+        """
+        one, other = self.errors(a), self.errors(b)
+        if one is None or other is None:
+            return ""
+        for name, of in (("mean", np.mean), ("90 % quantile", q90)):
+            low, _ = bootstrap_ratio(one, other, of, **self._drawn)
+            if low > 1:
+                return f"its {name} is clearly worse ({low:.2f} times at least)"
+        return ""

@@ -1,9 +1,11 @@
-"""Where blocks run: in this process, or on Ray actors that each hold the model.
+"""Where work runs: in this process, or on Ray actors that each hold the model.
 
-Tasks go to whichever worker is idle; results carry their ticket, and the driver puts them back in
-order, so the number of workers cannot change a result. A worker that dies is replaced and its
-block tried again elsewhere; a block that keeps killing workers, or hangs, is cut into single
-candidates so that only the guilty one is given up, as a status.
+`map(works)` sends all of them out at once and yields their results in the order given, so the
+number of workers cannot change a result; several maps may be open at a time. Ray restarts an actor
+that dies and tries its work again; work that keeps killing its worker, or hangs, is divided into
+its parts, so that only the guilty one is given up (`Work.failed`). An exception that work raises
+is raised here. Actors need not fit on the cluster at once: they wait to be placed, as an
+autoscaling cluster grows, and work goes to those that are there.
 """
 
 from __future__ import annotations
@@ -14,162 +16,106 @@ import shutil
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.search.evaluate import Evaluator, EvaluatorSpec, TaskResult
 from fewstep.search.problem import leave_checkout
+from fewstep.search.work import Evaluator, EvaluatorSpec, Work
 from fewstep.space.errors import FewstepError, StudyError
 
 
-class Work(Protocol):
-    """What a pool runs: a block of candidates, or one schedule to refine."""
-
-    @property
-    def strict(self) -> bool:
-        """A failure stops the search."""
-        ...
-
-    @property
-    def candidates(self) -> int:
-        """Candidates in it."""
-        ...
-
-    @property
-    def start(self) -> int:
-        """First sample."""
-        ...
-
-    @property
-    def stop(self) -> int:
-        """One past the last sample."""
-        ...
-
-    def only(self, index: int) -> Work:
-        """The part of one candidate."""
-        ...
-
-    def execute(self, evaluator: Evaluator) -> TaskResult:
-        """Do it."""
-        ...
-
-
-class Pool(Protocol):
-    """Takes tasks and gives results back in any order, under the ticket that `submit` returned."""
-
-    workers: int
-
-    def share(self, stream: str, reference: Tensor) -> None:
-        """Give every worker, present and future, the teacher's end points of a stream."""
-        ...
-
-    def submit(self, task: Work) -> int:
-        """Queue a task; returns its ticket."""
-        ...
-
-    def collect(self) -> tuple[int, TaskResult]:
-        """Wait for the next finished task."""
-        ...
-
-    def close(self) -> None:
-        """Let the workers go."""
-        ...
-
-
 class SerialPool:
-    """Runs tasks in this process, one thread, in the order submitted."""
+    """Does work in this process, on one thread, when its result is asked for."""
 
     workers = 0
 
     def __init__(self, spec: EvaluatorSpec, evaluator: Evaluator | None = None) -> None:
         self._evaluator = evaluator or Evaluator.from_spec(spec)
-        self._queue: deque[tuple[int, Work]] = deque()
-        self._tickets = 0
 
     def share(self, stream: str, reference: Tensor) -> None:
-        """See `Pool`."""
+        """Give every worker, present and future, the teacher's end points of a stream."""
         self._evaluator.share(stream, reference)
 
-    def submit(self, task: Work) -> int:
-        """See `Pool`."""
-        self._tickets += 1
-        self._queue.append((self._tickets, task))
-        return self._tickets
-
-    def collect(self) -> tuple[int, TaskResult]:
-        """See `Pool`."""
-        ticket, task = self._queue.popleft()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return ticket, task.execute(self._evaluator)
-        finally:
-            torch.set_num_threads(threads)
+    def map(self, works: Iterable[Work]) -> Iterator[Any]:
+        """Send works out at once; their results, in order, as they are asked for."""
+        for work in list(works):
+            with one_thread():
+                result = work.run(self._evaluator)
+            yield result
 
     def close(self) -> None:
-        """See `Pool`."""
-        self._queue.clear()
+        """Let the workers go."""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: scores do not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Worker:
-    """The body of an actor: an evaluator, one thread, the driver's shared tensors."""
+    """The body of an actor: an evaluator, loaded when first needed, on one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(1)
         leave_checkout()
+        self._spec = spec
         self._evaluator: Evaluator | None = None
+        self._shared: dict[str, Any] = {}
 
-    def setup(self, spec: EvaluatorSpec) -> int:
-        """Load the model; returns the process id."""
-        self._evaluator = Evaluator.from_spec(spec)
-        return os.getpid()
+    def ready(self) -> None:
+        """Load the model."""
+        self._loaded()
 
-    def share(self, stream: str, reference: np.ndarray) -> None:
-        """Keep the teacher's end points of a stream."""
-        self._ready().share(stream, torch.from_numpy(np.array(reference)))
+    def run(self, work: Work, shared: dict[str, Any]) -> Any:
+        """Do work; `shared` names the teacher's end points in the object store by stream."""
+        evaluator = self._loaded()
+        for stream, reference in shared.items():
+            if self._shared.get(stream) != reference:  # new, or of more samples than before
+                evaluator.share(stream, _fetcher(reference))
+        self._shared = dict(shared)
+        return work.run(evaluator)
 
-    def run(self, task: Work) -> TaskResult:
-        """Run a block."""
-        return task.execute(self._ready())
-
-    def _ready(self) -> Evaluator:
+    def _loaded(self) -> Evaluator:
         if self._evaluator is None:
-            raise StudyError("a worker was used before its model was loaded")
+            self._evaluator = Evaluator.from_spec(self._spec)
         return self._evaluator
 
 
-@dataclass
+def _fetcher(reference: Any) -> Callable[[], Tensor]:
+    def fetch() -> Tensor:
+        import ray
+
+        return torch.from_numpy(np.array(ray.get(reference)))
+
+    return fetch
+
+
+@dataclass(eq=False)
 class _Job:
-    ticket: int
-    task: Work
-    attempts: int = 0
-    parent: _Split | None = None
-    position: int = 0
+    """Work on its way, and its parts where it was divided."""
 
+    work: Work
+    parts: list[_Job] = field(default_factory=list)
+    result: Any = None
+    done: bool = False
 
-@dataclass
-class _Split:
-    """A block cut into single candidates, waiting for all of them."""
-
-    ticket: int
-    results: dict[int, TaskResult] = field(default_factory=dict)
-
-    def merged(self) -> TaskResult:
-        parts = [self.results[m] for m in sorted(self.results)]
-        shape = next((p.values.shape for p in parts if p.status[0] == "ok"), parts[0].values.shape)
-        values = [p.values if p.values.shape == shape else np.full(shape, np.nan) for p in parts]
-        return TaskResult(
-            np.concatenate(values),
-            tuple(p.status[0] for p in parts),
-            tuple(p.message[0] for p in parts),
-            sum(p.evaluations for p in parts),
-            sum(p.seconds for p in parts),
-        )
+    def settle(self) -> bool:
+        """Whether the result is there, joined from those of the parts if need be."""
+        if not self.done and self.parts and all(part.settle() for part in self.parts):
+            self.result, self.done = self.work.join([part.result for part in self.parts]), True
+        return self.done
 
 
 class RayPool:
@@ -177,12 +123,13 @@ class RayPool:
 
     Args:
         spec: what each worker evaluates.
-        workers: number of actors; None is one per CPU.
+        workers: number of actors; None is one per CPU of the cluster now.
         address: cluster to join ("auto", "host:port", "ray://..."); None joins RAY_ADDRESS or
             starts one on loopback.
-        timeout: seconds after which a block counts as hung; None never.
-        retries: attempts after the first for a block whose worker died.
+        timeout: seconds after which work counts as hung; None never.
+        retries: attempts after the first for work whose worker died.
         gpus: GPUs per worker.
+        on_progress: called with how many workers are there, as they come.
     """
 
     def __init__(
@@ -194,120 +141,112 @@ class RayPool:
         timeout: float | None = None,
         retries: int = 2,
         gpus: float = 0,
+        on_progress: Callable[[str], None] | None = None,
     ) -> None:
-        self._spec, self._timeout, self._retries = spec, timeout, retries
+        self._spec, self._timeout = spec, timeout
+        self._on_progress = on_progress or (lambda text: None)
         self._staged: str | None = None
-        self._ray, self._owned = _connect(spec, workers, address, self)
-        cpus = int(self._ray.cluster_resources().get("CPU", 1))
-        self.workers = workers or max(1, cpus)
-        if self.workers > cpus:
-            self.close()
-            raise StudyError(
-                f"search.workers = {self.workers} but the cluster has {cpus} CPUs: ask for at "
-                f"most {cpus}"
-            )
         self._shared: dict[str, Any] = {}
         self._queue: deque[_Job] = deque()
         self._flying: dict[Any, tuple[_Job, Any, float]] = {}
-        self._done: deque[tuple[int, TaskResult]] = deque()
-        self._tickets = 0
-        self._actor = self._ray.remote(max_restarts=0, num_cpus=1, num_gpus=gpus)(Worker)
+        self._coming: dict[Any, Any] = {}
+        self._idle: list[Any] = []
+        self._ray, self._owned = _connect(spec, workers, address, self)
+        self.workers = workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        self._actor = self._ray.remote(
+            max_restarts=-1, max_task_retries=retries, num_cpus=1, num_gpus=gpus
+        )(Worker)
         try:
-            self._idle = self._start(self.workers)
+            for _ in range(self.workers):
+                self._start()
+            while not self._idle:
+                self._step()
         except BaseException:
             self.close()
             raise
 
     def share(self, stream: str, reference: Tensor) -> None:
-        """See `Pool`."""
+        """See `SerialPool`."""
         self._shared[stream] = self._ray.put(reference.cpu().numpy())
-        actors = [*self._idle, *(actor for _, actor, _ in self._flying.values())]
-        for actor in actors:  # an actor runs its calls in order, so a task sent later finds it
-            actor.share.remote(stream, self._shared[stream])
 
-    def submit(self, task: Work) -> int:
-        """See `Pool`."""
-        self._tickets += 1
-        self._queue.append(_Job(self._tickets, task))
+    def map(self, works: Iterable[Work]) -> Iterator[Any]:
+        """See `SerialPool`."""
+        jobs = [_Job(work) for work in works]
+        self._queue.extend(jobs)
         self._feed()
-        return self._tickets
+        return self._results(jobs)
 
-    def collect(self) -> tuple[int, TaskResult]:
-        """See `Pool`."""
-        while not self._done:
-            self._feed()
-            patience = 1.0 if self._timeout is None else min(1.0, self._timeout)
-            ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=patience)
-            for ref in ready:
-                self._land(ref)
-            self._expire()
-        self._feed()
-        return self._done.popleft()
+    def _results(self, jobs: list[_Job]) -> Iterator[Any]:
+        for job in jobs:
+            while not job.settle():
+                self._step()
+            yield job.result
 
     def close(self) -> None:
-        """See `Pool`."""
+        """See `SerialPool`."""
         if self._owned:
             self._ray.shutdown()
         else:
-            actors = [
-                *getattr(self, "_idle", []),
-                *(a for _, a, _ in getattr(self, "_flying", {}).values()),
-            ]
-            for actor in actors:
+            flying = [actor for _, actor, _ in self._flying.values()]
+            for actor in [*self._idle, *flying, *self._coming.values()]:
                 with contextlib.suppress(Exception):
                     self._ray.kill(actor)
         if self._staged:
             shutil.rmtree(self._staged, ignore_errors=True)
 
-    def _start(self, count: int) -> list[Any]:
-        actors = [self._actor.remote() for _ in range(count)]
-        try:
-            self._ray.get([actor.setup.remote(self._spec) for actor in actors])
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            raise StudyError(
-                f"a worker could not load the model: {' '.join(str(cause).split())}"
-            ) from error
-        except self._ray.exceptions.RayError as error:
-            raise StudyError(f"a worker could not start: {str(error).splitlines()[0]}") from error
-        for actor in actors:
-            for stream, ref in self._shared.items():
-                actor.share.remote(stream, ref)
-        return actors
+    def _start(self) -> None:
+        actor = self._actor.remote(self._spec)
+        self._coming[actor.ready.remote()] = actor
+
+    def _step(self) -> None:
+        """Wait for something to happen, a second at most, and see to it."""
+        self._feed()
+        waiting = [*self._flying, *self._coming]
+        patience = 1.0 if self._timeout is None else min(1.0, self._timeout)
+        ready, _ = self._ray.wait(waiting, num_returns=1, timeout=patience)
+        for ref in ready:
+            if ref in self._coming:
+                self._welcome(ref)
+            else:
+                self._land(ref)
+        self._expire()
+        self._feed()
 
     def _feed(self) -> None:
         while self._queue and self._idle:
             job, actor = self._queue.popleft(), self._idle.pop()
-            self._flying[actor.run.remote(job.task)] = (job, actor, time.monotonic())
+            ref = actor.run.remote(job.work, self._shared)
+            self._flying[ref] = (job, actor, time.monotonic())
+
+    def _welcome(self, ref: Any) -> None:
+        """An actor has loaded its model."""
+        actor = self._coming.pop(ref)
+        try:
+            self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            line = " ".join(str(cause).split())
+            raise StudyError(f"a worker could not load the model: {line}") from error
+        except self._ray.exceptions.RayError as error:
+            raise StudyError(f"a worker could not start: {str(error).splitlines()[0]}") from error
+        self._idle.append(actor)
+        if self._coming:
+            there = self.workers - len(self._coming)
+            self._on_progress(f"{there} of {self.workers} workers are there")
 
     def _land(self, ref: Any) -> None:
         job, actor, _ = self._flying.pop(ref)
+        self._idle.append(actor)  # Ray restarts it where it died
         try:
-            result = self._ray.get(ref)
+            job.result, job.done = self._ray.get(ref), True
         except self._ray.exceptions.RayTaskError as error:
-            self._idle.append(actor)
-            if job.task.strict:
-                cause = (
-                    error.cause
-                    if isinstance(error.cause, FewstepError)
-                    else StudyError(str(error))
-                )
-                raise cause from None
-            self._give_up(job, "error", " ".join(str(error.cause or error).split())[:300])
+            if isinstance(error.cause, FewstepError):
+                raise error.cause from None
+            raise
         except self._ray.exceptions.RayError as error:
-            memory = (
-                isinstance(error, self._ray.exceptions.OutOfMemoryError)
-                or "memory" in str(error).lower()
-            )
-            self._replace(actor)
-            job.attempts += 1
-            if job.attempts <= self._retries:
-                self._queue.appendleft(job)
-            else:
-                self._give_up(job, "oom" if memory else "error", "its worker died")
-        else:
-            self._idle.append(actor)
-            self._finish(job, result)
+            memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
+            memory = memory or "memory" in str(error).lower()
+            self._give_up(job, "oom" if memory else "error", "its worker died")
 
     def _expire(self) -> None:
         if self._timeout is None:
@@ -316,36 +255,19 @@ class RayPool:
         for ref, (job, actor, begun) in list(self._flying.items()):
             if now - begun > self._timeout:
                 del self._flying[ref]
-                self._replace(actor)
+                with contextlib.suppress(Exception):
+                    self._ray.kill(actor)  # for good: a restarted one would try again
+                self._start()
                 self._give_up(job, "timeout", f"took longer than {self._timeout:g} s")
 
-    def _replace(self, actor: Any) -> None:
-        with contextlib.suppress(Exception):
-            self._ray.kill(actor)
-        self._idle.extend(self._start(1))
-
     def _give_up(self, job: _Job, status: str, message: str) -> None:
-        if job.task.strict:
-            raise StudyError(f"the teacher could not be computed: {message}")
-        if job.task.candidates > 1:
-            split = _Split(job.ticket)
-            for m in reversed(range(job.task.candidates)):
-                self._queue.appendleft(
-                    _Job(job.ticket, job.task.only(m), parent=split, position=m)
-                )
-            return
-        nothing = np.full((1, job.task.stop - job.task.start, 1), np.nan)
-        self._finish(job, TaskResult(nothing, (status,), (message,), 0, 0.0))
+        job.parts = [_Job(part) for part in job.work.parts()]
+        self._queue.extendleft(reversed(job.parts))
+        if not job.parts:
+            job.result, job.done = job.work.failed(status, message), True
 
-    def _finish(self, job: _Job, result: TaskResult) -> None:
-        if job.parent is None:
-            self._done.append((job.ticket, result))
-            return
-        job.parent.results[job.position] = result
-        waiting = any(j.parent is job.parent for j in self._queue)
-        waiting = waiting or any(j.parent is job.parent for j, _, _ in self._flying.values())
-        if not waiting:
-            self._done.append((job.ticket, job.parent.merged()))
+
+Pool = SerialPool | RayPool
 
 
 def cpus() -> int:
@@ -427,10 +349,17 @@ def make_pool(
     retries: int = 2,
     gpus: float = 0,
     evaluator: Evaluator | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Pool:
     """The pool a study asks for: `workers = 0` runs here; anything else on Ray."""
     if workers == 0 and address is None:
         return SerialPool(spec, evaluator)
     return RayPool(
-        spec, workers=workers or None, address=address, timeout=timeout, retries=retries, gpus=gpus
+        spec,
+        workers=workers or None,
+        address=address,
+        timeout=timeout,
+        retries=retries,
+        gpus=gpus,
+        on_progress=on_progress,
     )

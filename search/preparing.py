@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import Evaluator, EvaluatorSpec, Want
+from fewstep.search.display import Display, count, duration
 from fewstep.search.family import Family, OdeFamily
-from fewstep.search.finishing import named_bases
-from fewstep.search.pool import Pool, make_pool
+from fewstep.search.pool import Pool, cpus, make_pool, one_thread
 from fewstep.search.problem import ModelSpec
-from fewstep.search.record import Record, write_text
-from fewstep.search.strategies import Strategy
+from fewstep.search.stages.cpr import cpr_cost, wanted
+from fewstep.search.stages.improve import finish_cost, named_bases
+from fewstep.search.strategies import Evaluated, Proposer
+from fewstep.search.verdict import final_cost
+from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Want, cut
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ScheduleError, StudyError
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
+
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
 
 
 def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
     """What workers need to know of a study."""
     model = ModelSpec(*config.model.built_by(config.folder), config.folder, config.scale)
     return EvaluatorSpec(
-        model, config.objective.name, config.objective.features, config.search.seed
+        model,
+        config.objective.name,
+        config.objective.features,
+        config.search.seed,
+        config.objective.statistic,
     )
 
 
 def open_pool(
-    config: StudyConfig, spec: EvaluatorSpec, evaluator: Evaluator, address: str | None
+    config: StudyConfig,
+    spec: EvaluatorSpec,
+    evaluator: Evaluator,
+    address: str | None,
+    display: Display,
 ) -> Pool:
     """The pool a study asks for."""
     return make_pool(
@@ -43,38 +56,18 @@ def open_pool(
         retries=config.search.retries,
         gpus=config.search.gpus,
         evaluator=evaluator,
+        on_progress=display.stage,
     )
 
 
-def freeze(config: StudyConfig, out: Path, record: Record) -> None:
-    """Keep the resolved study in the folder; a resumed one must ask the same.
-
-    Raises:
-        StudyError: it asks something else; the setting is named.
-    """
-    identity = json.loads(json.dumps(config.identity()))
-    kept = record.notes.get("study")
-    if kept is None:
-        record.note(study=identity)
-    else:
-        keys = sorted(k for k in {*kept, *identity} if kept.get(k) != identity.get(k))
-        if keys:
-            was, now = kept.get(keys[0]), identity.get(keys[0])
-            raise StudyError(
-                f"--resume: {keys[0]} is {now!r} but the search in {out} began with {was!r}: "
-                "set it back, or --overwrite"
-            )
-    write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
-
-
-def make_strategy(config: StudyConfig, domain: Domain) -> Strategy | None:
+def make_proposer(
+    config: StudyConfig, domain: Domain, earlier: Sequence[Evaluated]
+) -> Proposer | None:
     """The strategy that a study names, on a domain; None for a stage alone, which needs none.
 
     Raises:
         StudyError: an unknown name or option.
     """
-    from fewstep.search import strategies
-
     if config.base_strategy is None:
         if config.search.options:
             raise StudyError(
@@ -82,11 +75,15 @@ def make_strategy(config: StudyConfig, domain: Domain) -> Strategy | None:
                 f"has its own table, [{config.finish}]"
             )
         return None
-    try:
-        made: Strategy = strategies.make(config.base_strategy, domain, **config.search.options)
-    except TypeError as error:
-        raise StudyError(f"search.options of {config.search.strategy}: {error}") from None
-    return made
+    rng = np.random.default_rng([config.search.seed, domain.nfe])
+    return Proposer(
+        config.base_strategy,
+        domain,
+        seed=int(rng.integers(2**31)),
+        size=config.search.generation,
+        earlier=earlier,
+        options=config.search.options,
+    )
 
 
 def starters(config: StudyConfig, family: Family, nfe: int) -> dict[str, Any]:
@@ -136,21 +133,92 @@ def check_names(config: StudyConfig, family: Family) -> None:
             raise StudyError(f"cpr.template: {error}") from None
 
 
-def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> float:
-    """Seconds of one network evaluation in a block, one thread; raises what the model raises.
+def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[float, int | None]:
+    """Seconds of one network evaluation in a block, one thread, and the piece that it is best at.
 
-    A problem's own measure is part of it.
+    Pieces of 1, 2, 4, ... candidates are tried until memory or speed says stop: the smallest one
+    that is within 5 % of the fastest. A problem's own measure is part of the time.
+
+    Raises:
+        ModelError: whatever the model raises; nothing has been searched yet.
     """
     size, samples = config.search.block[0], min(config.search.block[1], config.search.samples)
     schedules = list(family.named(min(2, *config.search.nfe)).values())[:size]
-    want: Want = "samples" if family.taught else "measures"
-    (task,) = family.chunks(schedules, size)[0].tasks("timing", samples, samples, want)
-    task = replace(task, strict=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        evaluator.run(task.only(0))  # warm-up, and the first look at the model
-        result = evaluator.run(task)
-    finally:
-        torch.set_num_threads(threads)
-    return result.seconds / max(result.evaluations, 1)
+    want: Want = "samples" if family.has_teacher else "measures"
+    group = tuple(schedules[i] for i in cut(schedules, size)[0])
+    found: dict[int, float] = {}
+    on_cpu = evaluator.device.type == "cpu"
+    with one_thread():  # warm-up, and the first look at the model
+        Block(group[:1], "timing", 0, samples, want, strict=True).run(evaluator)
+        for many in (2**k for k in range(len(group).bit_length())):
+            evaluator.set_piece(many * samples)
+            begun = time.process_time()
+            try:
+                done = Block(group, "timing", 0, samples, want, strict=True).run(evaluator)
+            except (MemoryError, torch.OutOfMemoryError):
+                if not found:
+                    raise
+                break
+            # on a CPU the processor's time: other work on the machine does not count
+            seconds = time.process_time() - begun if on_cpu else done.seconds
+            found[many * samples] = seconds / max(done.evaluations, 1)
+            if not family.has_teacher or found[many * samples] > 1.1 * min(found.values()):
+                break
+    best = min(found.values())
+    piece = min(images for images, seconds in found.items() if seconds <= 1.05 * best)
+    return best, piece if family.has_teacher else None
+
+
+def announce(run: Search, per_call: float) -> None:
+    """Say what the search will cost, before it does."""
+    config, pool = run.config, run.pool
+    reference, verdict, last = _around(run)
+    around = reference + verdict + last
+    at_once = max(1, min(pool.workers, cpus()) if run.address is None else pool.workers)
+    where = f"{pool.workers} workers" if pool.workers else "this process"
+    each = f"({per_call * 1e6:.0f} µs each, measured)"
+    own = "and the strategy's own time"
+    total: int | None = None
+    if run.limits is not None:
+        asked, trials = _candidates(run)
+        total = trials + around
+        on, most = f"each on {config.search.samples} samples", ""
+        if config.search.race:
+            on, most = f"racing on {' -> '.join(map(str, config.search.levels))} samples", "≤ "
+        text = f"{asked}, {on}; {most}{count(total)} network evaluations on {where}"
+    elif config.budget.calls is not None:
+        total = config.budget.calls + around
+        text = (
+            f"{count(config.budget.calls)} network evaluations of racing candidates, "
+            f"{count(total)} in all on {where}"
+        )
+    else:
+        seconds = (config.budget.seconds or 0) + around * per_call / at_once
+        text = f"{config.budget.seconds:g} s of search on {where}"
+        each, own = f"about {duration(seconds)} in all", "the result depends on the machine"
+    if total is not None:
+        each = f"about {duration(total * per_call / at_once)} {each}"
+    run.display.total(total)
+    run.display.note(f"{config.name}: {text}, {each}; {own}")
+
+
+def _around(run: Search) -> tuple[int, int, int]:
+    """Network evaluations of the teacher, the verdict and the last stages, at most."""
+    config, final, reference = run.config, run.config.final, 0
+    if run.family.has_teacher:
+        check = 2 * min(config.teacher.check, final.samples)
+        reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
+    verdict = sum(final_cost(nfe, final) for nfe in config.search.nfe)
+    fitting = cpr_cost(config, 1) if wanted(config) else 0
+    return reference, run.family.per_sample * verdict, finish_cost(config) + fitting
+
+
+def _candidates(run: Search) -> tuple[str, int]:
+    """How many candidates there will be, in words, and their network evaluations."""
+    limits = dict(run.limits or {})
+    if run.config.base_strategy is None:
+        for nfe, limit in limits.items():
+            limits[nfe] = min(limit, len(run.solvers[nfe]) + len(run.warm.get(nfe, ())))
+    asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in limits.items())
+    calls = run.config.search.samples * sum(nfe * n for nfe, n in limits.items())
+    return asked, run.family.per_sample * calls

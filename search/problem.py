@@ -7,6 +7,7 @@ checkout, whose bare folder names must not become importable.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import sys
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
-from fewstep.space.errors import FewstepError, StudyError
+from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem, start_masked
+from fewstep.samplers.categorical import uniforms
+from fewstep.space.errors import FewstepError, ModelError, StudyError
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,82 @@ class ModelSpec:
             f"model.factory {self.factory} returned {type(problem).__name__}: it must return a "
             "Problem, MaskedProblem or ParticleProblem of fewstep.samplers"
         )
+
+
+def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A function of the user's whose exceptions become a ModelError; running out of memory stays.
+
+    So a fault of the user's model can be told from one of ours.
+    """
+
+    @functools.wraps(function, updated=())
+    def called(*arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except (FewstepError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            line = f"{type(error).__name__}: {_line(error)}"
+            if "out of memory" in line.lower():
+                raise MemoryError(line) from error
+            raise ModelError(f"{what} raised {line}") from error
+
+    return called
+
+
+class _Watched:
+    """A denoiser of the user's, `guarded`; its attributes are the denoiser's own."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self._call = inner, guarded(inner, "the model")
+        self.piece: int | None = getattr(inner, "piece", None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call(*arguments, **named)
+
+
+def watched(problem: AnyProblem) -> AnyProblem:
+    """The problem with everything that is the user's own code `guarded`."""
+
+    def safe(function: Any, what: str) -> Any:
+        return None if function is None else guarded(function, what)
+
+    if isinstance(problem, Problem):
+        return replace(
+            problem,
+            denoiser=_Watched(problem.denoiser),
+            cond=safe(problem.cond, "Problem.cond"),
+            features=safe(problem.features, "Problem.features"),
+        )
+    if isinstance(problem, MaskedProblem):
+        return replace(
+            problem,
+            denoiser=_Watched(problem.denoiser),
+            measure=safe(problem.measure, "MaskedProblem.measure"),
+            prompt=safe(problem.prompt, "MaskedProblem.prompt"),
+        )
+    target = problem.target
+    factors = tuple(
+        replace(f, denoiser=_Watched(f.denoiser), log_density=safe(f.log_density, "log_density"))
+        for f in target.factors
+    )
+    prize = target.reward
+    if prize is not None:
+        prize = replace(prize, value=safe(prize.value, "the reward"))
+    return replace(
+        problem,
+        target=replace(target, factors=factors, reward=prize),
+        measure=safe(problem.measure, "ParticleProblem.measure"),
+    )
+
+
+def device_of(problem: AnyProblem) -> torch.device:
+    """Where the network runs, as its denoiser's `device` says; the CPU where it says nothing."""
+    denoiser = problem.denoiser if isinstance(problem, Problem) else None
+    return torch.device(getattr(denoiser, "device", None) or "cpu")
 
 
 def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:
@@ -130,6 +208,10 @@ def sample_seed(seed: int, stream: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+PERTURBED, DISTANCE = "~", 0.01
+"""The stream "search~1" holds the noise of "search" moved by `DISTANCE` times other unit noise."""
+
+
 def noise_of(seed: int, stream: str, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Unit noise of the samples `indices` of a stream, shape (B, *shape), float32.
 
@@ -139,10 +221,43 @@ def noise_of(seed: int, stream: str, indices: Sequence[int], shape: tuple[int, .
         indices: sample indices.
         shape: shape of one sample.
     """
+    whole, moved, _ = stream.partition(PERTURBED)
+    if moved:
+        other = noise_of(seed, stream.replace(PERTURBED, "/moved"), indices, shape)
+        return noise_of(seed, whole, indices, shape) + DISTANCE * other
     draws = []
     for index in indices:
         generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))
         draws.append(torch.randn(shape, generator=generator))
+    return torch.stack(draws)
+
+
+def prompts(problem: MaskedProblem, indices: range) -> Tensor:
+    """The sequences that samples start from, `(B, length)`.
+
+    Raises:
+        StudyError: the problem's prompts have another shape.
+    """
+    if problem.prompt is None:
+        return start_masked(problem.denoiser, len(indices), problem.length)
+    tokens = problem.prompt(torch.as_tensor(list(indices)))
+    if tokens.shape != (len(indices), problem.length):
+        raise StudyError(
+            f"the prompt returned {tuple(tokens.shape)} for {len(indices)} samples: (B, "
+            f"{problem.length}) is needed"
+        )
+    return tokens
+
+
+def uniforms_of(seed: int, stream: str, indices: range, shape: tuple[int, int]) -> Tensor:
+    """The uniforms of the samples `indices` of a stream, float64 `(B, *shape)`.
+
+    The rows that schedules have in common are the same.
+    """
+    draws = []
+    for index in indices:
+        generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))
+        draws.append(uniforms(*shape, generator=generator))
     return torch.stack(draws)
 
 

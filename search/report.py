@@ -6,15 +6,15 @@ import base64
 import html
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fewstep.search.final import Row
 from fewstep.search.record import write_text
+from fewstep.search.verdict import Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,36 +28,84 @@ def number(value: float | None) -> str:
 
 
 def results_table(rows: Sequence[Row], objective: str) -> Table:
-    """The closing table: best named, found, ratio with its interval, and what else is known.
+    """The closing table: best named, found, and their ratios in several statistics.
 
-    That is the teacher's error, or the facts of an objective (found | best named).
+    Also the Frechet distances where the problem has features, the facts of an objective (found |
+    best named), and the teacher's own error.
     """
     from rich.table import Table
 
-    table = Table(
-        title=f"{objective} on {rows[0].samples if rows else 0} fresh samples (mean | median)"
-    )
+    most = max((row.samples for row in rows), default=0)
+    table = Table(title=f"{objective} on up to {most} fresh samples")
+    columns = [column for column in COLUMNS if any(column[1](row) != "–" for row in rows)]
     facts = list(rows[0].facts) if rows else []
-    taught = any(row.teacher_self_error is not None for row in rows)
-    heads = ["NFE", "best named", "its score", "found", "found / named", "95%", *facts]
-    for head in [*heads, *(["teacher"] if taught else [])]:
+    for head in [*(name for name, _ in columns), *facts]:
         table.add_column(head, justify="left" if head == "best named" else "right", no_wrap=True)
     front = pareto(rows)
-    if len(front) < len(rows):
-        table.caption = "* fewer calls do as well: not on the Pareto front of calls and score"
-    for row in rows:
-        low, high = row.interval
-        table.add_row(
-            str(row.nfe) if row in front else f"{row.nfe}*",
-            row.best_named,
-            f"{number(row.best_named_score)} | {number(row.best_named_median)}",
-            f"{number(row.found_score)} | {number(row.found_median)}",
-            f"{row.ratio:.3f}",
-            f"{low:.3f}–{high:.3f}",
-            *(fact_cells(row) if facts else ()),
-            *([number(row.teacher_self_error)] if taught else []),
+    notes = []
+    if any(row.comparison is not None for row in rows):
+        notes.append(
+            "ratio: found over best named, geometric means of the samples' errors and their 95 % "
+            "interval; median, mean and quantiles: ratios of these"
         )
+    if len(front) < len(rows):
+        notes.append("* fewer calls do as well: not on the Pareto front of calls and score")
+    notes += [
+        f"NFE {row.nfe}: nothing gained, use {row.use}" for row in rows if row.use != "found"
+    ]
+    table.caption = "\n".join(notes) or None
+    for row in rows:
+        cells = [cell(row) for _, cell in columns]
+        cells[0] += "" if row in front else "*"
+        table.add_row(*cells, *fact_cells(row))
     return table
+
+
+def share(value: float | None) -> str:
+    """A ratio in three digits."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def span(interval: tuple[float, float] | None) -> str:
+    """An interval of ratios."""
+    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"
+
+
+def _compared(name: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        if row.comparison is None:
+            return "–"
+        value = getattr(row.comparison, name)
+        if name in ("share_worse", "worst_share"):
+            return f"{100 * value:.1f} %"
+        return f"{value:.2f}" if name == "tail_index" else share(value)
+
+    return cell
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("NFE", lambda row: str(row.nfe)),
+    ("best named", lambda row: row.best_named),
+    ("its score", lambda row: number(row.best_named_score)),
+    ("found", lambda row: number(row.found_score)),
+    ("ratio", lambda row: share(row.ratio)),
+    ("95 %", lambda row: span(row.interval)),
+    ("median", _compared("median")),
+    ("mean", _compared("mean")),
+    ("90 %q", _compared("q90")),
+    ("99 %q", _compared("q99")),
+    ("worse", _compared("share_worse")),
+    ("worst's share", _compared("worst_share")),
+    ("tail index", _compared("tail_index")),
+    ("Frechet", lambda row: _pair(row.frechet)),
+    ("over stock", lambda row: share(row.stock.get("ratio")) if row.stock else "–"),
+    ("teacher", lambda row: number(row.teacher_self_error)),
+)
+"""Heads and cells of a row, for the closing table and the page; unknown ones are left out."""
+
+
+def _pair(values: Mapping[str, float]) -> str:
+    return f"{number(values['found'])} | {number(values['named'])}" if values else "–"
 
 
 def fact_cells(row: Row) -> list[str]:
@@ -69,7 +117,7 @@ def named_table(rows: Sequence[Row]) -> Table:
     """Every named solver on its best grid, at every NFE."""
     from rich.table import Table
 
-    table = Table(title="every named schedule in its best variant, fresh samples")
+    table = Table(title="every named schedule in its best variant, noise of the search")
     table.add_column("name", no_wrap=True)
     for row in rows:
         table.add_column(f"NFE {row.nfe}", justify="right", no_wrap=True)
@@ -160,6 +208,30 @@ def curves(
     return save_figure(figure, path, dpi=110)
 
 
+def errors_picture(path: Path, errors: Mapping[int, tuple[Any, Any]]) -> Path:
+    """Error of every fresh sample, found against best named, logarithmic; a panel per NFE.
+
+    Below the diagonal the found schedule is better. `errors` holds (found, named) by NFE.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * len(errors), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(errors), squeeze=False)[0]
+    for axis, (nfe, (found, named)) in zip(axes, errors.items(), strict=True):
+        low = max(min(found.min(), named.min()), 1e-20)
+        high = max(found.max(), named.max(), low * 10)
+        axis.plot([low, high], [low, high], color="0.6", linewidth=1)
+        axis.scatter(named, found, s=4, alpha=0.25, color="C0", linewidths=0)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        worse = 100 * float((found > named).mean())
+        axis.set_title(f"NFE {nfe}: {worse:.1f} % of samples worse", fontsize=9)
+        axis.set_xlabel("error, best named")
+        axis.grid(True, alpha=0.2)
+    axes[0].set_ylabel("error, found")
+    return save_figure(figure, path, dpi=110)
+
+
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """The rows worth their calls: no row of as many or fewer calls has as low a score."""
     front: list[Row] = []
@@ -210,34 +282,24 @@ def page(
     path: Path, title: str, rows: Sequence[Row], pictures: Sequence[Path], facts: Mapping[str, str]
 ) -> Path:
     """A page with the tables and the pictures inside it; it needs no other file."""
-    heads = "NFE|best named|mean|median|found|median|found / named|95%|teacher|search score|trials"
-    names = [
-        *heads.split("|"),
-        *(f"{name}: found, named" for name in (rows[0].facts if rows else ())),
-    ]
+    more = (
+        ("search score", lambda row: number(row.found_search_score)),
+        ("trials", lambda row: f"{row.trials} ({row.failed} failed)"),
+        ("use", lambda row: row.use),
+    )
+    columns = [*(c for c in COLUMNS if any(c[1](row) != "–" for row in rows)), *more]
+    facts_heads = [f"{name}: found, named" for name in (rows[0].facts if rows else ())]
+    names = [*(name for name, _ in columns), *facts_heads]
     head = "<tr>" + "".join(f"<th>{html.escape(name)}" for name in names) + "</tr>"
     body = []
     for row in rows:
-        low, high = row.interval
-        cells = (
-            str(row.nfe),
-            row.best_named,
-            number(row.best_named_score),
-            number(row.best_named_median),
-            number(row.found_score),
-            number(row.found_median),
-            f"{row.ratio:.3f}",
-            f"{low:.3f}–{high:.3f}",
-            number(row.teacher_self_error),
-            number(row.found_search_score),
-            f"{row.trials} ({row.failed} failed)",
-            *fact_cells(row),
-        )
+        cells = (*(cell(row) for _, cell in columns), *fact_cells(row))
         body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
     named = []
     for row in rows:
         lines = "".join(
-            f"<tr><td>{html.escape(s.name)}<td>{number(s.score)}<td>{number(s.median)}</tr>"
+            f"<tr><td>{html.escape(s.name)}<td>{number(s.score)}<td>{number(s.median)}"
+            f"<td>{s.stream} noise</tr>"
             for s in row.named
         )
         named.append(

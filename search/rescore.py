@@ -6,6 +6,7 @@ The evaluator, the noise, the conditions and the teacher are the search's own, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.display import Display, Silent
-from fewstep.search.evaluate import Evaluator, Result, TaskResult, assemble
+from fewstep.search.display import Display
 from fewstep.search.family import family_of
-from fewstep.search.objective import Array, Objective, ratio_interval
+from fewstep.search.objective import Objective, Paired
 from fewstep.search.pool import SerialPool
 from fewstep.search.preparing import evaluator_spec
+from fewstep.search.scoring import assemble
 from fewstep.search.teacher import Teacher
+from fewstep.search.work import Block, Evaluator, Result, cut
+from fewstep.search.yardstick import Array, Comparison
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,27 @@ class Rescored:
     resamples: int
     seed: int
 
-    def ratio(self, a: int, b: int) -> tuple[float, tuple[float, float]]:
-        """score(a) / score(b) and its 95% interval, paired; inf where `a` failed."""
-        one, other = self.results[a], self.results[b]
-        if one.measures is None or other.measures is None:
-            return float("inf"), (float("inf"), float("inf"))
-        score = None
-        if not self.objective.per_sample:
-            score = lambda m, p: self.objective.score(m[p], self.reference[p])  # noqa: E731
-        interval = ratio_interval(
-            one.measures, other.measures, resamples=self.resamples, seed=self.seed, score=score
-        )
-        return (one.score / other.score if other.score > 0 else 1.0), interval
+    @property
+    def _paired(self) -> Paired:
+        return Paired(self.objective, resamples=self.resamples, seed=self.seed)
+
+    def value(self, a: int) -> float:
+        """The score of a schedule as it is reported; inf if it failed."""
+        measures = self.results[a].measures
+        return math.inf if measures is None else self._paired.value(measures, self.reference)
+
+    def ratio(
+        self, a: int, b: int
+    ) -> tuple[float | None, tuple[float, float] | None, Comparison | None]:
+        """Score of a over that of b with its 95% interval, paired, and every other statistic.
+
+        inf where `a` failed.
+        """
+        one, other = self.results[a].measures, self.results[b].measures
+        if one is None or other is None:
+            return math.inf, (math.inf, math.inf), None
+        share, interval = self._paired.ratio(one, other, self.reference)
+        return share, interval, self._paired.compared(one, other)
 
 
 def rescore(
@@ -82,16 +94,17 @@ def rescore(
     Raises:
         FewstepError: a schedule of another noise schedule, or a model that gives nothing finite.
     """
-    display = display or Silent()
+    display = display or Display()
     family, objective, seed = family_of(evaluator.problem), evaluator.objective, config.search.seed
     members, block = config.search.block
     pool = SerialPool(evaluator_spec(config), evaluator)
     held = samples if held is None else max(held, samples)
     weight = family.per_sample
     total = weight * samples * sum(s.nfe for s in schedules)
-    work = family.chunks(schedules, members)
+    for schedule in schedules:
+        family.check(schedule, "a schedule")
     reference = np.zeros((samples, 0))
-    if family.taught:
+    if family.has_teacher:
         teacher = Teacher(evaluator.ode, config.teacher, pool, cache, seed=seed, block=block)
         display.total(teacher.cost(held) + total)
         display.stage(f"teacher, {config.teacher.nfe} calls")
@@ -102,13 +115,14 @@ def rescore(
         display.total(total)
     display.stage(f"{len(schedules)} schedules")
     found: dict[int, Result] = {}
-    for chunk in work:
-        parts: list[TaskResult] = []
-        for task in chunk.tasks(stream, samples, block):
-            pool.submit(task)
-            parts.append(pool.collect()[1])
-            display.advance(weight * task.candidates * (task.stop - task.start) * chunk.nfe)
-        found |= dict(zip(chunk.members, assemble(parts, objective, reference), strict=True))
+    for positions in cut(schedules, members):
+        group = [schedules[i] for i in positions]
+        parts = []
+        for part in pool.map(Block.cover(group, stream, range(samples), block)):
+            parts.append(part)
+            size = part.values.shape[1]
+            display.advance(weight * len(group) * size * group[0].nfe)
+        found |= dict(zip(positions, assemble(parts, objective, reference), strict=True))
     results = [found[i] for i in range(len(schedules))]
     return Rescored(results, reference, objective, config.final.resamples, seed)
 

@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.samplers import AnyProblem, ParticleProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
 from fewstep.search.family import Family
-from fewstep.search.final import FRESH, Row, Verdict
 from fewstep.search.pool import Pool
 from fewstep.search.record import write_text
 from fewstep.search.rung import best_so_far
 from fewstep.search.strategies import Evaluated
 from fewstep.search.tracking import Tracker
+from fewstep.search.verdict import FRESH, Row, Verdict
+from fewstep.search.work import Block, Want
 from fewstep.space.files import save_schedule
 
 
@@ -58,16 +60,18 @@ def write_results(
         The rows of results.json.
     """
     rows, objective = tuple(v.row for v in verdicts), config.objective.name or ""
+    statistic = config.objective.statistic or "mean"
     for verdict in verdicts:
         nfe = verdict.row.nfe
         provenance = _provenance(config, verdict.row, problem, runs)
-        schedule = verdict.found.model_copy(update={"provenance": provenance})
+        schedule = verdict.kept.model_copy(update={"provenance": provenance})
         path = save_schedule(schedule, schedule_path(out, nfe, config.scale))
         tracker.file(nfe, path, "schedules")
         tracker.file(None, path, "schedules")
     results = {
         "study": config.name,
         "objective": objective,
+        "statistic": statistic,
         "rows": [row.to_dict() for row in rows],
         "pareto": [row.nfe for row in report.pareto(rows)],
     }
@@ -78,16 +82,19 @@ def write_results(
     series = {nfe: best_so_far(known) for nfe, known in found.items()}
     levels = {nfe: best_so_far(known[: named[nfe]])[-1][1] for nfe, known in found.items()}
     pictures = [report.curves(out / "curves.png", series, levels, objective)]
+    errors = {v.row.nfe: v.errors for v in verdicts if v.errors is not None}
+    if errors:
+        pictures.insert(0, report.errors_picture(out / "errors.png", errors))
     if len(rows) > 1:
         pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, objective))
     sheet = None
-    if family.taught or problem.picture is not None:
-        drawn = _sheet(config, pool, family, verdicts, endpoints)
+    if family.has_teacher or problem.picture is not None:
+        drawn = _sheet(config, pool, verdicts, endpoints)
         sheet = report.contact_sheet(out / "samples.png", drawn, problem.picture)
     if sheet is not None:
         pictures.insert(0, sheet)
     stages = ("teacher.", "refine.", "compensation.", "cpr.")
-    unused = () if family.taught else (*stages, "search.guidance", "objective.features")
+    unused = () if family.has_teacher else (*stages, "search.guidance", "objective.features")
     facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
     facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
     written.append(
@@ -96,21 +103,34 @@ def write_results(
     for path in (*written, *pictures):
         tracker.file(None, path)
     for row in rows:
-        values = {
-            "found_score": row.found_score,
-            "best_named_score": row.best_named_score,
-            "ratio": row.ratio,
-        }
-        values |= {
-            "ratio_low": row.interval[0],
-            "ratio_high": row.interval[1],
-            "gap": row.gap,
-            "trials": row.trials,
-        }
-        values |= {name: found_value for name, (found_value, _) in row.facts.items()}
-        tracker.numbers(row.nfe, values | {"calls_spent": row.calls_spent, "failed": row.failed})
-        tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
+        tracker.numbers(row.nfe, metrics(row))
+        if row.ratio is not None:
+            tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
     return rows
+
+
+def metrics(row: Row) -> dict[str, float]:
+    """The numbers of a row, flat, as MLflow takes them; those that are not known left out."""
+    low, high = row.interval or (None, None)
+    values: dict[str, Any] = {
+        "found_score": row.found_score,
+        "best_named_score": row.best_named_score,
+        "ratio": row.ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "gap": row.gap,
+        "trials": row.trials,
+        "failed": row.failed,
+        "calls_spent": row.calls_spent,
+        "fresh_samples": row.samples,
+        **{name: found for name, (found, _) in row.facts.items()},
+        **{f"frechet_{name}": value for name, value in row.frechet.items()},
+    }
+    if row.comparison is not None:
+        listed = row.comparison.to_dict()
+        values |= {f"ratio_{name}": listed[name] for name in ("median", "mean", "q90", "q99")}
+        values |= {name: listed[name] for name in ("share_worse", "worst_share", "tail_index")}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def schedule_path(out: Path, nfe: int, guidance: float | None) -> Path:
@@ -122,7 +142,6 @@ def schedule_path(out: Path, nfe: int, guidance: float | None) -> Path:
 def _sheet(
     config: StudyConfig,
     pool: Pool,
-    family: Family,
     verdicts: list[Verdict],
     endpoints: Tensor | None,
 ) -> list[tuple[str, Tensor]]:
@@ -134,19 +153,20 @@ def _sheet(
         for v in verdicts
         for t in (f"{v.row.best_named}, {v.row.nfe} calls", f"found, {v.row.nfe} calls")
     ]
-    tickets: dict[int, str] = {}
-    for label, schedule in zip(labels, schedules, strict=True):
-        (chunk,) = family.chunks([schedule], 1)
-        (task,) = chunk.tasks(FRESH, size, size, "samples")
-        tickets[pool.submit(task)] = label
-    drawn: dict[str, Tensor] = {}
-    while len(drawn) < len(tickets):
-        ticket, result = pool.collect()
-        drawn[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
-    rows = [(label, drawn[label]) for label in labels]
+    blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
+    samples = [torch.from_numpy(np.array(r.values[0])) for r in pool.map(blocks)]
+    rows = list(zip(labels, samples, strict=True))
     if endpoints is not None:
         rows.append((f"teacher, {config.teacher.nfe} calls", endpoints[:size]))
     return rows
+
+
+def drawn(
+    pool: Pool, schedule: Any, stream: str, samples: int, want: Want, block: int
+) -> NDArray[Any]:
+    """Samples, or their features, of one schedule on samples 0..samples-1 of a stream."""
+    blocks = Block.cover([schedule], stream, range(samples), block, want=want)
+    return np.concatenate([r.values[0] for r in pool.map(blocks)])
 
 
 def _provenance(
@@ -157,13 +177,16 @@ def _provenance(
         "objective": config.objective.name,
         "score": row.found_score,
         "median": row.found_median,
+        "statistic": config.objective.statistic,
         "ratio": row.ratio,
-        "interval": list(row.interval),
+        "interval": None if row.interval is None else list(row.interval),
+        "use": row.use,
+        "best_named": row.best_named,
         "baselines": {s.name: s.score for s in row.named},
         "seeds": {
             "seed": config.search.seed,
             "search": config.search.samples,
-            "fresh": config.final.samples,
+            "fresh": row.samples,
         },
         "study": config.name,
         "strategy": config.search.strategy,
@@ -171,6 +194,8 @@ def _provenance(
         "mlflow_run": runs.get(str(row.nfe), ""),
         "fewstep": version("fewstep"),
     }
+    if row.comparison is not None:
+        found["comparison"] = row.comparison.to_dict()
     if row.facts:
         found["facts"] = {name: value for name, (value, _) in row.facts.items()}
     if isinstance(problem, ParticleProblem):

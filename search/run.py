@@ -1,59 +1,57 @@
 """The driver: from a study to schedule files, and the evidence beside them.
 
-    study -> problem, named solvers, space, strategy -> teacher -> per NFE: generations -> verdict
+    study -> problem, named solvers, spaces -> teacher -> per NFE: generations, stages -> verdict
     on fresh noise -> files, MLflow
 
-Everything that decides a result comes from the study; what was already done comes from the log, so
-a killed search goes on where it stopped and ends as if it had not been.
+Everything that decides a result comes from the study; what was already done comes from the store,
+so a killed search goes on where it stopped and ends as if it had not been, and one that is given
+more budget as if it had had it from the start.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.search.config import StudyConfig
-from fewstep.search.cpr_stage import cpr_cost, regress, wanted
-from fewstep.search.display import Display, Silent, count, duration
-from fewstep.search.evaluate import Evaluator
+from fewstep.search.display import Display, duration
 from fewstep.search.family import family_of
-from fewstep.search.final import FRESH, SELECT, Judge, Row, Verdict, final_cost
-from fewstep.search.finishing import finish_cost, finish_rungs
 from fewstep.search.guided import regress_all, search_each
-from fewstep.search.objective import Array
-from fewstep.search.pool import Pool, cpus
+from fewstep.search.objective import Frechet, frechet_distance
+from fewstep.search.pool import Pool
 from fewstep.search.preparing import (
+    announce,
     check_names,
     evaluator_spec,
-    freeze,
-    make_strategy,
+    make_proposer,
     open_pool,
     speed,
     starters,
 )
-from fewstep.search.record import Record, prepare_out
-from fewstep.search.refining import HELD, TRAIN
-from fewstep.search.results import write_results
-from fewstep.search.rung import SEARCH, Progress, Rung, best_so_far
-from fewstep.search.scoring import Scorer
-from fewstep.search.strategies import Proposal, Strategy
-from fewstep.search.study import TrialTable, open_storage, study_name
+from fewstep.search.record import held, write_text
+from fewstep.search.results import drawn, write_results
+from fewstep.search.rung import Progress, Rung, best_so_far
+from fewstep.search.scoring import SEARCH, Scorer
+from fewstep.search.stages.cpr import regress, wanted
+from fewstep.search.stages.improve import finish_rungs
+from fewstep.search.stages.refine import HELD, TRAIN
+from fewstep.search.store import Store, open_storage
+from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.search.teacher import Teacher
-from fewstep.search.tracking import MlflowTracker, NoTracker, Tracker
+from fewstep.search.tracking import MlflowTracker, Tracker
+from fewstep.search.verdict import FRESH, Judge, Row, Verdict, with_frechet
 from fewstep.search.warm import load_warm, warm_start
-from fewstep.space.protocol import Domain
-
-log = logging.getLogger(__name__)
+from fewstep.search.work import Evaluator
+from fewstep.search.yardstick import Array
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ def search(
     Args:
         config: the study.
         out: folder for everything it leaves.
-        resume: go on with the search in `out`.
-        overwrite: discard the search in `out`.
+        resume: go on with the search in `out`, or of this name in the study's storage.
+        overwrite: discard the search in `out`; what a storage elsewhere holds stays.
         address: Ray cluster; None joins RAY_ADDRESS or starts one on loopback.
         display: where progress is shown.
 
@@ -91,316 +89,305 @@ def search(
     Raises:
         FewstepError: a study, a model or a folder that cannot be used.
     """
-    display = display or Silent()
-    with Record(prepare_out(out, resume=resume, overwrite=overwrite)) as record:
+    display = display or Display()
+    with held(out, resume=resume, overwrite=overwrite):
         if len(config.search.guidance or ()) < 2:
-            return _Search(config, out, record, display, address).run()
-        freeze(config, out, record)
-        seconds, objective = 0.0, ""
+            return Search(config, out, display, address).run(resume)
+        begun = time.monotonic()
+        store = Store(
+            open_storage(config.search.storage, out),
+            config.name,
+            out,
+            config.identity(budget=False),
+            resume,
+        )
+        write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
+        objective, again = "", store.resumed
 
-        def one(part: StudyConfig, folder: Path, begun: bool) -> Sequence[Row]:
-            nonlocal seconds, objective
-            going = begun and not overwrite
-            found = search(
-                part, folder, resume=going, overwrite=overwrite, address=address, display=display
-            )
-            seconds, objective = seconds + found.seconds, found.objective
+        def one(part: StudyConfig, folder: Path) -> Sequence[Row]:
+            nonlocal objective
+            more = {"address": address, "display": display, "overwrite": overwrite}
+            found = search(part, folder, resume=again and not overwrite, **more)
+            objective = found.objective
             return found.rows
 
         rows = search_each(config, out, one, display)
-        begun = time.monotonic()
         if wanted(config):
             regress_all(config, out, rows, address, display)
-        seconds += time.monotonic() - begun
-        return Outcome(objective, tuple(rows), out, seconds)
+        return Outcome(objective, tuple(rows), out, time.monotonic() - begun)
 
 
-class _Search:
+class Search:
+    """One search: everything its parts ask for.
+
+    Args:
+        config: the study.
+        out: folder for everything it leaves.
+        display: where progress is shown.
+        address: Ray cluster.
+
+    Attributes:
+        solvers: named schedules by NFE.
+        domains: search spaces by NFE.
+        warm: candidates of search.warm by NFE, where they are still to be scored.
+        store: the trials.
+        pool: does the work.
+        scorer: evaluates schedules.
+    """
+
+    pool: Pool
+    store: Store
+    scorer: Scorer
+
     def __init__(
-        self, config: StudyConfig, out: Path, record: Record, display: Display, address: str | None
+        self, config: StudyConfig, out: Path, display: Display, address: str | None
     ) -> None:
-        self.config, self.out, self.record, self.display, self.address = (
-            config,
-            out,
-            record,
-            display,
-            address,
-        )
-        self._begun = time.monotonic() - record.elapsed
-        self._references: dict[str, Array] = {}
+        self.config, self.out, self.display, self.address = config, out, display, address
+        self.tracker = Tracker()
+        self.rungs: dict[int, Rung] = {}
+        self.references: dict[str, Array] = {}
         self._endpoints: dict[str, Tensor] = {}
-        self._warm: dict[int, list[Proposal]] = {}
+        self._runs: Mapping[str, str] = {}
 
-    def clock(self) -> float:
-        """Seconds the search has run, earlier sessions included."""
-        return time.monotonic() - self._begun
-
-    def run(self) -> Outcome:
-        spec = evaluator_spec(self.config)
-        evaluator = Evaluator.from_spec(spec)
-        self.family = family = family_of(evaluator.problem)
-        self.config = config = family.settle(self.config)
-        freeze(config, self.out, self.record)
-        domains = {nfe: family.domain(config, nfe) for nfe in config.search.nfe}
-        strategies = {nfe: make_strategy(config, domain) for nfe, domain in domains.items()}
-        check_names(config, family)
-        solvers = {nfe: starters(config, family, nfe) for nfe in config.search.nfe}
-        per_call = speed(evaluator, config, family)
-        begin = [nfe for nfe in config.search.nfe if self._first_time(nfe)]
-        files = load_warm(config, family) if begin else {}
-        self._warm = {n: warm_start(files, domains[n], solvers[n].values()) for n in begin}
-        storage = open_storage(config.search.storage, self.out)
-        tracker: Tracker = NoTracker()
-        if config.tracking.enabled:
-            tracker = MlflowTracker(
-                config.tracking.uri, config.tracking.experiment, config.search.nfe
-            )
+    def run(self, resume: bool) -> Outcome:
+        """From the study to its files."""
+        self._prepare()
+        per_call, piece = speed(self.evaluator, self.config, self.family)
+        self._open_store(resume)
+        self.store.note(piece=self.store.notes.get("piece", piece))  # scores depend on it
+        self.evaluator.set_piece(self.store.notes["piece"])
         with self.display, ThreadPoolExecutor(1) as background:
             self.display.stage("starting workers")
-            opening = background.submit(self._open_tracker, tracker)
-            status, pool = "FAILED", None
+            opening = background.submit(self._open_tracker)
+            status = "FAILED"
             try:
-                pool = open_pool(config, spec, evaluator, self.address)
-                runs = opening.result()
-                self._announce(per_call, pool, list(next(iter(solvers.values()))))
-                outcome = self._work(
-                    evaluator, pool, tracker, runs, storage, domains, strategies, solvers
-                )
+                spec = replace(self._spec, piece=self.evaluator.piece)
+                more = (self.evaluator, self.address, self.display)
+                self.pool = open_pool(self.config, spec, *more)
+                self._runs = opening.result()
+                announce(self, per_call)
+                outcome = self._work()
                 status = "FINISHED"
                 return outcome
             except KeyboardInterrupt:
                 status = "KILLED"
                 raise
             finally:
-                if pool is not None:
-                    pool.close()
+                if hasattr(self, "pool"):
+                    self.pool.close()
                 wait([opening])
-                tracker.close(status)
+                self.tracker.close(status)
 
-    def _open_tracker(self, tracker: Tracker) -> dict[str, str]:
-        runs = tracker.open(
-            self.config.name, self.config.identity(), self.record.notes.get("mlflow", {})
+    def _prepare(self) -> None:
+        """Load the model and check what can be checked before anything runs."""
+        self._spec = evaluator_spec(self.config)
+        self.evaluator = Evaluator.from_spec(self._spec)
+        self.family = family_of(self.evaluator.problem)
+        self.config = config = self.family.settle(self.config)
+        self.domains = {nfe: self.family.domain(config, nfe) for nfe in config.search.nfe}
+        for nfe in config.search.nfe:
+            self.proposer(nfe, ())
+        check_names(config, self.family)
+        self.solvers = {nfe: starters(config, self.family, nfe) for nfe in config.search.nfe}
+        self.limits = config.candidates(self.family.per_sample)
+
+    def _open_store(self, resume: bool) -> None:
+        config = self.config
+        storage = open_storage(config.search.storage, self.out)
+        identity = config.identity(budget=False)
+        self.store = Store(storage, config.name, self.out, identity, resume)
+        write_text(
+            self.out / "study.json",
+            json.dumps(self.family.readable(config), indent=1) + "\n",
         )
-        if runs and runs != self.record.notes.get("mlflow"):
-            self.record.note(mlflow=runs)
+        elapsed, todo = 0.0, []
+        for nfe in config.search.nfe:
+            kept = self.store.trials(nfe, domain=self.domains[nfe]).kept()
+            elapsed = max([elapsed, *(k.elapsed for k in kept)])
+            first = [k for k in kept if k.generation == 0]
+            limit = first[0].size if first else 1
+            if len(first) < min(limit, (self.limits or {}).get(nfe, limit)):
+                todo.append(nfe)
+        self._begun = time.monotonic() - elapsed
+        files = load_warm(config, self.family) if todo else {}
+        self.warm = {n: warm_start(files, self.domains[n], self.solvers[n].values()) for n in todo}
+
+    def _open_tracker(self) -> dict[str, str]:
+        config = self.config
+        if not config.tracking.enabled:
+            return {}
+        self.tracker = MlflowTracker(
+            config.tracking.uri,
+            config.tracking.experiment,
+            config.search.nfe,
+            self.display.note,
+        )
+        known = self.store.notes.get("mlflow", {})
+        runs = self.tracker.open(config.name, config.identity(), known)
+        self.store.note(mlflow=runs)
         return runs
 
-    def _announce(self, per_call: float, pool: Pool, solvers: list[str]) -> None:
-        config, final, weight = self.config, self.config.final, self.family.per_sample
-        reference = 0
-        if self.family.taught:
-            check = 2 * min(config.teacher.check, final.samples)
-            reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
-        rivals = {name.split("/")[0] if final.named == "best_grid" else name for name in solvers}
-        verdict = weight * sum(final_cost(nfe, final, len(rivals)) for nfe in config.search.nfe)
-        candidates = config.candidates(weight)
-        at_once = max(1, min(pool.workers, cpus()) if self.address is None else pool.workers)
-        where = f"{pool.workers} workers" if pool.workers else "this process"
-        if candidates is None and config.budget.calls is not None:
-            total = config.budget.calls + reference + verdict + self._last()
-            self.display.total(total)
-            self.display.note(
-                f"{config.name}: {count(config.budget.calls)} network evaluations of racing "
-                f"candidates, {count(total)} in all on {where}, about "
-                f"{duration(total * per_call / at_once)} ({per_call * 1e6:.0f} µs each, measured) "
-                "and the strategy's own time"
-            )
-            return
-        if candidates is None:
-            seconds = (config.budget.seconds or 0) + (reference + verdict) * per_call / at_once
-            self.display.total(None)
-            self.display.note(
-                f"{config.name}: {config.budget.seconds:g} s of search on {where}, about "
-                f"{duration(seconds)} in all; "
-                "a budget in seconds makes the result depend on the machine"
-            )
-            return
-        if config.base_strategy is None:
-            candidates = {
-                nfe: min(n, len(solvers) + len(self._warm.get(nfe, ())))
-                for nfe, n in candidates.items()
-            }
-        trials = config.search.samples * sum(nfe * n for nfe, n in candidates.items())
-        total = weight * trials + reference + verdict + self._last()
-        self.display.total(total)
-        asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in candidates.items())
-        each, most = f"each on {config.search.samples} samples", ""
-        if config.search.race:
-            each, most = f"racing on {' -> '.join(map(str, config.search.levels))} samples", "≤ "
-        self.display.note(
-            f"{config.name}: {asked}, {each}; "
-            f"{most}{count(total)} network evaluations on {where}, about "
-            f"{duration(total * per_call / at_once)} ({per_call * 1e6:.0f} µs each, measured) "
-            "and the strategy's own time"
-        )
+    def clock(self) -> float:
+        """Seconds the search has run, earlier sessions included."""
+        return time.monotonic() - self._begun
 
-    def _last(self) -> int:
-        """Network evaluations of the last stages, at most."""
-        fitting = cpr_cost(self.config, 1) if wanted(self.config) else 0
-        return finish_cost(self.config) + fitting
+    def proposer(self, nfe: int, earlier: Sequence[Evaluated]) -> Proposer | None:
+        """The strategy at an NFE; None for a stage alone, which needs none."""
+        return make_proposer(self.config, self.domains[nfe], earlier)
 
-    def _work(
-        self,
-        evaluator: Evaluator,
-        pool: Pool,
-        tracker: Tracker,
-        runs: Mapping[str, str],
-        storage: Any,
-        domains: Mapping[int, Domain],
-        strategies: Mapping[int, Strategy | None],
-        solvers: Mapping[int, Mapping[str, Any]],
-    ) -> Outcome:
-        config, family = self.config, self.family
-        teacher = self._teacher(evaluator, pool) if family.taught else None
-        limits = config.candidates(family.per_sample)
-        scorer = Scorer(
-            pool,
-            evaluator.objective,
-            family,
-            self.record,
-            self._references,
+    def _work(self) -> Outcome:
+        config = self.config
+        self.teacher = self._make_teacher() if self.family.has_teacher else None
+        self.scorer = Scorer(
+            self.pool,
+            self.evaluator.objective,
+            self.store,
+            self.references,
             block=config.search.block,
-            clock=self.clock,
+            per_sample=self.family.per_sample,
             advance=self.display.advance,
         )
-        self._refer(teacher, evaluator, pool, SEARCH, config.search.samples)
-        rungs: dict[int, Rung] = {}
-        for k, nfe in enumerate(config.search.nfe):
-            fresh = not self.record.generations
-            table = TrialTable(
-                storage,
-                study_name(config.name, nfe),
-                domains[nfe],
-                fresh=fresh or self._first_time(nfe),
-            )
-            table.remember(
-                mlflow_run=runs.get(str(nfe), ""), mlflow_parent_run=runs.get("parent", "")
-            )
-            begun = time.monotonic()
-            earlier = [e for rung in rungs.values() for e in rung.known]
-            rungs[nfe] = rung = Rung(
-                nfe,
-                config,
-                solvers[nfe],
-                strategies[nfe],
-                scorer=scorer,
-                record=self.record,
-                table=table,
-                earlier=earlier if config.search.ladder else [],
-                clock=self.clock,
-                limit=None if limits is None else limits[nfe],
-                deadline=self._deadline(k),
-                told=self._teller(nfe, tracker),
-                warm=self._warm.get(nfe, ()),
-            )
-            for name, made in Counter(p.source for p in self._warm.get(nfe, ())).items():
-                self.display.note(f"NFE {nfe}: {made} candidates from {name}")
-            self.display.stage(f"NFE {nfe}: named solvers")
-            rung.run()
-            self._say_rung(nfe, rung, time.monotonic() - begun)
-        extra: dict[int, int] = {}
-        if config.finish == "refine":
-            for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
-                self._refer(teacher, evaluator, pool, stream, size)
-        if config.finish is not None:
-            wants_mean = config.finish == "refine" and config.refine.mean
-            mean = self._endpoints[TRAIN].mean(0) if wants_mean else None
-            extra = finish_rungs(config, pool, rungs, self.display, mean)
-        for stream in (SELECT, FRESH):
-            self._refer(teacher, evaluator, pool, stream, config.final.samples)
-        own_error = None
-        if teacher is not None:
-            self.display.stage("teacher against itself")
-            own_error = teacher.self_error(FRESH, self._endpoints[FRESH], self.display.advance)
-        judge = Judge(
-            scorer, evaluator.objective, config.final, self._references, config.search.seed
-        )
-        verdicts: list[Verdict] = []
+        self._refer(SEARCH, config.search.samples)
         for nfe in config.search.nfe:
-            self.display.stage(f"NFE {nfe}: fresh seeds")
-            verdict = judge.verdict(
-                nfe,
-                rungs[nfe].known,
-                len(rungs[nfe].named_known()),
-                teacher_self_error=own_error,
-                calls_spent=sum(rungs[nfe].costs) + extra.get(nfe, 0),
-            )
-            row = replace(verdict.row, guidance=config.scale)
-            verdicts.append(replace(verdict, row=row))
+            self._search(nfe)
+        spent = self._finish()
+        verdicts = self._judge(spent)
         self.display.stage("writing")
         rows = write_results(
             config,
             self.out,
-            evaluator.problem,
-            family,
-            pool,
-            tracker,
-            runs,
+            self.evaluator.problem,
+            self.family,
+            self.pool,
+            self.tracker,
+            self._runs,
             verdicts,
-            found={nfe: rung.known for nfe, rung in rungs.items()},
-            named={nfe: len(rung.named_known()) for nfe, rung in rungs.items()},
+            found={nfe: rung.known for nfe, rung in self.rungs.items()},
+            named={nfe: len(rung.named_known()) for nfe, rung in self.rungs.items()},
             endpoints=self._endpoints.get(FRESH),
         )
         if wanted(config):
-            path = regress(config, self.out, rows, evaluator.ode, pool, self.display)
+            path = regress(config, self.out, rows, self.evaluator.ode, self.pool, self.display)
             if path is not None:
-                tracker.file(None, path)
+                self.tracker.file(None, path)
         return Outcome(config.objective.name or "", rows, self.out, self.clock())
 
-    def _teacher(self, evaluator: Evaluator, pool: Pool) -> Teacher:
-        config = self.config
-        cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
-        return Teacher(
-            evaluator.ode,
-            config.teacher,
-            pool,
-            cache,
-            seed=config.search.seed,
-            block=config.search.block[1],
+    def _search(self, nfe: int) -> None:
+        """The candidates of one NFE."""
+        begun, nfes = time.monotonic(), self.config.search.nfe
+        earlier = [e for rung in self.rungs.values() for e in rung.known]
+        deadline = self.config.budget.seconds
+        if deadline is not None:
+            deadline *= sum(nfes[: nfes.index(nfe) + 1]) / sum(nfes)
+        limit = None if self.limits is None else self.limits[nfe]
+        self.rungs[nfe] = rung = Rung(
+            self, nfe, earlier if self.config.search.ladder else [], limit, deadline
         )
-
-    def _first_time(self, nfe: int) -> bool:
-        return (nfe, 0) not in self.record.generations
-
-    def _deadline(self, k: int) -> float | None:
-        if self.config.budget.seconds is None:
-            return None
-        nfes = self.config.search.nfe
-        return self.config.budget.seconds * sum(nfes[: k + 1]) / sum(nfes)
-
-    def _refer(
-        self, teacher: Teacher | None, evaluator: Evaluator, pool: Pool, stream: str, samples: int
-    ) -> None:
-        """The teacher's end points of a stream, given to every worker, and their measures."""
-        if teacher is None:
-            self._references[stream] = np.zeros((samples, 0))
-            return
-        self.display.stage(f"teacher, {self.config.teacher.nfe} calls ({stream})")
-        endpoints = teacher.reference(stream, samples, self.display.advance).samples
-        self._endpoints[stream] = endpoints
-        pool.share(stream, endpoints)
-        with torch.no_grad():
-            measures = evaluator.objective.measure(endpoints[None], endpoints)
-        self._references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
-
-    def _teller(self, nfe: int, tracker: Tracker) -> Callable[[Progress], None]:
-        def told(progress: Progress) -> None:
-            tracker.curve(nfe, f"best_{self.config.objective.name}", progress.curve)
-            for name, value in progress.numbers.items():
-                tracker.curve(nfe, name, [(progress.trials - 1, value)])
-            if progress.best is not None:
-                text = f"NFE {nfe}: {progress.trials} candidates, best {progress.best.score:.3g}"
-                if progress.named is not None:
-                    share = progress.best.score / progress.named.score
-                    text += f" ({share:.2f} of {progress.named.source})"
-                self.display.stage(text)
-
-        return told
-
-    def _say_rung(self, nfe: int, rung: Rung, seconds: float) -> None:
+        for name, made in Counter(p.source for p in self.warm.get(nfe, ())).items():
+            self.display.note(f"NFE {nfe}: {made} candidates from {name}")
+        self.display.stage(f"NFE {nfe}: named solvers")
+        rung.run()
+        if self.limits is not None and self.config.search.race:
+            full = self.limits[nfe] * self.config.search.samples * nfe * self.family.per_sample
+            self.display.saved(full - sum(rung.costs))
         points = best_so_far(rung.known)
-        named_points = best_so_far(rung.named_known())
         text = f"NFE {nfe}: best {points[-1][1]:.4g} of {len(rung.known)} candidates"
+        named_points = best_so_far(rung.named_known())
         if named_points:
             text += f", best named {named_points[-1][1]:.4g} (search noise)"
-        self.display.note(f"{text}, {duration(seconds)}")
+        self.display.note(f"{text}, {duration(time.monotonic() - begun)}")
+
+    def _finish(self) -> dict[int, int]:
+        """The last stage of the strategy; its network evaluations by NFE."""
+        config = self.config
+        if config.finish is None:
+            return {}
+        mean = None
+        if config.finish == "refine":
+            for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
+                self._refer(stream, size)
+            mean = self._endpoints[TRAIN].mean(0) if config.refine.mean else None
+        return finish_rungs(config, self.pool, self.rungs, self.display, mean)
+
+    def _judge(self, spent: Mapping[int, int]) -> list[Verdict]:
+        """What was found against the named solvers, on fresh noise."""
+        config, own_error = self.config, None
+        self._refer(FRESH, config.final.samples)
+        if self.teacher is not None:
+            self.display.stage("teacher against itself")
+            ends, advance = self._endpoints[FRESH], self.display.advance
+            own_error = self.teacher.self_error(FRESH, ends, advance)
+        objective, seed = self.evaluator.objective, config.search.seed
+        judge = Judge(self.scorer, objective, config.final, self._refer, seed)
+        verdicts = []
+        for nfe, rung in self.rungs.items():
+            self.display.stage(f"NFE {nfe}: fresh seeds")
+            verdict = judge.verdict(
+                nfe,
+                rung.known,
+                len(rung.named_known()),
+                teacher_self_error=own_error,
+                calls_spent=sum(rung.costs) + spent.get(nfe, 0),
+            )
+            if verdict.row.note:
+                self.display.note(f"NFE {nfe}: {verdict.row.note}")
+            row = replace(verdict.row, guidance=config.scale)
+            verdicts.append(self._with_features(replace(verdict, row=row)))
+        return verdicts
+
+    def _with_features(self, verdict: Verdict) -> Verdict:
+        """The verdict with its paired Frechet distances, where the problem has features."""
+        evaluator = self.evaluator
+        if not self.family.has_teacher or evaluator.ode.features is None or verdict.errors is None:
+            return verdict
+        count = verdict.row.samples
+        ends = self._endpoints[FRESH][:count]
+        aim = Frechet(evaluator.features).measure(ends[None], ends)[0].double().cpu().numpy()
+        if count <= 2 * aim.shape[1]:
+            return verdict  # fewer samples than a covariance needs
+        block = self.config.search.block[1]
+        found, named = (
+            frechet_distance(drawn(self.pool, s, FRESH, count, "features", block), aim)
+            for s in (verdict.found, verdict.best_named)
+        )
+        return with_frechet(verdict, found, named)
+
+    def _make_teacher(self) -> Teacher:
+        config = self.config
+        cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
+        more = {"seed": config.search.seed, "block": config.search.block[1]}
+        return Teacher(self.evaluator.ode, config.teacher, self.pool, cache, **more)
+
+    def _refer(self, stream: str, samples: int) -> Array:
+        """The teacher's end points of a stream, given to every worker, and their measures."""
+        if len(self.references.get(stream, ())) >= samples:
+            return self.references[stream][:samples]
+        if self.teacher is None:
+            self.references[stream] = np.zeros((samples, 0))
+            return self.references[stream]
+        self.display.stage(f"teacher, {self.config.teacher.nfe} calls ({stream})")
+        endpoints = self.teacher.reference(stream, samples, self.display.advance).samples
+        self._endpoints[stream] = endpoints
+        self.pool.share(stream, endpoints)
+        objective = self.evaluator.objective
+        if objective.per_sample and objective.statistic == "backward":
+            gain = self.teacher.gain(stream, samples, self.display.advance)
+            self.references[stream] = gain
+            return gain
+        with torch.no_grad():
+            measures = objective.measure(endpoints[None], endpoints)
+        self.references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
+        return self.references[stream]
+
+    def on_progress(self, nfe: int, progress: Progress) -> None:
+        """Show and report where the search at an NFE is."""
+        self.tracker.curve(nfe, f"best_{self.config.objective.name}", progress.curve)
+        for name, value in progress.numbers.items():
+            self.tracker.curve(nfe, name, [(progress.trials - 1, value)])
+        if progress.best is None:
+            return
+        text = f"NFE {nfe}: {progress.trials} candidates, best {progress.best.score:.3g}"
+        if progress.named is not None:
+            share = progress.best.score / progress.named.score
+            text += f" ({share:.2f} of {progress.named.source})"
+        self.display.stage(text)

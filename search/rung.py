@@ -1,39 +1,38 @@
-"""The search at one NFE: generations proposed, scored, told in the order proposed.
+"""The search at one NFE: generations proposed, scored, told and kept in the order proposed.
 
 Generation 0 is the named solvers and the warm start. Generation g is proposed from the results of
-generations up to g - lag, with random numbers of f(seed, nfe, g); the log holds what was proposed,
-so a resumed search proposes nothing twice and the trial table grows identically.
+generations up to g - lag, with random numbers of f(seed, nfe, g). What the store holds is not
+proposed again; a generation of which it holds a part is, and only what is missing is added. So a
+resumed search, and one that is given more budget, ends with the trials of one that ran through.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import Result
 from fewstep.search.racing import Race
-from fewstep.search.record import Record, packed_image, unpacked_image
-from fewstep.search.scoring import Batch, Scorer
-from fewstep.search.strategies import Evaluated, Proposal, Strategy
-from fewstep.search.study import TrialTable
+from fewstep.search.scoring import SEARCH, Batch
+from fewstep.search.store import Kept
+from fewstep.search.strategies import Evaluated, Proposal
+from fewstep.search.work import Result
 from fewstep.space.errors import StudyError
-from fewstep.space.files import load_schedule
+
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
 
 REFINED = 1_000_000
-"""The number of the generation that holds refined schedules; none follows it."""
-
-SEARCH = "search"
-"""The stream of noise that candidates are scored on."""
+"""The number of the generation that holds refined schedules; no proposals follow from it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a rung tells after each generation.
+    """What a rung says after each generation.
 
     Args:
         trials: candidates told.
@@ -53,58 +52,47 @@ class Progress:
 
 @dataclass
 class _Generation:
+    """Proposals under evaluation: those paid for, and the distinct new schedules of all."""
+
     number: int
-    proposals: list[Proposal]
-    batch: Batch
-    fresh: dict[str, Any] = field(default_factory=dict)
+    paid: list[Proposal]
+    size: int
+    kept: list[Kept]
+    fresh: dict[str, Any]
+    batch: Batch | None
 
 
 class Rung:
     """One NFE of a search.
 
     Args:
+        run: the search.
         nfe: network calls.
-        config: the study.
-        named: the named solvers, by name.
-        strategy: proposes generations from 1 on; None stops after the named solvers.
-        scorer: evaluates.
-        record: the log.
-        table: the Optuna trials.
         earlier: results of other NFEs that the strategy may learn from.
-        clock: seconds since the search began.
-        limit: candidates that the budget pays for; None for a budget in seconds.
+        limit: candidates that the budget pays for; None for a budget that shows as it goes.
         deadline: clock at which to stop proposing, for a budget in seconds.
-        told: called after each generation.
-        warm: candidates that join the named solvers in generation 0, after them.
     """
 
     def __init__(
         self,
+        run: Search,
         nfe: int,
-        config: StudyConfig,
-        named: Mapping[str, Any],
-        strategy: Strategy | None,
-        *,
-        scorer: Scorer,
-        record: Record,
-        table: TrialTable,
         earlier: Sequence[Evaluated],
-        clock: Callable[[], float],
         limit: int | None,
         deadline: float | None,
-        told: Callable[[Progress], None],
-        warm: Sequence[Proposal] = (),
     ) -> None:
-        self.nfe, self._config, self._named, self._strategy = nfe, config, named, strategy
-        self._scorer, self._record, self._table = scorer, record, table
-        self._earlier, self._warm = list(earlier), list(warm)
-        self._clock, self._deadline, self._told = clock, deadline, told
-        self._limit = limit
-        self._proposed = self._named_count = 0
-        self._calls = config.calls_of(nfe)
-        self._race = Race(scorer, SEARCH, config.search.levels)
+        self.nfe, self._run, self._limit, self._deadline = nfe, run, limit, deadline
+        self._search, self._solvers = run.config.search, run.solvers[nfe]
+        self._proposer = run.proposer(nfe, earlier)
+        self._trials = run.store.trials(nfe, domain=run.domains[nfe])
+        self._kept: dict[int, list[Kept]] = {}
+        for kept in self._trials.kept():
+            self._kept.setdefault(kept.generation, []).append(kept)
+        self._calls = run.config.calls_of(nfe)
+        self._race = Race(run.scorer, SEARCH, self._search.levels, run.scorer.statistic)
         self._results: dict[str, Result] = {}
         self._seen: set[str] = set()
+        self._proposed = self._named_count = 0
         self.known: list[Evaluated] = []
         self.costs: list[int] = []
 
@@ -113,13 +101,13 @@ class Rung:
         waiting: deque[_Generation] = deque()
         number = 0
         while True:
-            due = max(number - self._config.search.lag, 0)  # the named solvers are always known
+            due = max(number - self._search.lag, 0)  # the named solvers are always known
             while number > 0 and waiting and waiting[0].number <= due:
                 self._tell(waiting.popleft())
-            proposals = self._proposals(number)
-            if not proposals:
+            generation = self._next(number)
+            if generation is None:
                 break
-            waiting.append(self._start(number, proposals))
+            waiting.append(generation)
             number += 1
         while waiting:
             self._tell(waiting.popleft())
@@ -129,120 +117,171 @@ class Rung:
                 f"NFE {self.nfe}: none of {len(self.known)} candidates could be scored "
                 f"({reason}): check the model"
             )
+        self._settle_stages()
         return self.known
 
-    def _proposals(self, number: int) -> list[Proposal]:
-        size = self._config.search.generation
+    def _next(self, number: int) -> _Generation | None:
+        """A generation on its way; None where the budget ends."""
+        if number > 0 and self._proposer is None:
+            return None
+        kept = self._kept.get(number, [])
+        size = self._search.generation
         if number == 0:
-            size = self._named_count = len(self._named)
-            if self._limit is not None:
-                self._named_count = min(size, self._limit)
-            size += len(self._warm)
-        if self._limit is not None:
-            size = min(size, self._limit - self._proposed)
-        if size <= 0 or (number > 0 and self._strategy is None):
-            return []
-        logged = self._record.generations.get((self.nfe, number))
-        if logged is not None:
-            return [self._restore(entry) for entry in logged]
-        if number > 0 and self._deadline is not None and self._clock() > self._deadline:
-            return []
-        if number > 0 and self._calls is not None and sum(self.costs) >= self._calls:
-            return []
+            warm = self._run.warm.get(self.nfe, ())
+            size = kept[0].size if kept else len(self._solvers) + len(warm)
+        paid = size if self._limit is None else min(size, self._limit - self._proposed)
+        if paid <= 0 or (number > 0 and not kept and self._spent()):
+            return None
+        proposals = self._proposals(number, kept, paid)
         if number == 0:
-            named = [Proposal(schedule, name) for name, schedule in self._named.items()]
-            proposals = [*named, *self._warm][:size]
-        elif self._strategy is not None:
-            rng = np.random.default_rng([self._config.search.seed, self.nfe, number])
-            known = [*self._earlier, *self.known]
-            proposals = list(self._strategy.propose(known, number, size, rng))[:size]
-        else:
-            proposals = []
-        if proposals:
-            self._record.generation(self.nfe, number, _entries(proposals), self._clock())
-        return proposals
+            self._named_count = min(len(self._solvers), paid)
+        return self._start(number, proposals, paid, kept)
 
-    def _restore(self, entry: Mapping[str, Any]) -> Proposal:
-        schedule = load_schedule(entry["schedule"])
-        if entry.get("constant") is not None:
-            schedule = schedule.with_constant(unpacked_image(entry["constant"]))
-        return Proposal(schedule, entry["source"], dict(entry["note"]))
+    def _spent(self) -> bool:
+        """Whether a budget that shows as the search goes is used up."""
+        if self._deadline is not None and self._run.clock() > self._deadline:
+            return True
+        return self._calls is not None and sum(self.costs) >= self._calls
 
-    def _start(self, number: int, proposals: list[Proposal]) -> _Generation:
+    def _proposals(self, number: int, kept: list[Kept], paid: int) -> list[Proposal]:
+        """All of a generation; those that are kept as they are kept."""
+        held = [Proposal(k.evaluated.schedule, k.evaluated.source, dict(k.note)) for k in kept]
+        if number == 0:
+            if len(held) >= paid:
+                return held
+            named = [Proposal(schedule, name) for name, schedule in self._solvers.items()]
+            return held + [*named, *self._run.warm.get(self.nfe, ())][len(held) :]
+        assert self._proposer is not None
+        if len(held) >= paid and not self._proposer.replays:
+            return self._proposer.follow(held)
+        asked = self._proposer.propose(number)
+        same = [dataclasses.replace(h, trial=a.trial) for h, a in zip(held, asked, strict=False)]
+        return same + asked[len(held) :]
+
+    def _start(
+        self, number: int, proposals: list[Proposal], paid: int, kept: list[Kept]
+    ) -> _Generation:
         fresh: dict[str, Any] = {}
-        for proposal in proposals:
+        needed = 0
+        for k, proposal in enumerate(proposals):
             digest = proposal.schedule.digest
             if digest not in self._seen:
-                fresh[digest] = proposal.schedule
-        self._seen |= set(fresh)
+                fresh.setdefault(digest, proposal.schedule)
+            if k < paid:
+                needed = len(fresh)
+        size, proposals = len(proposals), proposals[:paid]
         self._proposed += len(proposals)
-        return _Generation(number, proposals, self._race.start(list(fresh.values())), fresh)
+        made = _Generation(number, proposals, size, kept, fresh, None)
+        if len(kept) < len(proposals):
+            made.batch = self._submit(list(fresh.values()), needed)
+        made.fresh = dict(list(fresh.items())[:needed])
+        self._seen |= set(made.fresh)
+        return made
+
+    def _submit(self, schedules: list[Any], needed: int) -> Batch:
+        if len(self._search.levels) > 1:
+            return self._race.start(schedules[:needed])
+        return self._run.scorer.submit(schedules, SEARCH, self._search.samples, needed=needed)
+
+    def _scored(self, generation: _Generation) -> list[Result]:
+        """The results of a generation's new schedules."""
+        fresh, batch = generation.fresh, generation.batch
+        if batch is None:
+            kept: dict[str, Result] = {}
+            for k in generation.kept:
+                kept.setdefault(k.evaluated.schedule.digest, k.result)
+            results = [kept[digest] for digest in fresh]
+            for r in results:  # the race goes on against the best of all samples
+                best = self._race.best
+                whole = r.status == "ok" and r.samples == self._search.samples
+                if whole and (best is None or r.score < best.score):
+                    self._race.best = r
+            return results
+        if len(self._search.levels) > 1:
+            return self._race.finish(list(fresh.values()), batch)
+        return self._run.scorer.wait(batch)
 
     def _tell(self, generation: _Generation) -> None:
-        fresh = generation.fresh
-        results = self._race.finish(list(fresh.values()), generation.batch)
-        self._results |= dict(zip(fresh, results, strict=True))
-        paid = set(fresh)
-        for proposal in generation.proposals:
-            digest = proposal.schedule.digest
-            result = self._results[digest]
-            evaluated = Evaluated(
-                proposal.schedule,
-                result.score,
-                result.status,
-                result.samples,
-                result.per_sample,
-                proposal.source,
-            )
-            calls = result.calls if digest in paid else 0
-            paid.discard(digest)
-            self._table.tell(
-                len(self.known),
-                evaluated,
-                calls=calls,
-                seconds=result.seconds if calls else 0.0,
-                message=result.message,
-                note={"generation": generation.number, **proposal.note},
-            )
-            self.known.append(evaluated)
-            self.costs.append(calls)
-        numbers = _numbers([p.note for p in generation.proposals])
-        full = self._scorer.per_sample * self.nfe * self._config.search.levels[-1] * len(results)
-        if len(self._config.search.levels) > 1 and full:
+        results = self._scored(generation)
+        self._results |= dict(zip(generation.fresh, results, strict=True))
+        unpaid = set(generation.fresh)
+        for k, proposal in enumerate(generation.paid):
+            result = self._results[proposal.schedule.digest]
+            if proposal.schedule.digest not in unpaid:
+                result = dataclasses.replace(result, calls=0, seconds=0.0)
+            unpaid.discard(proposal.schedule.digest)
+            if k < len(generation.kept):
+                kept = generation.kept[k]
+            else:
+                kept = self._keep(generation, proposal, result)
+            self.known.append(kept.evaluated)
+            self.costs.append(kept.result.calls)
+            if self._proposer is not None and generation.number < REFINED:
+                stopped = bool(kept.note.get("stopped"))
+                self._proposer.tell(kept.evaluated, proposal.trial, stopped)
+        self._say(generation, results)
+
+    def _keep(self, generation: _Generation, proposal: Proposal, result: Result) -> Kept:
+        facts = (result.score, result.status, result.samples, result.per_sample)
+        evaluated = Evaluated(proposal.schedule, *facts, proposal.source)
+        note = dict(proposal.note)
+        if result.status == "ok" and result.samples < self._search.samples:
+            note["stopped"] = True
+        kept = Kept(
+            evaluated,
+            result,
+            generation.number,
+            generation.size,
+            note,
+            self._run.clock(),
+            expressed=proposal.trial is not None,
+        )
+        self._trials.add(kept)
+        return kept
+
+    def _say(self, generation: _Generation, results: Sequence[Result]) -> None:
+        numbers = _numbers([p.note for p in generation.paid])
+        levels, per_sample = self._search.levels, self._run.scorer.per_sample
+        full = per_sample * self.nfe * levels[-1] * len(results)
+        if len(levels) > 1 and full:
             numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full
         best, named = best_of(self.known), best_of(self.named_known())
-        self._told(Progress(len(self.known), best, named, best_so_far(self.known), numbers))
+        curve = best_so_far(self.known)
+        self._run.on_progress(self.nfe, Progress(len(self.known), best, named, curve, numbers))
+
+    def _settle_stages(self) -> None:
+        """Tell what stages have left; those of a smaller budget stay as candidates."""
+        self._told = len(self.known)
+        every = self._kept.get(REFINED, [])
+        self._now = [k for k in every if k.note.get("after") == self._told]
+        for kept in every:
+            if kept in self._now and not self.refined_before:
+                continue  # cut short: told again with the rest
+            self.known.append(kept.evaluated)
+            self.costs.append(kept.result.calls)
+            digest = kept.evaluated.schedule.digest
+            self._results.setdefault(digest, kept.result)
+            self._seen.add(digest)
 
     @property
     def refined_before(self) -> bool:
-        """Whether the log of a resumed search holds refined schedules already."""
-        return (self.nfe, REFINED) in self._record.generations
+        """Whether the stage has been run on all these trials before."""
+        return bool(self._now) and len(self._now) == self._now[0].size
 
     def extend(self, proposals: list[Proposal]) -> list[Proposal]:
-        """Score and tell refined schedules (the logged ones where there are some)."""
-        logged = self._record.generations.get((self.nfe, REFINED))
-        if logged is not None:
-            proposals = [self._restore(entry) for entry in logged]
-        elif proposals:
-            self._record.generation(self.nfe, REFINED, _entries(proposals), self._clock())
-        if proposals:
-            self._tell(self._start(REFINED, proposals))
+        """Score, tell and keep refined schedules; those kept from before where there are some."""
+        if self.refined_before:
+            return [
+                Proposal(k.evaluated.schedule, k.evaluated.source, dict(k.note)) for k in self._now
+            ]
+        noted = [dataclasses.replace(p, note={**p.note, "after": self._told}) for p in proposals]
+        if noted:
+            self._tell(self._start(REFINED, noted, len(noted), self._now))
         return proposals
 
     def named_known(self) -> list[Evaluated]:
         """The named solvers told so far (generation 0; a small budget may not pay for all)."""
         return self.known[: self._named_count]
-
-
-def _entries(proposals: Sequence[Proposal]) -> list[dict[str, Any]]:
-    found = []
-    for p in proposals:
-        entry = {"schedule": p.schedule.to_dict(), "source": p.source, "note": p.note}
-        constant = getattr(p.schedule, "constant", None)  # lies beside a schedule, not in it
-        if constant is not None:
-            entry["constant"] = packed_image(constant)
-        found.append(entry)
-    return found
 
 
 def _numbers(notes: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,75 +1,78 @@
-"""Lists of schedules to results, through a pool and the log: nothing runs twice."""
+"""Lists of schedules to results, through a pool; on other streams than the search's, kept.
+
+The search's own results are trials (`rung`); those that choose the schedule to keep and judge it
+are kept by the scorer as they arrive, so that a resumed search scores nothing twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fewstep.search.evaluate import Result, TaskResult, assemble
-from fewstep.search.family import AnyChunk, Family
-from fewstep.search.objective import Array, Objective
+import numpy as np
+
+from fewstep.search.objective import Objective
 from fewstep.search.pool import Pool
-from fewstep.search.record import Record
+from fewstep.search.store import Store, remember, remembered
+from fewstep.search.work import Block, BlockResult, Result, cut
+from fewstep.search.yardstick import Array, Statistic
+
+SEARCH = "search"
+"""The stream of noise that candidates are scored on."""
 
 
 @dataclass
 class _Piece:
-    chunk: AnyChunk
-    digests: tuple[str, ...]
-    stream: str
-    samples: int
-    expected: int
-    measures: bool
-    before: tuple[Result, ...] | None = None
-    parts: dict[int, TaskResult] = field(default_factory=dict)
+    """Schedules that run together: their positions, their blocks, and results once known."""
+
+    members: tuple[int, ...]
+    schedules: list[Any]
+    blocks: list[Block]
+    before: list[Result] | None
+    cost: int
     results: list[Result] | None = None
 
 
 @dataclass
 class Batch:
-    """Schedules under evaluation, in the order given."""
+    """Schedules under evaluation, in the order given; the first `size` are wanted."""
 
     size: int
+    stream: str
+    samples: int
+    measures: bool
     pieces: list[_Piece]
-
-    @property
-    def done(self) -> bool:
-        """Whether every result is there."""
-        return all(piece.results is not None for piece in self.pieces)
+    coming: Iterator[BlockResult]
 
 
 class Scorer:
-    """Cuts schedules into blocks, runs them, and keeps their results.
+    """Cuts schedules into blocks, runs them, and makes results of them.
 
     Args:
         pool: where blocks run.
         objective: turns measures into scores.
-        family: cuts schedules into chunks.
-        record: the log.
+        store: keeps results of other streams than the search's.
         references: measures of the teacher's end points by stream.
         block: (candidates, samples) of a block.
-        clock: seconds since the search began.
-        advance: told the network evaluations done, those found in the log included.
+        per_sample: network evaluations of one sample and one call.
+        advance: called with network evaluations as they are done, kept ones included.
     """
 
     def __init__(
         self,
         pool: Pool,
         objective: Objective,
-        family: Family,
-        record: Record,
+        store: Store,
         references: Mapping[str, Array],
         *,
         block: tuple[int, int],
-        clock: Callable[[], float],
+        per_sample: int,
         advance: Callable[[int], None],
     ) -> None:
-        self._pool, self._objective, self._family, self._record = pool, objective, family, record
-        self._references, self._block = references, block
-        self._clock, self._advance = clock, advance
-        self._open: dict[int, tuple[_Piece, int]] = {}
-        self.spent = 0
+        self._pool, self._objective, self._store = pool, objective, store
+        self._references, self._block, self._advance = references, block, advance
+        self.per_sample = per_sample
 
     def submit(
         self,
@@ -79,6 +82,7 @@ class Scorer:
         *,
         measures: bool = False,
         before: Sequence[Result] | None = None,
+        needed: int | None = None,
     ) -> Batch:
         """Start evaluating schedules of any NFE on samples 0..samples-1 of a stream.
 
@@ -90,65 +94,104 @@ class Scorer:
                 per-sample scores run again).
             before: results of these schedules on fewer samples of the stream, all the same number,
                 to go on from; the objective must have per-sample scores.
+            needed: only the first so many are wanted. All are cut into blocks, so that a score
+                does not depend on how many are wanted, and blocks without one of these are left.
         """
-        batch = Batch(len(schedules), [])
         first = before[0].samples if before else 0
-        for chunk in self._family.chunks(schedules, self._block[0]):
-            digests = tuple(schedules[i].digest for i in chunk.members)
-            keys = [(stream, samples, digest) for digest in digests]
-            known = [self._record.results.get(key) for key in keys]
-            usable = [
-                r is not None and not (measures and r.status == "ok" and r.measures is None)
-                for r in known
-            ]
-            tasks = list(chunk.tasks(stream, samples, self._block[1], first=first))
-            piece = _Piece(chunk, digests, stream, samples, len(tasks), measures)
-            if before is not None:
-                piece.before = tuple(before[i] for i in chunk.members)
-            batch.pieces.append(piece)
-            if all(usable):
-                self._take(piece, [r for r in known if r is not None])
-                self._advance(len(digests) * (samples - first) * self._cost(chunk))
+        pieces = []
+        for members in cut(schedules, self._block[0]):
+            if needed is not None and min(members) >= needed:
                 continue
-            for position, task in enumerate(tasks):
-                self._open[self._pool.submit(task)] = (piece, position)
-        return batch
+            group = [schedules[i] for i in members]
+            blocks = Block.cover(group, stream, range(first, samples), self._block[1])
+            earlier = None if before is None else [before[i] for i in members]
+            cost = group[0].nfe * self.per_sample * len(group)
+            piece = _Piece(members, group, blocks, earlier, cost)
+            pieces.append(piece)
+            if stream == SEARCH:
+                continue
+            known = remembered(self._store, stream, samples, group)
+            if all(r is not None and not _lacks(r, measures) for r in known):
+                piece.results = [r for r in known if r is not None]
+                self._advance((samples - first) * cost)
+        coming = self._pool.map(b for p in pieces if p.results is None for b in p.blocks)
+        size = len(schedules) if needed is None else needed
+        return Batch(size, stream, samples, measures, pieces, coming)
 
     def wait(self, batch: Batch) -> list[Result]:
-        """A batch's results in the order of its schedules; blocks of other batches are kept."""
-        while not batch.done:
-            ticket, part = self._pool.collect()
-            piece, position = self._open.pop(ticket)
-            piece.parts[position] = part
-            fresh = piece.samples - (piece.before[0].samples if piece.before else 0)
-            per_task = fresh / piece.expected
-            self._advance(round(len(piece.digests) * per_task * self._cost(piece.chunk)))
-            if len(piece.parts) == piece.expected:
-                self._finish(piece)
-        results: dict[int, Result] = {}
+        """A batch's results in the order of its schedules."""
+        found: dict[int, Result] = {}
         for piece in batch.pieces:
-            assert piece.results is not None
-            results |= dict(zip(piece.chunk.members, piece.results, strict=True))
-        return [results[i] for i in range(batch.size)]
+            if piece.results is None:
+                piece.results = self._finish(batch, piece)
+            found |= dict(zip(piece.members, piece.results, strict=True))
+        return [found[i] for i in range(batch.size)]
 
     @property
-    def per_sample(self) -> int:
-        """Network evaluations of one sample and one call."""
-        return self._family.per_sample
+    def statistic(self) -> Statistic:
+        """Of the errors of a schedule's samples, its score."""
+        return self._objective.statistic
 
-    def _cost(self, chunk: AnyChunk) -> int:
-        return chunk.nfe * self.per_sample
-
-    def _finish(self, piece: _Piece) -> None:
-        parts = [piece.parts[k] for k in sorted(piece.parts)]
-        reference = self._references[piece.stream]
+    def _finish(self, batch: Batch, piece: _Piece) -> list[Result]:
+        parts = []
+        for block in piece.blocks:
+            parts.append(next(batch.coming))
+            self._advance((block.stop - block.start) * piece.cost)
+        reference = self._references[batch.stream]
         results = assemble(parts, self._objective, reference, piece.before)
-        if not (piece.measures or self._objective.per_sample):  # features are large
+        if not (batch.measures or self._objective.per_sample):  # features are large
             results = [replace(r, measures=None) for r in results]
-        self._take(piece, results)
-        self._record.block(piece.stream, piece.samples, piece.digests, results, self._clock())
-        piece.parts.clear()
+        if batch.stream != SEARCH:
+            for schedule, result in zip(piece.schedules, results, strict=True):
+                kept = replace(result, samples=batch.samples)
+                remember(self._store, batch.stream, schedule, kept)
+        return results
 
-    def _take(self, piece: _Piece, results: list[Result]) -> None:
-        piece.results = results
-        self.spent += sum(r.calls for r in results) - sum(r.calls for r in piece.before or ())
+
+def _lacks(result: Result, measures: bool) -> bool:
+    return measures and result.status == "ok" and result.measures is None
+
+
+def assemble(
+    parts: Sequence[BlockResult],
+    objective: Objective,
+    reference: Array,
+    before: Sequence[Result] | None = None,
+) -> list[Result]:
+    """The results of candidates that ran together from their blocks, in sample order.
+
+    Args:
+        parts: the blocks.
+        objective: turns measures into a score.
+        reference: measures of the teacher's end points.
+        before: results on the samples before the first block's, which these go on from.
+    """
+    results = []
+    count = len(parts[0].status)
+    for m in range(count):
+        status = next((p.status[m] for p in parts if p.status[m] != "ok"), "ok")
+        message = next((p.message[m] for p in parts if p.status[m] != "ok"), "")
+        cost: dict[str, Any] = {
+            "calls": sum(p.evaluations for p in parts) // count,
+            "seconds": sum(p.seconds for p in parts) / count,
+        }
+        earlier: Array | None = None
+        if before is not None:
+            earlier = before[m].measures
+            cost["calls"] += before[m].calls
+            cost["seconds"] += before[m].seconds
+        if status != "ok":
+            results.append(Result(float("inf"), status, message, **cost))
+            continue
+        measures = np.concatenate([p.values[m] for p in parts])
+        if earlier is not None:
+            measures = np.concatenate([earlier, measures])
+        score = objective.score(measures, reference)
+        if not np.isfinite(score):
+            results.append(Result(float("inf"), "diverged", "the score is not finite", **cost))
+            continue
+        per_sample = measures[:, 0] if objective.per_sample else None
+        results.append(
+            Result(score, "ok", "", per_sample, measures, samples=len(measures), **cost)
+        )
+    return results

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from fewstep.samplers import Problem
 from fewstep.search.config import TeacherTable
-from fewstep.search.evaluate import Chunk, Task, chunks
 from fewstep.search.pool import Pool
-from fewstep.search.problem import model_key
+from fewstep.search.problem import DISTANCE, PERTURBED, model_key
+from fewstep.search.work import Block
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
 from fewstep.space.schedule import OdeSchedule
@@ -75,6 +76,7 @@ class Teacher:
         self.noise = problem.denoiser.noise
         self.schedule = self._schedule(table.nfe)
         self._model = model_key(problem)
+        self._known: dict[str, Tensor] = {}
 
     def _schedule(self, nfe: int) -> OdeSchedule:
         return baseline(self.table.solver, self.noise, nfe)
@@ -84,12 +86,37 @@ class Teacher:
         return samples * self.table.nfe
 
     def reference(self, stream: str, samples: int, advance: Advance | None = None) -> Reference:
-        """The end points of samples 0..samples-1 of a stream.
+        """The end points of samples 0..samples-1 of a stream; only what is new is computed.
 
         Raises:
             ModelError: the model returns a wrong shape or something not finite.
         """
-        return self._endpoints(self.schedule, stream, samples, advance)
+        known, calls = self._known.get(stream), 0
+        have = 0 if known is None else len(known)
+        if have < samples:
+            more = self._endpoints(self.schedule, stream, (have, samples), advance)
+            calls = more.calls
+            known = more.samples if known is None else torch.cat([known, more.samples])
+            self._known[stream] = known
+        assert known is not None
+        return Reference(known[:samples], calls)
+
+    def gain(self, stream: str, samples: int, advance: Advance | None = None) -> np.ndarray:
+        """How strongly the end points answer to the start noise, squared, (N, 1), float64.
+
+        The mean over two perturbed runs of |x(z + d u) - x(z)|^2 / |d u|^2, u unit noise: an
+        error e of a sample is what a change of its start noise by e / gain makes.
+        """
+        here = self.reference(stream, samples, advance).samples
+        moved = [
+            self._endpoints(self.schedule, f"{stream}{PERTURBED}{k}", (0, samples), advance)
+            for k in (1, 2)
+        ]
+        square = sum(
+            (m.samples - here).to(torch.float64).square().flatten(1).mean(1) for m in moved
+        )
+        found: np.ndarray = (torch.as_tensor(square) / (2 * DISTANCE**2)).numpy()[:, None]
+        return found
 
     def self_error(
         self, stream: str, reference: Tensor, advance: Advance | None = None
@@ -98,49 +125,43 @@ class Teacher:
         count = min(self.table.check, len(reference))
         if count == 0:
             return None
-        twice = self._endpoints(self._schedule(2 * self.table.nfe), stream, count, advance)
+        twice = self._endpoints(self._schedule(2 * self.table.nfe), stream, (0, count), advance)
         return float((reference[:count] - twice.samples).to(torch.float64).square().mean())
 
     def _endpoints(
-        self, schedule: OdeSchedule, stream: str, samples: int, advance: Advance | None
+        self,
+        schedule: OdeSchedule,
+        stream: str,
+        span: tuple[int, int],
+        advance: Advance | None,
     ) -> Reference:
-        path = self.cache / f"{self._key(schedule, stream, samples)}.safetensors"
-        found = _read(path, (samples, *self.problem.shape))
+        """End points of samples span[0]..span[1]-1, from the cache if it holds them."""
+        path = self.cache / f"{self._key(schedule, stream, span)}.safetensors"
+        found = _read(path, (span[1] - span[0], *self.problem.shape))
         if found is not None:
             if advance is not None:
-                advance(samples * schedule.nfe)
+                advance(len(found) * schedule.nfe)
             return Reference(found, 0)
-        (chunk,) = chunks([schedule], self.noise, 1)
-        values, calls = self._run(chunk, stream, samples, advance)
+        values, calls = self._run(schedule, stream, span, advance)
         _write(path, values)
         return Reference(values, calls)
 
     def _run(
-        self, chunk: Chunk, stream: str, samples: int, advance: Advance | None
+        self,
+        schedule: OdeSchedule,
+        stream: str,
+        span: tuple[int, int],
+        advance: Advance | None,
     ) -> tuple[Tensor, int]:
-        parts: dict[int, np.ndarray] = {}
-        tickets: dict[int, int] = {}
-        calls = 0
-        for start in range(0, samples, self.block):
-            stop = min(start + self.block, samples)
-            task = Task(
-                chunk.program,
-                stream,
-                start,
-                stop,
-                "samples",
-                chunk.options,
-                chunk.constant,
-                strict=True,
-            )
-            tickets[self.pool.submit(task)] = start
-        while len(parts) < len(tickets):
-            ticket, result = self.pool.collect()
-            parts[tickets[ticket]] = result.values[0]
+        more: dict[str, Any] = {"want": "samples", "strict": True}
+        blocks = Block.cover([schedule], stream, range(*span), self.block, **more)
+        parts, calls = [], 0
+        for result in self.pool.map(blocks):
+            parts.append(result.values[0])
             calls += result.evaluations
             if advance is not None:
                 advance(result.evaluations)
-        samples_found = torch.from_numpy(np.concatenate([parts[k] for k in sorted(parts)]))
+        samples_found = torch.from_numpy(np.concatenate(parts))
         if not bool(torch.isfinite(samples_found).all()):
             raise ModelError(
                 f"the teacher's end points of {self.problem.fingerprint or 'the model'} are not "
@@ -148,14 +169,14 @@ class Teacher:
             )
         return samples_found, calls
 
-    def _key(self, schedule: OdeSchedule, stream: str, samples: int) -> str:
+    def _key(self, schedule: OdeSchedule, stream: str, span: tuple[int, int]) -> str:
         parts = [
             self._model,
             schedule.digest,
             list(self.problem.shape),
             self.seed,
             stream,
-            samples,
+            list(span),
             self.block,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -1,154 +1,119 @@
-"""MLflow: one parent run per search, one child run per NFE.
+"""MLflow: one parent run per search, one child run per NFE, written from one background thread.
 
-Nothing is sent anywhere but to the tracking URI. Metrics go in batches; a resumed search continues
-its runs. The module is the only one that imports MLflow, and only when tracking is on.
+Nothing is sent anywhere but to the tracking URI. A server that does not answer is said at once and
+tried again with the next report; it never stops a search. Metrics go in batches; a resumed search
+continues its runs. The module is the only one that imports MLflow, and only when tracking is on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from fewstep.space.errors import StudyError
 
 DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _BATCH = 900
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block ends.
-
-    Raised inside a database's transaction they leave it open, and whoever writes next, such as the
-    end of the runs, finds the database locked. A second signal does not wait.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs signal handlers in the main thread only
-        return
-    held: list[int] = []
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        handler = handlers[signal.Signals(number)]
-        if held and callable(handler):
-            handler(number, frame)
-        held.append(number)
-
-    for number, handler in handlers.items():
-        if callable(handler):
-            signal.signal(number, hold)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if callable(handler):
-                signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
-
-
-class Tracker(Protocol):
-    """Where a search reports."""
+class Tracker:
+    """Where a search reports; this one, nowhere."""
 
     def open(
         self, name: str, settings: Mapping[str, Any], runs: Mapping[str, str]
     ) -> dict[str, str]:
         """Start, or continue, the runs: {"parent": id, "5": id, ...}."""
-        ...
-
-    def child(self, nfe: int) -> str:
-        """The run id of an NFE, "" if nothing is tracked."""
-        ...
+        return {}
 
     def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
         """Add (trial, value) points of a metric; points already there are skipped."""
-        ...
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
         """Final numbers of an NFE, or of the whole search."""
-        ...
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """Keep a file as an artifact."""
-        ...
 
     def close(self, status: str) -> None:
         """End the runs: FINISHED, FAILED or KILLED."""
-        ...
 
 
-class NoTracker:
-    """Reports nowhere."""
-
-    def open(
-        self, name: str, settings: Mapping[str, Any], runs: Mapping[str, str]
-    ) -> dict[str, str]:
-        """See `Tracker`."""
-        return {}
-
-    def child(self, nfe: int) -> str:
-        """See `Tracker`."""
-        return ""
-
-    def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
-        """See `Tracker`."""
-
-    def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
-        """See `Tracker`."""
-
-    def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
-        """See `Tracker`."""
-
-    def close(self, status: str) -> None:
-        """See `Tracker`."""
-
-
-class MlflowTracker:
-    """Reports to MLflow; Ctrl-C and SIGTERM wait until a report is written.
+class MlflowTracker(Tracker):
+    """Reports to MLflow.
 
     Args:
         uri: tracking URI; None is MLFLOW_TRACKING_URI, or else `DEFAULT_URI`.
         experiment: name of the experiment.
         nfes: the NFEs that get a child run.
+        say: called with a line where something is not as it should be.
     """
 
-    def __init__(self, uri: str | None, experiment: str, nfes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        nfes: Sequence[int],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        self._experiment, self._nfes = experiment, nfes
+        self._experiment, self._nfes, self._say = experiment, nfes, say
         self._runs: dict[str, str] = {}
         self._points: dict[tuple[str, str], int] = {}
         self._client: Any = None
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._away = False
 
     def open(
         self, name: str, settings: Mapping[str, Any], runs: Mapping[str, str]
     ) -> dict[str, str]:
-        """See `Tracker`."""
-        client = self._connect()
-        known = dict(runs)
-        if known:
-            try:
-                for run_id in known.values():
-                    client.update_run(run_id, status="RUNNING")
-            except Exception:
-                known = {}  # another store than the search began with: new runs there
+        """See `Tracker`.
+
+        Raises:
+            StudyError: the URI cannot be used, or does not answer for the runs of a resumed
+                search.
+        """
+        client, known = self._connect(), dict(runs)
+        if known and not self._holds(client, known):
+            self._say(f"MLflow at {self.uri} does not hold the runs this search began: new ones")
+            known = {}
         if not known:
             known = self._start(client, name, settings)
         self._runs = known
         return known
 
+    def _holds(self, client: Any, runs: Mapping[str, str]) -> bool:
+        """Whether the runs are there; they go on."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            for run_id in runs.values():
+                client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise StudyError(
+                f"tracking.uri {self.uri}: {' '.join(str(error).split())[:200]}"
+            ) from None
+        return True
+
     def _connect(self) -> Any:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         for logger in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(logger).setLevel(logging.ERROR)
         try:
@@ -205,48 +170,71 @@ class MlflowTracker:
             client.log_batch(runs["parent"], params=params[start : start + 90])
         return runs
 
-    def child(self, nfe: int) -> str:
-        """See `Tracker`."""
-        return self._runs.get(str(nfe), "")
-
     def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
         """See `Tracker`."""
-        from mlflow.entities import Metric
-
-        run_id = self.child(nfe)
+        run_id = self._runs.get(str(nfe), "")
         if not run_id:
             return
-        last = self._points.get((run_id, metric))
-        now = int(time.time() * 1000)
-        with uninterrupted():
+
+        def write() -> None:
+            from mlflow.entities import Metric
+
+            last = self._points.get((run_id, metric))
+            now = int(time.time() * 1000)
             if last is None:
                 history = self._client.get_metric_history(run_id, metric)
                 last = max((m.step for m in history), default=-1)
             fresh = [Metric(metric, value, now, step) for step, value in points if step > last]
             for start in range(0, len(fresh), _BATCH):
                 self._client.log_batch(run_id, metrics=fresh[start : start + _BATCH])
-        self._points[run_id, metric] = max(last, max((step for step, _ in points), default=last))
+            self._points[run_id, metric] = max([last, *(step for step, _ in points)])
+
+        self._send(write)
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
-        from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, 0) for name, value in values.items()]
-        if metrics:
-            with uninterrupted():
+        def write() -> None:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            metrics = [Metric(name, float(value), now, 0) for name, value in values.items()]
+            if metrics:
                 self._client.log_batch(self._id(nfe), metrics=metrics)
+
+        self._send(write)
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """See `Tracker`."""
-        with uninterrupted():
-            self._client.log_artifact(self._id(nfe), str(path), folder or None)
+        self._send(lambda: self._client.log_artifact(self._id(nfe), str(path), folder or None))
 
     def close(self, status: str) -> None:
-        """See `Tracker`."""
-        with uninterrupted():
-            for run_id in self._runs.values():
-                self._client.set_terminated(run_id, status=status)
+        """See `Tracker`; waits until everything is written, or the server does not answer."""
+        for run_id in self._runs.values():
+            self._send(lambda run_id=run_id: self._client.set_terminated(run_id, status=status))
+        self._thread.shutdown(wait=True)
+        if self._waiting:
+            self._say(
+                f"MLflow at {self.uri}: {len(self._waiting)} reports are not written: --resume "
+                "the search to write them"
+            )
+
+    def _send(self, report: Callable[[], None]) -> None:
+        """Write a report from the background, after those that wait."""
+        self._thread.submit(self._write, report)
+
+    def _write(self, report: Callable[[], None]) -> None:
+        self._waiting.append(report)
+        try:
+            while self._waiting:
+                self._waiting[0]()
+                self._waiting.popleft()
+            self._away = False
+        except Exception as error:  # whatever a client of a service may raise
+            if not self._away:
+                line = " ".join(str(error).split())[:200]
+                self._say(f"MLflow at {self.uri} does not answer ({line}): tried again later")
+            self._away = True
 
     def _id(self, nfe: int | None) -> str:
         return self._runs["parent" if nfe is None else str(nfe)]

@@ -39,10 +39,10 @@ def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
             family.check(schedule, name)
         except FewstepError as error:
             raise StudyError(f"search.warm: {error}") from None
-        if isinstance(schedule, ProgramSchedule) and schedule.nfe not in config.search.nfe:
+        if isinstance(schedule, ProgramSchedule) and schedule.nfe > max(config.search.nfe):
             raise StudyError(
-                f"search.warm: {name} makes {schedule.nfe} calls, which a ProgramSchedule cannot "
-                "change, and search.nfe names others: leave it out"
+                f"search.warm: {name} is a fitted program of {schedule.nfe} calls, to which calls "
+                "can be added but not taken away, and search.nfe names fewer: leave it out"
             )
         stem = Path(name).stem
         found[name if stem in found else stem] = schedule
@@ -84,7 +84,7 @@ def _at(nfe: int, schedule: Any) -> Any:
     """The same sampler with `nfe` calls, None where there is none."""
     if getattr(schedule, "first", None) == "mean" and schedule.constant is None:
         return None
-    if isinstance(schedule, OdeSchedule) and schedule.nfe < nfe:
+    if isinstance(schedule, OdeSchedule | ProgramSchedule) and schedule.nfe < nfe:
         try:
             return grown(schedule, nfe)
         except ScheduleError:

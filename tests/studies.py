@@ -84,7 +84,7 @@ name = "tiny"
 [model]
 factory = "tiny_model:problem"
 [budget]
-candidates = 40
+candidates = 104
 [search]
 nfe = [3]
 strategy = "evolution"
@@ -97,7 +97,6 @@ nfe = 16
 check = 4
 [refine]
 rounds = 2
-steps = 6
 samples = 8
 held = 8
 batch = 8
@@ -164,9 +163,16 @@ def trial_table(out: Path, name: str = "tiny-nfe03") -> list[tuple[Any, ...]]:
     """What a search did: every trial without its clock times."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
-    study = optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
+    return table(
+        optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
+    )
+
+
+def table(study: optuna.Study) -> list[tuple[Any, ...]]:
+    """The trials of a study without their clock times."""
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        attributes = {k: v for k, v in trial.user_attrs.items() if k != "seconds"}
+        clocks = ("seconds", "elapsed")
+        attributes = {k: v for k, v in trial.user_attrs.items() if k not in clocks}
         rows.append((trial.number, trial.state.name, trial.values, trial.params, attributes))
     return rows

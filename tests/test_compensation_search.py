@@ -1,6 +1,5 @@
 """Compensation as a study's strategy: from the file to a schedule that is explained."""
 
-import json
 import shutil
 
 import pytest
@@ -53,13 +52,9 @@ def test_the_base_is_told_compensated_after_the_named_solvers(finished, nfe):
 
 
 def test_only_the_ratios_of_the_base_move(finished):
-    log = [json.loads(line) for line in (finished.out / "log.jsonl").read_text().splitlines()]
+    rows = [row[-1] for n in (4, 5) for row in trial_table(finished.out, f"tiny-nfe{n:02d}")]
     made = [
-        load_schedule(p["schedule"])
-        for event in log
-        if event["event"] == "generation"
-        for p in event["proposals"]
-        if p["source"].startswith("compensation:")
+        load_schedule(row["schedule"]) for row in rows if row["source"].startswith("compensation:")
     ]
     assert [s.nfe for s in made] == [4, 5]
     for schedule in made:
@@ -75,11 +70,11 @@ def test_only_the_ratios_of_the_base_move(finished):
 
 
 def test_a_search_cut_before_its_end_compensates_nothing_twice(finished, tmp_path):
-    text = (finished.out / "log.jsonl").read_bytes()
+    text = (finished.out / "study.journal").read_bytes()
     for share in (0.7, 1.0):
         out = tmp_path / f"cut{share}"
         shutil.copytree(finished.out, out)
-        (out / "log.jsonl").write_bytes(text[: int(share * len(text))])
+        (out / "study.journal").write_bytes(text[: int(share * len(text))])
         again = _search(tmp_path, "search.samples=64", out=out.name, resume=True)
         assert again.rows == finished.rows
         for name in ("tiny-nfe04", "tiny-nfe05"):

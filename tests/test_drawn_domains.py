@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fewstep.search.strategies import Evaluated, make
+from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space import ScheduleError, load_schedule
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
@@ -286,15 +286,20 @@ def test_s3_looks_near_the_best_where_no_result_has_varied_a_choice():
     domain = DOMAINS["masked"]
     named = domain.baselines()
     known = [Evaluated(s, 10.0 + k) for k, s in enumerate(named.values())]
-    told = make("s3", domain).propose(known, 1, 16, np.random.default_rng(0))
+    proposer = Proposer("s3", domain, seed=0, size=16)
+    for e in known:
+        proposer.tell(e)
+    told = proposer.propose(1)
     assert {p.source for p in told} == {"mutation"}
     assert len({p.schedule.digest for p in told} | {s.digest for s in named.values()}) == 16 + len(
         named
     )
-    known += [Evaluated(p.schedule, 9.0 - 0.01 * k) for k, p in enumerate(told)]
+    for k, p in enumerate(told):
+        known.append(Evaluated(p.schedule, 9.0 - 0.01 * k))
+        proposer.tell(known[-1], p.trial)
     heat = np.array([[c.temperature for c in e.schedule.calls] for e in known])
     assert (np.ptp(heat, axis=0) > 0).all()
-    later = make("s3", domain).propose(known, 2, 8, np.random.default_rng(1))
+    later = proposer.propose(2)
     assert all("predicted" in p.note for p in later)
 
 
@@ -316,10 +321,13 @@ def test_s3_needs_fewer_masked_candidates_than_evolution_and_random_search():
         best[name] = []
         for seed in range(3):
             known = [Evaluated(s, score(s)) for s in domain.baselines().values()]
+            proposer = Proposer(name, domain, seed=seed, size=10)
+            for e in known:
+                proposer.tell(e)
             for generation in range(1, 7):
-                rng = np.random.default_rng([seed, generation])
-                told = make(name, domain).propose(known, generation, 10, rng)
-                known += [Evaluated(p.schedule, score(p.schedule)) for p in told]
+                for p in proposer.propose(generation):
+                    known.append(Evaluated(p.schedule, score(p.schedule)))
+                    proposer.tell(known[-1], p.trial)
             best[name].append(min(r.score for r in known))
     means = {name: float(np.mean(scores)) for name, scores in best.items()}
     assert means["s3"] < 0.8 * means["evolution"]

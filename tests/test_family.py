@@ -1,5 +1,6 @@
 """Searches of masked and particle schedules: the same driver, files, log and command line."""
 
+import dataclasses
 import json
 import shutil
 from itertools import pairwise
@@ -9,12 +10,12 @@ import pytest
 
 from fewstep.experiments.__main__ import main
 from fewstep.search import run
-from fewstep.search.config import load_study
-from fewstep.search.evaluate import Evaluator
+from fewstep.search.config import load_study, study_from_dict
 from fewstep.search.family import family_of
-from fewstep.search.final import Row
 from fewstep.search.preparing import evaluator_spec
-from fewstep.space import FewstepError, StudyError, load_schedule
+from fewstep.search.verdict import Row
+from fewstep.search.work import Block, Evaluator
+from fewstep.space import FewstepError, ScheduleError, StudyError, load_schedule
 from tests.drawn_studies import STUDY, write_drawn
 from tests.studies import trial_table
 
@@ -85,11 +86,11 @@ def test_calls_are_those_of_every_sequence_or_particle(finished):
 def test_a_log_cut_anywhere_resumes_to_the_same_end(tmp_path, kind, strategy):
     settings = (f"search.strategy={strategy}", "search.samples=8", "final.samples=16")
     whole = _search(tmp_path, kind, tmp_path / "whole", *settings)
-    log = (whole.out / "log.jsonl").read_bytes()
+    log = (whole.out / "study.journal").read_bytes()
     for share in (0.02, 0.55, 0.97):
         out = tmp_path / f"cut{share}"
         out.mkdir()
-        (out / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        (out / "study.journal").write_bytes(log[: int(share * len(log))])
         resumed = _search(tmp_path, kind, out, *settings, resume=True)
         assert trial_table(out) == trial_table(whole.out)
         assert resumed.rows == whole.rows
@@ -101,8 +102,12 @@ def test_a_finished_search_resumed_does_nothing_again(finished, tmp_path):
     shutil.copytree(outcome.out, out)
     again = _search(tmp_path, kind, out, "search.nfe=[2,3]", resume=True)
     assert again.rows == outcome.rows
-    if kind == "particles":  # features are not logged: a score of all samples is drawn again
-        assert (out / "log.jsonl").read_bytes() == (outcome.out / "log.jsonl").read_bytes()
+    if kind == "particles":  # features are not kept: a score of all samples is drawn again
+        journals = [(o / "study.journal").read_bytes() for o in (out, outcome.out)]
+        assert journals[0] == journals[1]
+    data = json.loads((out / "study.json").read_text())
+    again = run.search(study_from_dict(data, folder=str(outcome.out.parent)), out, resume=True)
+    assert again.rows == outcome.rows
 
 
 def test_a_small_space_is_searched_whole_and_its_best_is_kept(tmp_path):
@@ -191,11 +196,10 @@ def test_blocks_of_another_size_give_masked_sequences_the_same_scores(tmp_path):
     evaluator = Evaluator.from_spec(spec)
     family = family_of(evaluator.problem)
     schedule = family.named(3)["linear"]
-    (chunk,) = family.chunks([schedule], 1)
-    parts = {
-        block: np.concatenate([evaluator.run(t).values[0] for t in chunk.tasks("x", 24, block)])
-        for block in (24, 5)
-    }
+    parts = {}
+    for size in (24, 5):
+        blocks = Block.cover([schedule], "x", range(24), size)
+        parts[size] = np.concatenate([block.run(evaluator).values[0] for block in blocks])
     assert np.array_equal(parts[24], parts[5])
 
 
@@ -357,17 +361,29 @@ def test_samples_with_a_picture_are_drawn(tmp_path, capsys):
     assert picture.stat().st_size > 0
 
 
-def test_a_schedule_that_fails_is_a_row(tmp_path):
-    """An exception in one candidate is its status; the others are scored."""
+def test_a_model_that_fails_on_one_schedule_is_a_row_and_a_schedule_that_does_not_fit_is_none(
+    tmp_path,
+):
+    """An exception of the model is its candidate's status; the others are scored."""
     evaluator = Evaluator.from_spec(evaluator_spec(load_study(write_drawn(tmp_path, "masked"))))
-    family = family_of(evaluator.problem)
-    fine = family.named(3)["uniform"]
-    long = type(fine).from_counts([2, 2, 2])
-    (chunk,) = family.chunks([fine, long], 2)
-    (task,) = chunk.tasks("x", 8, 8)
-    result = evaluator.run(task)
+    fine = family_of(evaluator.problem).named(3)["uniform"]
+    other = type(fine).from_counts([3, 1, 1])
+    plain = evaluator.problem.denoiser
+
+    def fussy(tokens, t):
+        if ((tokens == plain.mask).sum(-1) == 2).any():
+            raise ValueError("two are too many")
+        return plain(tokens, t)
+
+    fussy.mask, fussy.length = plain.mask, plain.length
+    again = Evaluator(
+        dataclasses.replace(evaluator.problem, denoiser=fussy), evaluator.objective, 0
+    )
+    result = Block((fine, other), "x", 0, 8).run(again)
     assert result.status == ("ok", "error")
-    assert "free positions" in result.message[1]
+    assert "two are too many" in result.message[1]
+    with pytest.raises(ScheduleError, match="free positions"):
+        Block((fine, type(fine).from_counts([2, 2, 2])), "x", 0, 8).run(evaluator)
 
 
 def test_a_factory_of_something_else_is_told_what_a_problem_is(tmp_path):

@@ -15,7 +15,7 @@ from tests.studies import STUDY, called, refused, trial_table, write_study
 
 TEXT = (
     STUDY.replace("nfe = [3]", "nfe = [3, 5]\nguidance = [1, 3]")
-    .replace("candidates = 40", "candidates = 12")
+    .replace("candidates = 104", "candidates = 12")
     .replace('"evolution"', '"random"')
     + """
 [cpr]
@@ -124,7 +124,7 @@ def test_a_search_cut_anywhere_goes_on_to_the_same_end(finished, tmp_path):
     shutil.copytree(finished.out, out)
     shutil.rmtree(out / "w3")
     (out / "cpr.json").unlink()
-    log = out / "w1" / "log.jsonl"
+    log = out / "w1" / "study.journal"
     log.write_bytes(log.read_bytes()[: int(0.6 * log.stat().st_size)])
     again = _search(tmp_path, out="cut", resume=True)
     assert again.rows == finished.rows

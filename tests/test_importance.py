@@ -10,10 +10,10 @@ import pytest
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.search.decisions import Explained, decisions_picture, explain, words
-from fewstep.search.evaluate import Evaluator
-from fewstep.search.final import FRESH
 from fewstep.search.importance import DECISIONS, Effect, swaps
 from fewstep.search.rescore import load_evaluator, rescore
+from fewstep.search.verdict import FRESH
+from fewstep.search.work import Evaluator
 from fewstep.space import OdeSchedule, StepSpec, load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain

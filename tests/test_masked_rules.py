@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.samplers.categorical import draw, uniforms
 from fewstep.samplers.masked import MaskedProgress, anneal, sample_masked
-from fewstep.samplers.token_denoiser import Counted, from_subs, start_masked
+from fewstep.samplers.token_denoiser import CountedSequences, from_subs, start_masked
 from fewstep.space import ModelError, ScheduleError
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from tests.masked_toys import JOINT, LENGTH, MASK, TableModel, blank, table_denoiser, variation
@@ -148,14 +148,14 @@ def test_a_bound_on_certain_tokens_saves_calls_and_loses_nothing() -> None:
         for ahead in ("stop", "spread"):
             schedule = MaskedSchedule.from_counts([1] * 4, **bound)
             schedule = schedule.model_copy(update={"ahead": ahead})
-            denoiser = Counted(table_denoiser(joint))
+            denoiser = CountedSequences(table_denoiser(joint))
             generator = torch.Generator().manual_seed(0)
             samples = sample_masked(schedule, denoiser, blank(100_000, 4, 2), generator=generator)
             assert variation(samples, joint) < 0.01
             # a call that decides one token is followed by one that decides its copy too
             assert denoiser.sequences / 100_000 < 3.4
     never = MaskedSchedule.from_counts([1] * 4, min_confidence=0.999, max_kl=1e-9)
-    counted = Counted(table_denoiser(joint))
+    counted = CountedSequences(table_denoiser(joint))
     sample_masked(never, counted, blank(1000, 4, 2))
     assert counted.sequences > 3000
 
@@ -260,7 +260,7 @@ def test_what_a_bound_runs_ahead_is_spread_over_the_calls_left_or_ends_them() ->
         sizes[ahead] = [len(p) for p in decided(schedule, denoiser, blank(1, 12, 6))]
     assert sizes == {"spread": [5, 2, 2, 3], "stop": [5, 3, 3, 1]}
     more = CallSpec(count=3, positions="confidence", min_confidence=0.0)
-    counted = Counted(denoiser)
+    counted = CountedSequences(denoiser)
     sample_masked(MaskedSchedule(length=12, calls=[more] * 4), counted, blank(5, 12, 6))
     assert counted.sequences == 5
 

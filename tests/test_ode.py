@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.samplers import from_model, run, sample, start
 from fewstep.samplers.ode import prefix_groups
@@ -120,7 +123,7 @@ def test_guidance_in_the_schedule_reaches_the_network_call_by_call():
         noise = VP
 
         def __call__(self, x, t, *, cond=None, guidance=None):
-            asked.append(guidance.tolist())
+            asked.append(torch.as_tensor(guidance).expand(len(x)).tolist())
             return torch.zeros_like(x)
 
     steps = tuple(StepSpec(guidance=g) for g in (1.0, 4.0, 2.0))
@@ -245,3 +248,60 @@ def test_gradients_of_a_loss_agree_with_central_differences():
             at = {k: float(loss(values | {name: value + k * step})) for k in (-2, -1, 1, 2)}
             slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / 12e-5
             assert float(gradient[i]) == pytest.approx(slope, rel=1e-6, abs=1e-8), (name, i)
+
+
+class _Moves(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [a for a in args if isinstance(a, torch.Tensor)]
+        if given and isinstance(out, torch.Tensor) and func in _COPIES:
+            self.count += out.device != given[-1].device
+        return out
+
+
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+
+def test_what_calls_need_is_on_the_device_before_the_loop():
+    """On the meta device, which is another than the program's: as many copies for any calls."""
+    noise, counts = VP, {}
+    for nfe in (3, 9):
+        names = ("ddim/time", "dpmpp2m/time", "unipc2-bh2/edm")
+        program = stack([baseline(name, noise, nfe).program for name in names])
+        guided = replace(program, guidance=torch.linspace(1, 2, 3 * nfe).reshape(3, nfe).double())
+        moves, inside = _Moves(), []
+
+        class Meta:
+            def __call__(self, x, t, *, cond=None, guidance=None, moves=moves, inside=inside):
+                assert x.device == t.device == guidance.device == torch.device("meta")
+                inside.append(moves.count)
+                return x * t.reshape(-1, 1).to(x.dtype)
+
+        with moves:
+            run(guided, Meta(), torch.zeros(4, 2, device="meta"), check=False, share=True)
+        assert inside == [inside[0]] * nfe
+        assert moves.count == inside[0]
+        counts[nfe] = moves.count
+    assert counts[3] == counts[9] <= 4
+
+
+def test_a_denoiser_says_how_many_images_a_call_of_it_should_hold():
+    noise, held = VP, []
+    program = stack([baseline(f"ddim/{g}", noise, 3).program for g in ("time", "edm", "logsnr")])
+
+    class Small:
+        piece = 9
+
+        def __call__(self, x, t, *, cond=None, guidance=None):
+            held.append(len(x))
+            return 0.5 * x
+
+    x = torch.randn(4, 2)
+    run(program, Small(), x, share=True)
+    assert held == [4, 8, 4, 8, 4]

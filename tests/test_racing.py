@@ -1,13 +1,14 @@
 """Racing: who is stopped, what a stopped candidate's score is, and that nothing else changes."""
 
+import base64
+
 import numpy as np
 import pytest
 
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.evaluate import Result
 from fewstep.search.racing import LEVEL, Race, loses
-from fewstep.search.record import Record
+from fewstep.search.work import Result
 from fewstep.space import StudyError
 from tests.studies import trial_table, write_study
 
@@ -101,19 +102,25 @@ def test_a_later_generation_races_against_the_best_known():
     assert race.best.score == pytest.approx(rows[0].mean())
 
 
+def _scores(out):
+    """The scores of samples of every trial, by digest."""
+    found = {row[-1]["digest"]: row[-1].get("scores", "") for row in trial_table(out)}
+    return {k: np.frombuffer(base64.b64decode(v), "<f4") for k, v in found.items()}
+
+
 def test_candidates_that_reach_all_samples_score_as_without_a_race(tmp_path):
     settings = ("budget.candidates=150", "search.strategy=random", *RACE)
     raced = _search(tmp_path, tmp_path / "raced", *settings)
     plain = _search(tmp_path, tmp_path / "plain", *settings, "search.race=[]")
-    with Record(raced.out / "log.jsonl") as a, Record(plain.out / "log.jsonl") as b:
-        far = {k: r for k, r in a.results.items() if k[:2] == ("search", 64)}
-        assert 3 <= len(far) < 100
-        for key, result in far.items():
-            np.testing.assert_allclose(
-                result.per_sample, b.results[key].per_sample, rtol=1e-4, atol=1e-10
-            )
-        best = min((r.score, k) for k, r in b.results.items() if k[:2] == ("search", 64))
+    a, b = (_scores(o.out) for o in (raced, plain))
+    far = {k: r for k, r in a.items() if len(r) == 64}
+    assert 3 <= len(far) < 100
+    for digest, scores in far.items():
+        np.testing.assert_allclose(scores, b[digest], rtol=1e-4, atol=1e-10)
+    best = min((row[2][0], row[-1]["digest"]) for row in trial_table(plain.out) if row[2])
     assert best[1] in far
+    states = {row[-1]["samples"]: row[1] for row in trial_table(raced.out) if row[2]}
+    assert states == {8: "PRUNED", 24: "PRUNED", 64: "COMPLETE"}
     assert raced.rows[0].calls_spent < 0.6 * plain.rows[0].calls_spent
     assert raced.rows[0].digest == plain.rows[0].digest
 
@@ -121,11 +128,11 @@ def test_candidates_that_reach_all_samples_score_as_without_a_race(tmp_path):
 def test_a_raced_search_cut_anywhere_resumes_to_the_same_end(tmp_path):
     settings = ("budget.candidates=127", "search.strategy=evolution", *RACE)
     whole = _search(tmp_path, tmp_path / "whole", *settings)
-    log = (whole.out / "log.jsonl").read_bytes()
+    log = (whole.out / "study.journal").read_bytes()
     for share in (0.2, 0.45, 0.7, 0.9):
         out = tmp_path / f"cut{share}"
         out.mkdir()
-        (out / "log.jsonl").write_bytes(log[: int(share * len(log))])
+        (out / "study.journal").write_bytes(log[: int(share * len(log))])
         assert _search(tmp_path, out, *settings, resume=True).rows == whole.rows
         assert trial_table(out) == trial_table(whole.out)
 

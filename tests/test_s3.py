@@ -10,10 +10,10 @@ from optuna.testing.pytest_samplers import (
     SingleOnlySamplerTestCase,
 )
 
-from fewstep.search.strategies.s3 import S3Sampler
+from fewstep.search.strategies import S3Sampler
 
 
 class TestS3Sampler(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: S3Sampler(seed=0, startup=3, population=24, rounds=2)
+        return lambda: S3Sampler(seed=0, children=24, rounds=2)

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fewstep.samplers import sample, start
 from fewstep.search.config import load_study
-from fewstep.search.evaluate import Evaluator, Task, assemble, chunks, scaled
+from fewstep.search.family import family_of
 from fewstep.search.preparing import evaluator_spec
 from fewstep.search.problem import ModelSpec, conditions, noise_of
-from fewstep.space import ModelError, OdeSchedule, StepSpec, StudyError, stack
+from fewstep.search.scoring import assemble
+from fewstep.search.work import Block, Evaluator, cut
+from fewstep.space import ModelError, OdeSchedule, StepSpec, StudyError
 from fewstep.space.baselines import baseline, named
 from tests.studies import write_study
 
@@ -30,10 +34,11 @@ def make(tmp_path):
 
 def _scores(evaluator, schedules, size, block):
     found = {}
-    for chunk in chunks(schedules, evaluator.problem.denoiser.noise, size):
-        parts = [evaluator.run(task) for task in chunk.tasks("search", 16, block)]
+    for members in cut(schedules, size):
+        blocks = Block.cover([schedules[i] for i in members], "search", range(16), block)
+        parts = [block.run(evaluator) for block in blocks]
         results = assemble(parts, evaluator.objective, parts[0].values[0])
-        found |= dict(zip(chunk.members, results, strict=True))
+        found |= dict(zip(members, results, strict=True))
     return [found[i] for i in range(len(schedules))]
 
 
@@ -66,8 +71,7 @@ def test_unit_noise_with_the_scale_in_the_program_equals_sample(make):
     evaluator = make(edm=True)
     problem, noise = evaluator.problem, evaluator.problem.denoiser.noise
     schedule = baseline("dpmpp2m/edm", noise, 6)
-    task = Task(stack([scaled(schedule)]), "search", 0, 16, "samples")
-    x = torch.from_numpy(evaluator.run(task).values[0])
+    x = torch.from_numpy(Block((schedule,), "search", 0, 16, "samples").run(evaluator).values[0])
     z = noise_of(0, "search", range(16), problem.shape)
     cond = conditions(problem, range(16))
     plain = sample(schedule, problem.denoiser, start(schedule, z), cond=cond)
@@ -78,7 +82,7 @@ def test_starts_of_different_scale_run_in_one_batch(make):
     evaluator = make(edm=True)
     noise = evaluator.problem.denoiser.noise
     schedules = [baseline("ddim/edm", noise, 4, t_start=t) for t in (20.0, 10.0)]
-    assert len(chunks(schedules, noise, 8)) == 1
+    assert cut(schedules, 8) == [(0, 1)]
     together = _scores(evaluator, schedules, 8, 16)
     apart = _scores(evaluator, schedules, 1, 16)
     assert [r.score for r in together] == pytest.approx([r.score for r in apart], rel=1e-5)
@@ -97,20 +101,57 @@ def test_a_candidate_that_diverges_is_a_row_and_harms_no_other(make):
     assert results[0].score == pytest.approx(_scores(evaluator, [good], 1, 16)[0].score, rel=1e-5)
 
 
-def test_an_exception_is_pinned_on_the_candidate_that_raises_it(make, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (RuntimeError("CUDA out of memory"), "oom"),
+        (MemoryError(), "oom"),
+        (KeyError("no class 7"), "error"),
+    ],
+)
+def test_what_the_model_raises_is_pinned_on_the_candidate_that_meets_it(make, raised, status):
     evaluator = make()
     noise = evaluator.problem.denoiser.noise
-    schedules = [baseline(f"{n}/time", noise, 3) for n in ("ddim", "ipndm2", "dpmpp2m")]
-    plain, poison = Task.values, scaled(schedules[1]).b
+    schedules = [baseline(f"ddim/{grid}", noise, 3) for grid in ("time", "edm", "quadratic")]
+    plain, poison = evaluator.problem.denoiser, schedules[1].times[1]
 
-    def values(task, evaluator):
-        if any(torch.equal(b, poison) for b in task.program.b):
-            raise RuntimeError("CUDA out of memory")
-        return plain(task, evaluator)
+    class Fussy:
+        noise = plain.noise
 
-    monkeypatch.setattr(Task, "values", values)
-    results = _scores(evaluator, schedules, 3, 16)
-    assert [r.status for r in results] == ["ok", "oom", "ok"]
+        def __call__(self, x, t, **more):
+            if (t == poison).any():
+                raise raised
+            return plain(x, t, **more)
+
+    again = replace(evaluator.problem, denoiser=Fussy())
+    fussy = Evaluator(again, evaluator.objective, 0)
+    fussy.share("search", evaluator.reference("search"))
+    results = _scores(fussy, schedules, 3, 16)
+    assert [r.status for r in results] == ["ok", status, "ok"]
+    assert str(raised) in results[1].message
+
+
+def test_a_fault_of_the_executor_is_no_candidates_status(make, monkeypatch):
+    evaluator = make()
+    schedule = baseline("ddim/time", evaluator.problem.denoiser.noise, 3)
+    monkeypatch.setattr("fewstep.search.work.stack", lambda programs: programs[7])
+    with pytest.raises(IndexError):
+        Block((schedule,), "search", 0, 4).run(evaluator)
+
+
+def test_schedules_with_the_time_shift_run_like_all_others(make):
+    evaluator = make()
+    noise = evaluator.problem.denoiser.noise
+    plain = baseline("ddim/time", noise, 4)
+    rule = {"rule": "variance", "cutoff": 0.1, "semantics": "paper"}
+    still, moved = (
+        plain.model_copy(update={"options": {"time_shift": {**rule, "window": w}}})
+        for w in (0, 40)
+    )
+    results = _scores(evaluator, [plain, still, moved], 3, 16)
+    assert [r.status for r in results] == ["ok"] * 3
+    assert results[1].score == pytest.approx(results[0].score, rel=1e-5)
+    assert abs(results[2].score / results[0].score - 1) > 1e-3
 
 
 @pytest.mark.parametrize("broken", ["shape", "nan"])
@@ -119,9 +160,9 @@ def test_a_broken_model_raises_when_the_task_is_strict(make, broken, tmp_path):
     write_study(tmp_path)
     good = make()
     evaluator = Evaluator(spec.load(), good.objective, 0)
-    program = stack([scaled(baseline("ddim/time", good.problem.denoiser.noise, 3))])
+    schedule = baseline("ddim/time", good.problem.denoiser.noise, 3)
     with pytest.raises(ModelError):
-        evaluator.run(Task(program, "search", 0, 4, "samples", strict=True))
+        Block((schedule,), "search", 0, 4, "samples", strict=True).run(evaluator)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +184,7 @@ def test_a_wrong_factory_is_one_line(tmp_path, factory, arguments, message):
 
 
 def test_a_schedule_for_another_noise_schedule_is_refused(make):
-    evaluator, other = make(), make(edm=True)
+    family, other = family_of(make().problem), make(edm=True)
     schedule = baseline("ddim/time", other.problem.denoiser.noise, 3)
-    with pytest.raises(ModelError, match="another noise schedule"):
-        chunks([schedule], evaluator.problem.denoiser.noise, 4)
+    with pytest.raises(ModelError, match="was made for noise schedule edm"):
+        family.check(schedule, "mine.json")

@@ -5,10 +5,10 @@ import os
 import pytest
 
 from fewstep.search.config import load_study
-from fewstep.search.evaluate import chunks
 from fewstep.search.pool import RayPool, SerialPool
 from fewstep.search.preparing import evaluator_spec
 from fewstep.search.run import search
+from fewstep.search.work import Block, cut
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 
@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 def _run(pool, evaluator_noise, samples=8, size=4, count=10):
     schedules = list(named(evaluator_noise, 3).values())[:count]
-    tickets = {}
-    for chunk in chunks(schedules, evaluator_noise, size):
-        for task in chunk.tasks("search", samples, 4, "samples"):
-            tickets[pool.submit(task)] = (chunk.members, task.start)
-    return {tickets[t]: r for t, r in (pool.collect() for _ in range(len(tickets)))}
+    blocks = []
+    for members in cut(schedules, size):
+        group = [schedules[i] for i in members]
+        blocks += Block.cover(group, "search", range(samples), 4, want="samples")
+    return {i: r for i, r in enumerate(pool.map(blocks))}
 
 
 def _setup(tmp_path, **arguments):

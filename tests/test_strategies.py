@@ -1,14 +1,16 @@
 """Strategies are functions of what is known, and the guided ones beat chance."""
 
+import dataclasses
 from functools import lru_cache
 
 import numpy as np
+import optuna
 import pytest
 import torch
 
 from fewstep.samplers import run
-from fewstep.search.strategies import STRATEGIES, Evaluated, make
-from fewstep.search.strategies.s3 import S3, expected_improvement
+from fewstep.search.strategies import STRATEGIES, Evaluated, Proposer, S3Sampler, suggest
+from fewstep.search.strategies.s3 import expected_improvement
 from fewstep.space import StudyError, stack
 from fewstep.space.baselines import baseline
 from fewstep.space.domain import OdeDomain
@@ -45,47 +47,67 @@ def seeds(nfe: int = 5) -> list[Evaluated]:
     return evaluated([baseline(f"{s}/{g}", NOISE, nfe) for s in SEEDS for g in grids], "named")
 
 
+def asked(name, known, *, nfe=5, seed=7, size=6, earlier=(), generation=3, **options):
+    """A proposer that was told what is known, and its next generation."""
+    options = FAST.get(name, {}) | options
+    domain = OdeDomain(NOISE, nfe)
+    proposer = Proposer(name, domain, seed=seed, size=size, earlier=earlier, options=options)
+    for e in known:
+        proposer.tell(e)
+    return proposer, proposer.propose(generation)
+
+
 @lru_cache
 def search(name: str, seed: int, generations: int = 6, size: int = 10) -> list[float]:
     """Scores of the candidates a strategy proposes, in order."""
-    strategy = make(name, OdeDomain(NOISE, 5), **FAST.get(name, {}))
-    known = seeds()
-    start = len(known)
-    for g in range(generations):
-        proposals = strategy.propose(known, g, size, np.random.default_rng([seed, g]))
+    found: list[float] = []
+    proposer, proposals = asked(name, seeds(), seed=seed, size=size, generation=0)
+    for g in range(1, generations + 1):
         assert len(proposals) == size
         for p, v in zip(proposals, score([p.schedule for p in proposals]), strict=True):
-            known.append(
-                Evaluated(p.schedule, v, "ok" if np.isfinite(v) else "diverged", source=p.source)
-            )
-    return [k.score for k in known[start:]]
+            status = "ok" if np.isfinite(v) else "diverged"
+            proposer.tell(Evaluated(p.schedule, v, status, source=p.source), p.trial)
+            found.append(v)
+        if g < generations:
+            proposals = proposer.propose(g)
+    return found
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_is_a_function_of_known_generation_and_seed(name):
-    domain = OdeDomain(NOISE, 5)
     known = seeds()
-    first, second = (
-        make(name, domain, **FAST.get(name, {})).propose(
-            known, 3, 6, np.random.default_rng([7, 3])
-        )
-        for _ in range(2)
-    )
+    (_, first), (_, second) = (asked(name, known) for _ in range(2))
     assert first == second
-    other = make(name, domain, **FAST.get(name, {})).propose(
-        known, 3, 6, np.random.default_rng([8, 3])
-    )
+    _, other = asked(name, known, seed=8)
     assert [p.schedule for p in other] != [p.schedule for p in first]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_generation_taken_from_a_store_leaves_the_strategy_as_if_it_had_proposed_it(name):
+    proposer, first = asked(name, seeds())
+    plain = [dataclasses.replace(p, trial=None) for p in first]
+    other, _ = asked(name, seeds()) if proposer.replays else (_empty(name), None)
+    again = first if proposer.replays else other.follow(plain)
+    for p, q, v in zip(first, again, score([p.schedule for p in first]), strict=True):
+        for strategy, trial in ((proposer, p.trial), (other, q.trial)):
+            strategy.tell(Evaluated(p.schedule, v, source=p.source), trial)
+    assert proposer.propose(4) == other.propose(4)
+
+
+def _empty(name):
+    """A proposer that was told the seeds and asked for nothing."""
+    made = Proposer(name, OdeDomain(NOISE, 5), seed=7, size=6, options=FAST.get(name, {}))
+    for e in seeds():
+        made.tell(e)
+    return made
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_proposals_are_members_even_when_little_is_known_or_all_has_failed(name):
     domain = OdeDomain(NOISE, 4)
-    strategy = make(name, domain, **FAST.get(name, {}))
     failed = [Evaluated(baseline("ddim/edm", NOISE, 4), float("inf"), "diverged")]
-    elsewhere = seeds(5)[:3]
-    for known in ([], failed, elsewhere):
-        proposals = strategy.propose(known, 0, 5, np.random.default_rng(0))
+    for known, earlier in (([], []), (failed, []), ([], seeds(5)[:3])):
+        _, proposals = asked(name, known, nfe=4, size=5, earlier=earlier)
         assert len(proposals) == 5
         assert all(domain.contains(p.schedule) is None for p in proposals)
 
@@ -108,32 +130,45 @@ def test_s3_beats_the_evolution_and_the_named_solvers():
 
 
 def test_s3_starts_from_the_neighbouring_nfe():
-    domain = OdeDomain(NOISE, 6)
-    proposals = S3(domain).propose(seeds(5), 0, 10, np.random.default_rng(0))
+    _, proposals = asked("s3", [], nfe=6, size=10, earlier=seeds(5))
     assert {p.source for p in proposals} == {"adopted"}
 
 
 def test_s3_learns_from_every_nfe_and_leaves_out_what_is_no_member():
     domain = OdeDomain(NOISE, 5)
     noisy = [Evaluated(baseline("ddpm/edm", NOISE, n), 1.0) for n in (5, 6)]
-    strategy = S3(domain, predictor="sequence", rounds=1, patterns=3, moves=8)
-    proposals = strategy.propose(seeds(5) + noisy + seeds(6), 0, 4, np.random.default_rng(0))
+    options = {"predictor": "sequence", "rounds": 1, "children": 24}
+    known, earlier = seeds(5) + noisy[:1], noisy[1:] + seeds(6)
+    _, proposals = asked("s3", known, size=4, earlier=earlier, **options)
     assert {p.note["predictor"] for p in proposals} == {"sequence"}
     assert all(domain.contains(p.schedule) is None for p in proposals)
 
 
 def test_s3_proposes_nothing_twice_and_says_what_it_expects():
-    domain = OdeDomain(NOISE, 5)
-    proposals = S3(domain, **FAST["s3"]).propose(seeds(), 0, 12, np.random.default_rng(0))
-    assert len({p.schedule.digest for p in proposals}) == 12
+    proposer, proposals = asked("s3", seeds(), size=12)
+    more = proposer.propose(4)  # with the first still running
+    assert len({p.schedule.digest for p in [*proposals, *more]}) == 24
     assert all({"predicted", "std", "predictor", "tau_gaussian"} <= set(p.note) for p in proposals)
+
+
+def test_s3_serves_a_study_of_ones_own():
+    domain = OdeDomain(NOISE, 3)
+    study = optuna.create_study(sampler=S3Sampler(seed=0, domain=domain, predictor="gaussian"))
+    for _ in range(12):
+        trial = study.ask()
+        schedule = suggest(trial, domain)
+        assert domain.contains(schedule) is None
+        study.tell(trial, score([schedule])[0])
+    assert study.best_value < np.median([t.value for t in study.trials])
 
 
 def test_cmaes_moves_numbers_only():
     domain = OdeDomain(NOISE, 5)
     known = seeds()
-    best = domain.canonical(min(known, key=lambda k: k.score).schedule)
-    for p in make("cmaes", domain).propose(known, 0, 6, np.random.default_rng(0)):
+    members = [k for k in known if domain.contains(k.schedule) is None]
+    best = domain.canonical(min(members, key=lambda k: k.score).schedule)
+    _, proposals = asked("cmaes", known)
+    for p in proposals:
         assert [s.order for s in p.schedule.steps] == [s.order for s in best.steps]
         assert p.schedule.times != best.times
 
@@ -148,6 +183,6 @@ def test_expected_improvement_is_the_mean_of_the_gain():
 def test_unknown_strategies_and_options_are_refused():
     domain = OdeDomain(NOISE, 5)
     with pytest.raises(StudyError, match="unknown: use one of random"):
-        make("annealing", domain)
+        Proposer("annealing", domain, seed=0, size=4)
     with pytest.raises(StudyError, match="no option 'temperature'"):
-        make("evolution", domain, temperature=1.0)
+        Proposer("evolution", domain, seed=0, size=4, options={"temperature": 1.0})

@@ -10,7 +10,14 @@ from fewstep.search.config import load_study
 from fewstep.search.family import family_of
 from fewstep.search.rescore import load_evaluator
 from fewstep.search.warm import load_warm, warm_start
-from fewstep.space import OdeSchedule, StepSpec, StudyError, load_schedule, save_schedule
+from fewstep.space import (
+    OdeSchedule,
+    ProgramSchedule,
+    StepSpec,
+    StudyError,
+    load_schedule,
+    save_schedule,
+)
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.growing import grown
@@ -59,7 +66,7 @@ def test_a_member_joins_after_the_named_solvers_and_is_none_of_them(tmp_path):
 def test_the_budget_counts_the_warm_start_and_its_files_change_the_search(tmp_path):
     save_schedule(moved(3), tmp_path / "mine.json")
     few = len(named(NOISE, 3)) + 1
-    settings = (f"budget.candidates={few}", "search.strategy=refine", "refine.steps=3")
+    settings = (f"budget.candidates={few}", "search.strategy=refine")
     with_it = search(tmp_path, tmp_path / "a", ["mine.json"], *settings)
     assert sum(r[-1]["source"] == "import:mine" for r in trial_table(with_it.out)) == 1
     fewer = (f"budget.candidates={few - 1}", *settings[1:])
@@ -72,11 +79,11 @@ def test_a_log_cut_after_the_first_generation_resumes_without_the_files(tmp_path
     text = STUDY.replace("nfe = [3]", 'nfe = [3]\nwarm = ["mine.json"]')
     config = load_study(write_study(tmp_path, text), ["budget.candidates=150"])
     whole = run.search(config, tmp_path / "whole")
-    log = (whole.out / "log.jsonl").read_bytes().splitlines(keepends=True)
-    first = next(i for i, line in enumerate(log) if b'"generation":0' in line)
+    log = (whole.out / "study.journal").read_bytes().splitlines(keepends=True)
+    last = next(i for i, line in enumerate(log) if b'"generation":1' in line)
     out = tmp_path / "cut"
     out.mkdir()
-    (out / "log.jsonl").write_bytes(b"".join(log[: first + 2]))
+    (out / "study.journal").write_bytes(b"".join(log[:last]))
     path.unlink()
     assert run.search(config, out, resume=True).rows == whole.rows
     assert trial_table(out) == trial_table(whole.out)
@@ -136,7 +143,7 @@ def test_one_of_fewer_calls_is_scored_with_calls_added_where_that_is_possible():
         ("absent.json", "no such file"),
         ("damaged.json", "not valid JSON"),
         ("edm.json", "another (vp_linear)"),
-        ("program.json", "makes 4 calls, which a ProgramSchedule cannot change"),
+        ("program.json", "a fitted program of 4 calls, to which calls can be added"),
         ("masked.json", "kind 'masked'"),
     ],
 )
@@ -144,9 +151,7 @@ def test_a_wrong_file_is_one_line_before_anything_is_searched(tmp_path, name, me
     (tmp_path / "damaged.json").write_text("{")
     save_schedule(baseline("ddim/logsnr", EDM(), 3), tmp_path / "edm.json")
     save_schedule(next(iter(MaskedDomain(8, 3).baselines().values())), tmp_path / "masked.json")
-    data = baseline("ddim/logsnr", NOISE, 4).to_dict()
-    del data["steps"], data["times"]
-    (tmp_path / "program.json").write_text(json.dumps(data))
+    save_schedule(ProgramSchedule.of(baseline("ddim/logsnr", NOISE, 4)), tmp_path / "program.json")
     with pytest.raises(StudyError) as error:
         search(tmp_path, tmp_path / "out", [name])
     assert message in str(error.value)

@@ -42,7 +42,7 @@ from fewstep.experiments.models import antibodies
 from fewstep.samplers import sample_masked
 from fewstep.samplers.categorical import uniforms
 from fewstep.samplers.curve import cross_entropy_curve, load_curve, save_curve
-from fewstep.samplers.token_denoiser import Counted
+from fewstep.samplers.token_denoiser import CountedSequences
 from fewstep.space.counts import best_counts, counts_by_name
 from fewstep.space.errors import FewstepError
 from fewstep.space.masked import MaskedSchedule
@@ -103,7 +103,7 @@ def scored(
         uniforms(schedule.uniforms, LENGTH, generator=torch.Generator().manual_seed(start + i))
         for i in range(len(tokens))
     ])  # fmt: skip
-    model = Counted(antibodies.denoiser(_network()))
+    model = CountedSequences(antibodies.denoiser(_network()))
     done = sample_masked(schedule, model, tokens.masked_fill(free, antibodies.MASK), u=u)
     nats = surprise(judge, antibodies.decode(done))
     keys = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(start))

@@ -32,7 +32,6 @@ from torch import Tensor
 from fewstep.experiments.models.digits import problem
 from fewstep.predictors.cpr import fit
 from fewstep.samplers import Problem, sample
-from fewstep.search.objective import ratio_interval
 from fewstep.search.strategies import refine as refinement
 from fewstep.search.strategies.compensation import (
     Settings,
@@ -41,6 +40,7 @@ from fewstep.search.strategies.compensation import (
 )
 from fewstep.search.strategies.joint import Family, Joint, Request, Setting, fit_joint, gram
 from fewstep.search.strategies.targets import aligned_targets, published_targets
+from fewstep.search.yardstick import bootstrap_ratio
 from fewstep.space import OdeSchedule, stack
 from fewstep.space.baselines import baseline
 
@@ -219,8 +219,8 @@ def run_cpr(kind: str, a: argparse.Namespace) -> None:
                     "refined": float(ends["refined"].mean()),
                     "predicted": float(each.mean()),
                     "medians": float(np.median(each) / np.median(ends["refined"])),
-                    "to_refined": ratio_interval(each, ends["refined"], resamples=2000),
-                    "to_named": ratio_interval(each, ends["named"], resamples=2000),
+                    "to_refined": bootstrap_ratio(each, ends["refined"], np.mean),
+                    "to_named": bootstrap_ratio(each, ends["named"], np.mean),
                 }
             )
     result = {
@@ -252,12 +252,12 @@ def fit_cells(cells: Sequence[tuple[int, float]], a: argparse.Namespace) -> tupl
     settings = [Setting(*cell) for cell in cells]
     family = Family(p.denoiser.noise, TEMPLATE, settings, ("gap", "query", "compensation"))
     told = lambda k, e: print(f"round {k}: mean log error {e:.4f}, {spent} calls", flush=True)  # noqa: E731
-    return fit_joint(family, look, rounds=a.rounds, told=told), spent
+    return fit_joint(family, look, rounds=a.rounds, on_round=told), spent
 
 
 def ratio(x: Sequence[float], y: Sequence[float]) -> str:
     """Ratio of means with its interval, as text."""
-    low, high = ratio_interval(np.array(x), np.array(y), resamples=2000)
+    low, high = bootstrap_ratio(np.array(x), np.array(y), np.mean)
     return f"{np.mean(x) / np.mean(y):.2f} [{low:.2f}, {high:.2f}]"
 
 

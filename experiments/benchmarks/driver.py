@@ -1,9 +1,9 @@
-"""What the driver costs per candidate beside the network: compile, store, log, propose.
+"""What the driver costs per candidate beside the network: compile, store, propose.
 
     OMP_NUM_THREADS=1 python -P -m fewstep.experiments.benchmarks.driver
 
 A search in this process on a model that costs next to nothing (the exact denoiser of one Gaussian
-in two dimensions), with everything a real one has: the log, the Optuna journal, MLflow in SQLite.
+in two dimensions), with everything a real one has: the Optuna journal, MLflow in SQLite.
 Printed per candidate, the named solvers included: `evaluate` is the time of loop and network,
 `propose` the strategy's without the training of its predictor, which is printed apart, and
 `driver` the rest of the wall time.
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from fewstep.predictors.quality import QualityPredictor
 from fewstep.samplers import Problem
-from fewstep.search import evaluate, run, rung, strategies
+from fewstep.search import run, rung, strategies, work
 from fewstep.search.config import study_from_dict
-from fewstep.space.domain import OdeDomain
 from fewstep.space.noise import NoiseSchedule, VPLinear
 
 
@@ -79,10 +78,9 @@ def measure(strategy: str, nfe: int, candidates: int, samples: int, out: Path) -
         "final": {"samples": 64, "resamples": 100},
     }  # fmt: skip
     clocks = {name: Clock() for name in ("evaluate", "propose", "train", "whole")}
-    strategy_class = type(strategies.make(strategy, OdeDomain(VPLinear(), nfe)))
     timed = (
-        (evaluate.Evaluator, "run", "evaluate"),
-        (strategy_class, "propose", "propose"),
+        (work.Block, "run", "evaluate"),
+        (strategies.Proposer, "propose", "propose"),
         (QualityPredictor, "fit", "train"),
         (rung.Rung, "run", "whole"),
     )

@@ -22,7 +22,7 @@ import torch
 from fewstep.experiments.benchmarks.search import Bench
 from fewstep.predictors.quality import QualityPredictor, kendall_tau
 from fewstep.search.strategies import Evaluated
-from fewstep.search.strategies.s3 import tokens_of
+from fewstep.space.tokens import tokens
 
 KINDS = ("gaussian", "sequence")
 
@@ -46,7 +46,7 @@ class Case:
 def case(strategy: str, seed: int, told: Sequence[Evaluated], nfe: int, half: int) -> Case:
     """Train on the first `half` finite results, predict the rest."""
     ok = [k for k in told if k.status == "ok"]
-    x, y = [tokens_of(k.schedule) for k in ok], [k.score for k in ok]
+    x, y = [tokens(k.schedule)[0] for k in ok], [k.score for k in ok]
     predicted = {}
     for kind in KINDS:
         model = QualityPredictor(kind, seed).fit(x[:half], y[:half], nfe)

@@ -5,12 +5,11 @@
     python -m fewstep.experiments.benchmarks.refine report
 
 Every run starts from the best named solver, or from the winner of a search of `bench_search` with
-strategy s3 and the same seed (--searches), and is fitted by Gauss-Newton on noise of its own seed;
-no run may spend more than --budget network evaluations. Scores are endpoint MSE on one set of
-fresh samples, over the best named solver's on the same. Each run is a JSON file in OUT; runs that
-are there are not repeated. `report` prints medians and ranges over seeds, and found(n) against the
-best named solver at 2n where `run` has met both (`--variants named` scores named solvers only;
-found(n) is variant "mean" where it was run, else "all").
+strategy s3 and the same seed (--searches), and is fitted on noise of its own seed. Scores are
+geometric means of endpoint errors on one set of fresh samples, over the best named solver's. Each
+run is a JSON file in OUT; runs that are there are not repeated. `report` prints medians and ranges
+over seeds, and found(n) against the best named solver at 2n where `run` has met both (`--variants
+named` scores named solvers only; found(n) is variant "mean" where it was run, else "all").
 """
 
 from __future__ import annotations
@@ -27,35 +26,32 @@ import torch
 
 from fewstep.experiments.benchmarks.search import FRESH, Landscape, problem
 from fewstep.samplers import start
-from fewstep.search.strategies.closed_form import by_closed_form
-from fewstep.search.strategies.fitting import Batch, Settings
-from fewstep.search.strategies.refine import refine
-from fewstep.space import OdeSchedule, load_schedule
+from fewstep.search.config import RefineTable
+from fewstep.search.stages.fit import Startable, refine
+from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.yardstick import level, q90
+from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError
 
-SHIFTS = ("times", "start_level", "query", "start", "land")
-KNOBS = {
-    "times": ("times", "start_level"),
-    "shifts": SHIFTS,
-    "compensation": (*SHIFTS, "compensation"),
-    "all": (*SHIFTS, "weights"),
-    "mean": (*SHIFTS, "weights"),
-    "s3+refine": (*SHIFTS, "weights"),
+TABLES: dict[str, dict[str, Any]] = {
+    "times": {"knobs": ("times",)},
+    "all": {},
+    "least squares": {"loss": "mean"},
+    "mean": {},
+    "s3+refine": {},
 }
 LABELS = {
-    "closed": "closed-form weights alone",
     "times": "times only",
-    "shifts": "+ shifts",
-    "compensation": "+ compensation",
-    "all": "times, shifts and weights",
+    "all": "times and weights",
+    "least squares": "the same by least squares",
     "mean": "+ the mean image",
     "s3": "S3 alone",
     "s3+refine": "S3 + refine",
 }
 
 
-def batch(landscape: Landscape, schedule: OdeSchedule) -> Batch:
+def batch(landscape: Landscape, schedule: Startable) -> Batch:
     """A landscape's noise and end points, as refinement takes them."""
     made = landscape.problem
     x_T = start(schedule, landscape._z)
@@ -79,10 +75,11 @@ class Bench:
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return kept
         solvers = named(self.noise, nfe)
-        scores = self.choose.score(list(solvers.values()))
+        scores = [level(e, "geometric") for e in self.choose.per_sample(list(solvers.values()))]
         name = list(solvers)[int(np.nanargmin(scores))]
-        fresh = float(self.again.score([solvers[name]])[0])
-        found = {"name": name, "fresh": fresh}
+        fresh = self.again.per_sample([solvers[name]])[0]
+        found = {"name": name, "fresh": level(fresh, "geometric"), "mean": float(fresh.mean())}
+        found["q90"] = q90(fresh)
         write_json(path, found)
         return found
 
@@ -90,7 +87,7 @@ class Bench:
         """One run; None where the search it needs is not there."""
         a, best = self.a, self.named(nfe)
         begun, spent = time.perf_counter(), 0
-        schedule = baseline(best["name"], self.noise, nfe)
+        schedule: Startable = baseline(best["name"], self.noise, nfe)
         if variant.startswith("s3"):
             path = Path(a.searches) / f"{a.model}_{nfe}_256_s3_{seed}.json"
             if not path.exists():
@@ -102,15 +99,11 @@ class Bench:
             at = 10_000 * (seed + 1)
             train = batch(Landscape(self.problem, a.samples, at), schedule)
             held = batch(Landscape(self.problem, a.held, at + 5000), schedule)
-            settings = Settings(budget=a.budget, rounds=a.rounds)
+            table = RefineTable(samples=a.samples, rounds=a.rounds, **TABLES[variant])
             if variant == "mean":
                 image = train.target.mean(0)
                 train, held = (dataclasses.replace(b, constant=image) for b in (train, held))
-            if variant == "closed":
-                found = by_closed_form(schedule, self.problem.denoiser, train, held, settings)
-            else:
-                settings = Settings(budget=a.budget, rounds=a.rounds, knobs=KNOBS[variant])
-                [found] = refine([schedule], self.problem.denoiser, train, held, settings)
+            found = refine([schedule], self.problem.denoiser, train, held, table)
             schedule, spent = found.schedule, spent + found.calls
         scores = self.again.per_sample([schedule])[0]
         return {
@@ -119,8 +112,9 @@ class Bench:
             "variant": variant,
             "seed": seed,
             "named": best,
-            "fresh": float(scores.mean()),
-            "median": float(np.median(scores)),
+            "fresh": level(scores, "geometric"),
+            "mean": float(scores.mean()),
+            "q90": q90(scores),
             "calls": spent,
             "samples": a.samples,
             "seconds": time.perf_counter() - begun,
@@ -172,8 +166,9 @@ def report(folder: Path) -> str:
     if not runs:
         raise FewstepError(f"{folder}: no runs found; start some with `run`")
     lines = [
-        "| model | NFE | what | seeds | MSE / best named: median (range) | RMSE | evaluations |",
-        "|---|---|---|---|---|---|---|",
+        "| model | NFE | what | seeds | geometric / best named: median (range) | mean | 90 %q "
+        "| evaluations |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for model, nfe in sorted({(r["model"], r["nfe"]) for r in runs}):
         for variant, label in LABELS.items():
@@ -185,9 +180,13 @@ def report(folder: Path) -> str:
             ratios = np.array([r["fresh"] / r["named"]["fresh"] for r in mine])
             middle = float(np.median(ratios))
             calls = float(np.median([r["calls"] for r in mine])) / 1e3
+            mean, tail = (
+                float(np.median([r[k] / r["named"][k] for r in mine])) for k in ("mean", "q90")
+            )
             lines.append(
                 f"| {model} | {nfe} | {label} | {len(mine)} | {middle:.3f} "
-                f"({ratios.min():.3f}–{ratios.max():.3f}) | {middle**0.5:.2f} | {calls:.0f}k |"
+                f"({ratios.min():.3f}–{ratios.max():.3f}) | {mean:.3f} | {tail:.3f} "
+                f"| {calls:.0f}k |"
             )
     lines += [
         "",
@@ -219,8 +218,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="noise a run is fitted on")
     parser.add_argument("--held", type=int, default=128, help="noise the iterate is chosen by")
     bench_options(parser)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--budget", type=int, default=400_000, help="evaluations of one run")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--searches", default="runs/bench_search", help="runs of bench_search")
     a = parser.parse_args()
     if a.what == "run":

@@ -1,4 +1,4 @@
-"""Which strategy finds better schedules: S3, random, TPE, the released USF evolution, CMA-ES.
+"""Which strategy finds better schedules: S3, the released USF evolution, samplers of Optuna's.
 
 Every run has the same space, the same starting population (all named solvers on all grids), the
 same samples and the same number of candidates; only the strategy and its seed differ. As in
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fewstep.samplers import Problem, run, start
 from fewstep.search.record import write_text
-from fewstep.search.strategies import Evaluated, make
+from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import FewstepError
@@ -49,7 +49,7 @@ BLOCK = 2048  # samples a network call may hold
 FRESH = 1_000_000  # first index of the fresh samples
 SELECT = 2_000_000  # first index of those that the winner is chosen on
 TOP = 8
-STRATEGIES = ("s3", "evolution", "tpe", "cmaes", "random")
+STRATEGIES = ("s3", "evolution", "tpe", "cmaes", "random", "gp", "qmc", "nsgaii")
 
 
 @dataclass
@@ -61,12 +61,14 @@ class Landscape:
         samples: number of samples, indices offset .. offset + samples - 1.
         offset: first sample; fresh samples start at `FRESH`.
         seed: seed of the starting noise.
+        teacher_calls: network calls of the teacher.
     """
 
     problem: Problem
     samples: int
     offset: int = 0
     seed: int = 0
+    teacher_calls: int = TEACHER_CALLS
 
     def __post_init__(self) -> None:
         index = torch.arange(self.offset, self.offset + self.samples)
@@ -77,7 +79,7 @@ class Landscape:
             for i in index.tolist()
         ]
         self._z = torch.from_numpy(np.stack(rows)).float()
-        teacher = baseline(TEACHER, self.noise, TEACHER_CALLS)
+        teacher = baseline(TEACHER, self.noise, self.teacher_calls)
         self.teacher = self._run(teacher.program, start(teacher, self._z))
 
     @torch.no_grad()
@@ -183,18 +185,19 @@ class Bench:
         self, strategy: str, seed: int, candidates: int, generation: int
     ) -> list[Evaluated]:
         """The candidates a strategy proposed after the named solvers, in the order told."""
-        known = list(self.seeds)
-        maker = make(strategy, self.domain)
+        proposer = Proposer(strategy, self.domain, seed=seed, size=generation)
+        for known in self.seeds:
+            proposer.tell(known)
+        told: list[Evaluated] = []
         for g in range(candidates // generation):
             asked = time.perf_counter()
-            rng = np.random.default_rng([seed, g])
-            proposals = maker.propose(known, g, generation, rng)
+            proposals = proposer.propose(g)
             self.proposing += time.perf_counter() - asked
             scores = self.search.score([p.schedule for p in proposals])
-            known += [
-                _evaluated(p.schedule, v, p.source) for p, v in zip(proposals, scores, strict=True)
-            ]
-        return known[len(self.seeds) :]
+            for p, v in zip(proposals, scores, strict=True):
+                told.append(_evaluated(p.schedule, v, p.source))
+                proposer.tell(told[-1], p.trial)
+        return told
 
 
 def _evaluated(schedule: OdeSchedule, score: float, source: str) -> Evaluated:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.samplers import Problem, sample
 from fewstep.samplers.shift import training_step
-from fewstep.search.objective import ratio_interval
+from fewstep.search.yardstick import bootstrap_ratio
 from fewstep.space import FewstepError, OdeSchedule
 from fewstep.space.baselines import GRIDS, baseline
 
@@ -212,7 +212,7 @@ _CHOICES: list[dict[str, object]] = [
 
 def ratio(a: np.ndarray, b: np.ndarray) -> str:
     """Ratio of means with its interval, as text."""
-    low, high = ratio_interval(a, b)
+    low, high = bootstrap_ratio(a, b, np.mean)
     return f"{a.mean() / b.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 

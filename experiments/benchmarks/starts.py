@@ -29,8 +29,8 @@ from torch import Tensor
 
 from fewstep.experiments.benchmarks.refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.benchmarks.search import Landscape
-from fewstep.search.strategies.fitting import Batch, Settings, held_out
-from fewstep.search.strategies.gauss_newton import FreeProgram, canonical, fit
+from fewstep.search.strategies.gauss_newton import Batch, Fit, FreeProgram, canonical
+from fewstep.search.strategies.levenberg import levenberg
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
@@ -57,7 +57,6 @@ class Family:
             self.train, self.held, self.again = (
                 dataclasses.replace(b, constant=image) for b in (self.train, self.held, self.again)
             )
-        self.settings = Settings()
 
     def model(self, program: Program) -> FreeProgram:
         """All numbers of a program, free."""
@@ -65,25 +64,24 @@ class Family:
 
     def error(self, program: Program, on: Batch) -> float:
         """Mean squared error of a program."""
-        free, denoiser = self.model(program), self.bench.problem.denoiser
-        zero = torch.zeros_like(free.scale())
-        [found] = held_out([free], [zero], denoiser, on, self.settings)
-        return found
+        free = self.model(program)
+        fit = Fit(free, self.noise, self.bench.problem.denoiser, on)
+        return fit.losses([torch.zeros(free.size).double()])[0]
 
     def fitted(self, free: FreeProgram, theta: Tensor, samples: int) -> tuple[float, Program, int]:
         """Held-out error, program and cost of one fit on the first `samples`."""
-        found = fit(
-            free,
-            self.noise,
-            theta,
-            self.bench.problem.denoiser,
-            self.train.take(slice(0, samples)),
-            self.held,
-            self.settings,
-            rounds=self.bench.a.rounds,
-            progress=lambda: None,
-        )
-        return found.error, free.program(found.theta), found.calls
+        denoiser, few = self.bench.problem.denoiser, self.train.first(samples)
+        fit, held = (Fit(free, self.noise, denoiser, b) for b in (few, self.held))
+        best = (float("inf"), theta)
+
+        def look(turn: int, at: Tensor) -> bool:
+            nonlocal best
+            best = min(best, (held.losses([at])[0], at), key=lambda pair: pair[0])
+            return False
+
+        rounds = self.bench.a.rounds
+        levenberg(theta, fit.linearise, fit.losses, rounds=rounds, on_round=look)
+        return best[0], free.program(best[1]), fit.calls + held.calls
 
     def at(self, lam: np.ndarray) -> tuple[FreeProgram, Tensor]:
         """Second-order steps between these queries (nfe,), increasing, in lam."""
@@ -95,7 +93,7 @@ class Family:
 
     def moved(self, free: FreeProgram, lam: np.ndarray) -> Tensor:
         """theta with the queries at `lam` and the weights as they are."""
-        theta = torch.zeros_like(free.scale())
+        theta = torch.zeros(free.size).double()
         theta[: self.nfe] = torch.from_numpy(lam) - finite_lam(self.noise, free.base.t)
         return theta
 
@@ -134,7 +132,7 @@ def run(family: Family, starts: int, seed: int) -> dict[str, Any]:
         )
     assert best is not None
     free = family.model(best[1])
-    error, program, spent = family.fitted(free, torch.zeros_like(free.scale()), len(family.train))
+    error, program, spent = family.fitted(free, torch.zeros(free.size).double(), len(family.train))
     fresh = family.error(program, family.again)
     return {
         "model": bench.a.model,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +14,10 @@ from fewstep.experiments.cli.explain import Loaded
 from fewstep.samplers import AnyProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
-from fewstep.search.evaluate import Evaluator
 from fewstep.search.family import family_of
 from fewstep.search.rescore import load_evaluator, rescore
+from fewstep.search.work import Block, Evaluator
+from fewstep.search.yardstick import Comparison
 from fewstep.space.errors import StudyError
 
 COLUMNS = 8
@@ -31,8 +31,8 @@ def draw(schedule: Any, evaluator: Evaluator, count: int, name: str) -> Tensor:
     """
     family = family_of(evaluator.problem)
     family.check(schedule, name)
-    (task,) = family.chunks([schedule], 1)[0].tasks("sample", count, count, "samples")
-    return torch.from_numpy(evaluator.run(replace(task, strict=True)).values[0])
+    block = Block((schedule,), "sample", 0, count, "samples", strict=True)
+    return torch.from_numpy(block.run(evaluator).values[0])
 
 
 def sheet(path: Path, x: Tensor, problem: AnyProblem, label: str) -> Path:
@@ -55,15 +55,15 @@ def sheet(path: Path, x: Tensor, problem: AnyProblem, label: str) -> Path:
 
 @dataclass(frozen=True)
 class Compared:
-    """A schedule's score, and its ratio to the first one's with a 95% interval."""
+    """A schedule's score and what it is compared with the first: ratios of every statistic."""
 
     objective: str
     name: str
     nfe: int
     score: float
-    median: float | None
-    ratio: float
-    interval: tuple[float, float]
+    ratio: float | None
+    interval: tuple[float, float] | None
+    comparison: Comparison | None
 
 
 def compare_scores(
@@ -86,7 +86,7 @@ def compare_scores(
     for i, ((name, schedule), result) in enumerate(zip(schedules, scored.results, strict=True)):
         if result.measures is None:
             raise StudyError(f"{name} could not be scored: {result.status} ({result.message})")
-        median = None if result.per_sample is None else float(np.median(result.per_sample))
-        ratio, interval = scored.ratio(i, 0)
-        rows.append(Compared(objective, name, schedule.nfe, result.score, median, ratio, interval))
+        ratio, interval, compared = scored.ratio(i, 0)
+        score = scored.value(i)
+        rows.append(Compared(objective, name, schedule.nfe, score, ratio, interval, compared))
     return rows

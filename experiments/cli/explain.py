@@ -21,7 +21,7 @@ from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import Frozen, OdeSchedule, StepSpec
 
 if TYPE_CHECKING:
-    from fewstep.search.final import Row
+    from fewstep.search.verdict import Row
 
 Explained = OdeSchedule | MaskedSchedule | ParticleSchedule
 Loaded = Explained | ProgramSchedule

@@ -12,9 +12,9 @@ from fewstep.search.config import StudyConfig, load_study, study_from_dict
 from fewstep.search.decisions import Explained
 from fewstep.search.display import Display
 from fewstep.search.family import family_of
-from fewstep.search.final import Row
 from fewstep.search.rescore import load_evaluator
 from fewstep.search.results import schedule_path
+from fewstep.search.verdict import Row
 from fewstep.space import OdeSchedule, load_schedule
 from fewstep.space.errors import StudyError
 

@@ -105,10 +105,10 @@ def search(
     config = load_study(study, overrides)
     from fewstep.experiments.cli import explain
     from fewstep.search import run
-    from fewstep.search.display import Silent, Terminal, duration
+    from fewstep.search.display import Display, Terminal, duration
 
     folder = out or Path("runs") / config.name
-    display = Silent() if quiet else Terminal()
+    display = Display() if quiet else Terminal()
     outcome = run.search(
         config, folder, resume=resume, overwrite=overwrite, address=address, display=display
     )

@@ -92,6 +92,15 @@ def _unfit(file: Path, schedule: object, network: NetworkFacts) -> bool:
     return any(fact.verdict == "refused" for fact in table)
 
 
+STATISTICS = (
+    ("median", "median"),
+    ("mean", "mean"),
+    ("90 %q", "q90"),
+    ("worse", "share_worse"),
+    ("tail index", "tail_index"),
+)
+
+
 @app.command(
     epilog="Example:  fewstep compare runs/demo/schedules/nfe05.json ipndm3.json "
     "--study experiments/studies/digits.toml"
@@ -123,19 +132,29 @@ def compare(
     from rich.table import Table
 
     from fewstep.experiments.cli.drawing import compare_scores
+    from fewstep.search import report
     from fewstep.search.config import load_study
 
     config = load_study(study, settings or [])
     with tempfile.TemporaryDirectory() as cache:
         rows = compare_scores([(str(first), a), (str(second), b)], config, samples, Path(cache))
     table = Table(title=f"{rows[0].objective}, {samples} samples, same noise")
-    for head in ("schedule", "NFE", "mean", "median", "ratio to A", "95%"):
+    heads = ("schedule", "NFE", "score", "ratio to A", "95 %", *(name for name, _ in STATISTICS))
+    for head in heads:
         table.add_column(head, no_wrap=True)
     for row in rows:
-        median = "–" if row.median is None else f"{row.median:.4g}"
-        low, high = row.interval
-        cells = (row.name, str(row.nfe), f"{row.score:.4g}", median, f"{row.ratio:.3f}")
-        table.add_row(*cells, f"{low:.3f}–{high:.3f}")
+        table.add_row(
+            row.name,
+            str(row.nfe),
+            f"{row.score:.4g}",
+            report.share(row.ratio),
+            report.span(row.interval),
+            *(
+                "–" if row.comparison is None else f"{getattr(row.comparison, key):.3f}"
+                for _, key in STATISTICS
+            ),
+        )
+    table.caption = "score and ratio: the study's statistic; then ratios to A of other statistics"
     console().print(table)
 
 

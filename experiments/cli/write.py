@@ -28,8 +28,8 @@ def sample(
     """Draw samples with a schedule and the model of a study."""
     from fewstep.experiments.cli import drawing
     from fewstep.search.config import load_study
-    from fewstep.search.evaluate import Evaluator
     from fewstep.search.preparing import evaluator_spec
+    from fewstep.search.work import Evaluator
     from fewstep.space import load_schedule
 
     if out.is_dir():

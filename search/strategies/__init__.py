@@ -1,23 +1,62 @@
-"""How candidates are proposed: from what is known, the generation, and a seed.
+"""How candidates are proposed: by an Optuna sampler, as a function of what it was told.
 
-A strategy keeps no memory of its own: everything it may use is in `known`, and its random numbers
-come from f(seed, generation). So a search killed at any moment and resumed proposes exactly what
-it would have proposed, for every strategy, and generation g can be proposed while generation g - 1
-is still being evaluated (then `known` ends earlier).
+A strategy is an Optuna sampler: `s3` and `evolution` are ours, all others Optuna's own. A
+`Proposer` keeps a study in memory, asks it for generations of schedules, and tells it results.
+Random numbers are f(seed, generation), or f(seed, trial number), so a search killed at any moment
+and resumed proposes exactly what it would have proposed, and generation g can be proposed while
+generation g - 1 is still being evaluated.
+
+In a study of one's own:
+
+    sampler = S3Sampler(domain=domain)
+    trial = study.ask()
+    schedule = suggest(trial, domain)
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import StudyError
 from fewstep.space.protocol import Domain
+
+if TYPE_CHECKING:
+    import optuna
+
+    from fewstep.search.strategies.evolution import EvolutionSampler
+    from fewstep.search.strategies.s3 import S3Sampler
+
+__all__ = ["Evaluated", "EvolutionSampler", "Proposal", "Proposer", "S3Sampler", "suggest"]
+
+SOURCE, NOTE = "fewstep:source", "fewstep:note"
+"""System attributes in which our samplers say where a trial came from, and what they expect."""
+
+OURS = {"evolution": "evolution.EvolutionSampler", "s3": "s3.S3Sampler"}
+OPTUNAS = {
+    "random": "RandomSampler",
+    "qmc": "QMCSampler",
+    "tpe": "TPESampler",
+    "gp": "GPSampler",
+    "nsgaii": "NSGAIISampler",
+    "cmaes": "CmaEsSampler",
+}
+STRATEGIES = ("random", *OURS, *(name for name in OPTUNAS if name != "random"))
+
+
+def __getattr__(name: str) -> Any:
+    """Our samplers, which need Optuna, when they are asked for."""
+    for path in OURS.values():
+        module, _, cls = path.partition(".")
+        if name == cls:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 @dataclass(frozen=True)
@@ -31,8 +70,8 @@ class Evaluated:
         samples: how many samples the score rests on.
         per_sample: per-sample scores where the objective has them, in the fixed sample order; None
             otherwise.
-        source: where it came from: a baseline's name, "random", "mutation", "crossover",
-            "predictor", "import:...".
+        source: where it came from: a baseline's name, "random", "mutation", "crossover", "times",
+            "steps", "adopted", "import:...", "refine:...".
     """
 
     schedule: Any
@@ -47,63 +86,219 @@ class Evaluated:
 class Proposal:
     """A candidate to score, and where it came from.
 
-    `note` goes into the trial's user attributes.
+    Args:
+        schedule: the candidate.
+        source: see `Evaluated`.
+        note: kept with the trial.
+        trial: number of its trial in the proposer's study; None if it has none yet.
     """
 
     schedule: Any
     source: str
     note: dict[str, Any] = field(default_factory=dict)
+    trial: int | None = field(default=None, compare=False)
 
 
-class Strategy(Protocol):
-    """Proposes generations."""
+def suggest(trial: optuna.Trial, domain: Domain) -> Any:
+    """The member of a domain that a trial asks for, its parameters suggested one by one.
 
-    name: str
+    Only those that matter given the ones before are suggested; what the sampler proposed together
+    is taken as it is.
+    """
+    values: dict[str, Any] = dict(trial.relative_params)
+    matter = set(domain.params(domain.from_params(values)))
+    asked: dict[str, Any] = {}
+    for p in domain.parameters:
+        if p.name not in matter:
+            continue
+        if p.kind == "float":
+            asked[p.name] = trial.suggest_float(p.name, p.low, p.high)
+        elif p.kind == "choice":
+            asked[p.name] = trial.suggest_categorical(p.name, p.choices)
+        else:
+            asked[p.name] = trial.suggest_int(p.name, int(p.low), int(p.high))
+        if p.name not in values or values[p.name] != asked[p.name]:
+            values[p.name] = asked[p.name]
+            if p.kind != "float":
+                matter = set(domain.params(domain.from_params(values)))
+    return domain.from_params(asked)
 
-    def propose(
-        self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
-    ) -> list[Proposal]:
-        """Up to `size` candidates for generation `generation`.
 
-        `known` holds the seeds' and earlier results in told order.
-        """
-        ...
-
-
-STRATEGIES = {
-    "random": "random_search.RandomSearch",
-    "evolution": "evolution.Evolution",
-    "tpe": "tpe.TPE",
-    "cmaes": "cmaes.CMAES",
-    "s3": "s3.S3",
-}
-
-
-def make(name: str, domain: Domain, **options: Any) -> Strategy:
-    """A strategy by name.
+class Proposer:
+    """Asks an Optuna study in memory for generations of schedules.
 
     Args:
         name: one of `STRATEGIES`.
         domain: the space it searches.
-        options: fields of the strategy's class.
+        seed: of every random number.
+        size: candidates of a generation.
+        earlier: results at other numbers of calls; only s3 learns from them.
+        options: keyword arguments of the sampler.
 
     Raises:
         StudyError: an unknown strategy or option; the known ones are listed.
     """
-    if name not in STRATEGIES:
-        raise StudyError(
-            f"strategy {name!r} is unknown: use one of {', '.join(STRATEGIES)}, each alone or "
-            "with +refine or +compensation, or these two alone"
-        )
-    plain = name == "s3" and not isinstance(domain, OdeDomain)
-    module, _, cls = ("plain.PlainS3" if plain else STRATEGIES[name]).partition(".")
-    factory = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
-    known = [f.name for f in fields(factory) if f.name not in ("domain", "name")]
-    for option in options:
-        if option not in known:
+
+    def __init__(
+        self,
+        name: str,
+        domain: Domain,
+        *,
+        seed: int,
+        size: int,
+        earlier: Sequence[Evaluated] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        import optuna
+
+        self._optuna = optuna
+        self.name, self.domain, self.seed, self.size = name, domain, seed, size
+        self._options, self._distributions = dict(options or {}), domain.distributions()
+        sampler = self._make(earlier)
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            self.study = optuna.create_study(sampler=sampler)
+        finally:
+            optuna.logging.set_verbosity(level)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the sampler keeps state besides its trials, so that resuming asks it anew."""
+        return self.name == "cmaes"
+
+    def _make(self, earlier: Sequence[Evaluated]) -> Any:
+        """The sampler, or an Optuna one of no generation yet: options are checked."""
+        if self.name not in STRATEGIES:
             raise StudyError(
-                f"strategy {name} has no option {option!r}: its options are "
-                f"{', '.join(known) or 'none'}"
+                f"strategy {self.name!r} is unknown: use one of {', '.join(STRATEGIES)}, each "
+                "alone or with +refine or +compensation, or these two alone"
             )
-    strategy: Strategy = factory(domain, **options)
-    return strategy
+        fixed: dict[str, Any] = {"seed": self.seed}
+        if self.name in OURS:
+            factory: Any = __getattr__(OURS[self.name].partition(".")[2])
+            fixed["domain"] = self.domain
+            if self.name == "s3":
+                fixed |= {"batch": self.size, "earlier": earlier}
+        else:
+            factory = getattr(self._optuna.samplers, OPTUNAS[self.name])
+        known = [n for n in inspect.signature(factory).parameters if n not in fixed]
+        for option in self._options:
+            if option not in known:
+                raise StudyError(
+                    f"strategy {self.name} has no option {option!r}: its options are "
+                    f"{', '.join(known) or 'none'}"
+                )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+                return factory(**fixed, **self._options)
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"search.options of {self.name}: {error}") from None
+
+    def _of_generation(self, generation: int) -> Any:
+        """Optuna's samplers draw from a state that no study keeps: a new one each generation."""
+        seed = int(np.random.default_rng([self.seed, generation]).integers(2**31))
+        samplers, options = self._optuna.samplers, {"seed": seed, **self._options}
+        if self.name == "tpe":
+            return samplers.TPESampler(**{"constant_liar": True} | options)
+        if self.name == "nsgaii":
+            return samplers.NSGAIISampler(**{"population_size": max(self.size, 2)} | options)
+        if self.name == "cmaes":
+            return self._numbers_of_best(options)
+        return getattr(samplers, OPTUNAS[self.name])(**options)
+
+    def _numbers_of_best(self, options: dict[str, Any]) -> Any:
+        """CMA-ES on the numbers of the best schedule that it did not propose; its steps stay."""
+        samplers = self._optuna.samplers
+        told = [
+            t
+            for t in self.study.get_trials(deepcopy=False)
+            if t.state.name == "COMPLETE" and t.params and SOURCE in t.system_attrs
+        ]
+        if not told:
+            return samplers.RandomSampler(seed=options["seed"])
+        best = min(told, key=lambda t: (t.value, t.number)).params
+        ranges = {p.name for p in self.domain.parameters if p.kind == "float"} & set(best)
+        if len(ranges) < 2:
+            return samplers.RandomSampler(seed=options["seed"])
+        space = {name: self._distributions[name] for name in sorted(ranges)}
+        start = {name: best[name] for name in space}
+        own = {"x0": start, "sigma0": 0.03, "popsize": max(self.size, 2)}
+
+        class NumbersOfBest(samplers.CmaEsSampler):  # type: ignore[misc,name-defined]
+            def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+                return space
+
+        fixed = {name: value for name, value in best.items() if name not in space}
+        return samplers.PartialFixedSampler(fixed, NumbersOfBest(**own | options))
+
+    def propose(self, generation: int) -> list[Proposal]:
+        """The candidates of a generation, given what has been told."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            if self.name not in OURS:
+                self.study.sampler = self._of_generation(generation)
+            return [self._ask() for _ in range(self.size)]
+
+    def _ask(self) -> Proposal:
+        trial = self.study.ask()
+        schedule = suggest(trial, self.domain)
+        storage, number = self.study._storage, trial._trial_id
+        for name, value in self.domain.params(schedule).items():
+            if trial.params.get(name) != value:  # as it is in the member: sorted, settled
+                d = self._distributions[name]
+                storage.set_trial_param(number, name, d.to_internal_repr(value), d)
+        said = storage.get_trial(number).system_attrs
+        return Proposal(schedule, said.get(SOURCE, self.name), said.get(NOTE, {}), trial.number)
+
+    def follow(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """Take a generation proposed before as if it had been proposed now."""
+        state = self._optuna.trial.TrialState.RUNNING
+        followed = []
+        for p in proposals:
+            params = self.params(p.schedule)
+            if params is None:
+                followed.append(p)
+                continue
+            attrs = {NOTE: p.note} | ({SOURCE: p.source} if p.source != self.name else {})
+            self.study.add_trial(self._trial(state, params, system_attrs=attrs))
+            number = len(self.study.get_trials(deepcopy=False)) - 1
+            followed.append(Proposal(p.schedule, p.source, p.note, number))
+        return followed
+
+    def tell(self, evaluated: Evaluated, trial: int | None = None, stopped: bool = False) -> None:
+        """Tell a result, of a trial proposed or of a member of the space scored otherwise.
+
+        Args:
+            evaluated: the result.
+            trial: its proposal's.
+            stopped: it lost a race: its score is an estimate.
+        """
+        states = self._optuna.trial.TrialState
+        state = states.PRUNED if stopped else states.COMPLETE
+        good = evaluated.status == "ok" and bool(np.isfinite(evaluated.score))
+        state, value = (state, evaluated.score) if good else (states.FAIL, None)
+        if trial is None:
+            params = self.params(evaluated.schedule)
+            if params is not None:
+                attrs = {SOURCE: evaluated.source}
+                made = self._trial(state, params, value=value, system_attrs=attrs)
+                self.study.add_trial(made)
+            return
+        storage, number = self.study._storage, self.study.get_trials(deepcopy=False)[trial]
+        if stopped and value is not None:
+            storage.set_trial_intermediate_value(number._trial_id, evaluated.samples, value)
+        self.study.tell(trial, None if state != states.COMPLETE else value, state)
+
+    def _trial(self, state: Any, params: dict[str, Any], **more: Any) -> Any:
+        used = {name: self._distributions[name] for name in params}
+        return self._optuna.trial.create_trial(
+            state=state, params=params, distributions=used, **more
+        )
+
+    def params(self, schedule: Any) -> dict[str, Any] | None:
+        """The parameters of a member of the space; None outside."""
+        if self.domain.contains(schedule) is not None:
+            return None
+        return dict(self.domain.params(schedule))

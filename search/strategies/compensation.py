@@ -19,7 +19,7 @@ defects are derived in this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, Denoiser
+from fewstep.search.strategies.levenberg import Quadratic, levenberg
 from fewstep.space.errors import StudyError
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.solve import Call, Choices, Number, Tape, solve
 
 _NUDGE = 1e-3  # of a ratio, for its column of the Jacobian
-_TRIES = 4  # dampings tried before Gauss-Newton stops
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def compensate(
         best, before = start, search.endpoint(start)[1]
         lowest = before
         found = search.greedy(start, reports)
-        for ratios in (found, *search.gauss_newton(found)):
+        for ratios in (found, *search.polish(found)):
             after = search.endpoint(ratios)[1]
             if after < lowest:
                 best, lowest = list(ratios), after
@@ -271,43 +271,52 @@ class _Search:
             reports.append(StepReport(i, rho, method, before[0], after[0]))
         return ratios
 
-    def gauss_newton(self, start: Sequence[float]) -> Iterator[list[float]]:
+    def polish(self, start: Sequence[float]) -> list[list[float]]:
         """Ratios that follow one another down the end point loss of the fitted half.
 
-        Levenberg-Marquardt on all ratios together: their effects on the end point are coupled, and
-        one at a time they would crawl. The Jacobian is by forward differences, a column costing
-        the calls after its step.
+        All ratios together: their effects on the end point are coupled, and one at a time they
+        would crawl. The Jacobian is by forward differences, a column costing the calls after its
+        step.
         """
-        schedule, ratios = self.trace.schedule, list(start)
+        schedule, found = self.trace.schedule, list[list[float]]()
         free = range(schedule.compensation_order, schedule.n_steps)
-        damping, last = 1e-2, schedule.n_steps - 1
+        last = schedule.n_steps - 1
         if len(free) == 0:
-            return
-        for _ in range(self.settings.polish):
-            calls, landed = self.trace.plan(ratios)
+            return found
+
+        def ratios(theta: Tensor) -> list[float]:
+            made = list(start)
+            for i, d in zip(free, theta.tolist(), strict=True):
+                made[i] = min(max(start[i] + d, self.settings.low), self.settings.high)
+            return made
+
+        def linearise(theta: Tensor) -> Quadratic:
+            here = ratios(theta)
+            calls, landed = self.trace.plan(here)
             outputs = self.trace.ask(calls, [], landed[last][1])
             end = self.trace.value(landed[last][0], outputs)
             columns = []
             for i in free:
-                moved = [*ratios[:i], ratios[i] + _NUDGE, *ratios[i + 1 :]]
+                moved = [*here[:i], here[i] + _NUDGE, *here[i + 1 :]]
                 known = outputs[: self.trace.known(landed, i)]
                 columns.append((self._landing(moved, last, known) - end) / _NUDGE)
             fit = self.halves[0]
             J = torch.stack([c[fit].double().flatten() for c in columns])
             residual = (end - self.targets[-1].to(end))[fit].double().flatten()
-            gram, slope, loss = J @ J.T, J @ residual, self._losses(end, last)[0]
-            for _ in range(_TRIES):
-                step = torch.linalg.solve(gram + damping * gram.diagonal().diag(), slope)
-                moved = list(ratios)
-                for i, d in zip(free, step.tolist(), strict=True):
-                    moved[i] = min(max(ratios[i] - d, self.settings.low), self.settings.high)
-                if self.endpoint(moved)[0] < loss:
-                    break
-                damping *= 10
-            else:
-                return
-            damping, ratios = damping / 10, moved
-            yield ratios
+            return Quadratic(J @ J.T, J @ residual, self._losses(end, last)[0])
+
+        def on_round(turn: int, theta: Tensor) -> bool:
+            found.append(ratios(theta))
+            return False
+
+        levenberg(
+            torch.zeros(len(free)).double(),
+            linearise,
+            lambda thetas: [self.endpoint(ratios(theta))[0] for theta in thetas],
+            rounds=self.settings.polish,
+            on_round=on_round,
+        )
+        return found
 
     def _closed_form(self, ratios: list[float], i: int, outputs: Sequence[Tensor]) -> float:
         """The best ratio where the landing state is a polynomial in it."""

@@ -1,59 +1,124 @@
-"""Gauss-Newton on the numbers of a schedule, by way of the program they compile to.
+"""Gauss-Newton on the numbers of a program.
 
-A program of C calls has C (C + 5) / 2 numbers that matter: the time of every query and, with each
-state written as y_c = p_c x_T + k_c m + sum_j W_cj D_j, the weights p_c and W_cj; with a constant
-image m also the weights k_c and the start, C + 2 more. One forward
-difference for each gives how the samples move,
+A program of C calls has C (C + 5) / 2 + 1 numbers that matter: the time of every query, the start
+p_0 and, with each state written as y_c = p_c x_T + k_c m + sum_j W_cj D_j, the weights p_c and
+W_cj; with a constant image m also the weights k_c, C + 1 more. One forward difference for each
+gives how the samples move,
 
     J_theta = J_program  d(program)/d(theta),
 
-the second factor from compile by automatic differentiation. However many knobs are open, the
-network is asked the same; and as a number of row c changes no call before c, candidates share
-their prefixes and a Jacobian costs about a third of running every perturbed program (50 calls a
-sample at C = 5, 148 at C = 8). No gradient of the model is needed.
+the second factor by automatic differentiation of `theta -> program`. As a number of row c changes
+no call before c, candidates share their prefixes, and a Jacobian costs about a third of running
+every perturbed program (50 calls a sample at C = 5, 148 at C = 8). No gradient of the network is
+needed: ONNX and remote models can be fitted.
 
-Where times, shifts and weights are all open, nothing but the choice of numbers holds the program
-back. Then the program's own numbers are fitted first, which converges from nearly any start, and
-the schedule is written afterwards: one plain step for each query found, its shifts and weights
-fitted to the program without asking the network, then polished. A constant image joins where the
-fit without it has ended, so that it can only help; it is written as an analytical first step.
+The loss is a mean over samples of rho(e), e the mean squared residual of one sample. rho(e) = e is
+least squares, which a handful of samples that end in another mode of the data can rule. Huber's
 
-The damping is Marquardt's, three values tried at once on a block of candidates. A fit on few
-samples takes most of the way at a fraction of the cost; the fit on all of them starts where it
-ends.
+    rho(e) = e  for e <= d^2,      2 d sqrt(e) - d^2  beyond
 
-References: Levenberg 1944, Marquardt 1963 (J. SIAM 11, 431); Nocedal and Wright, Numerical
-Optimization, section 10.3.
+lets them count by their distance, not its square; it is fitted as least squares with the weights
+rho'(e) = min(1, d / sqrt(e)) (Huber 1964; Holland and Welsch 1977).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers import Denoiser
+from fewstep.samplers import Denoiser, run
 from fewstep.samplers.ode import prefix_groups
-from fewstep.search.strategies.fitting import (
-    Batch,
-    Model,
-    Refined,
-    Settings,
-    held_out,
-    residuals,
-)
-from fewstep.search.strategies.knobs import Knobs, reflected
-from fewstep.space import OdeSchedule, Program, StepSpec, stack
+from fewstep.search.strategies.levenberg import Quadratic
+from fewstep.space import OdeSchedule, Program, compile, stack
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
+from fewstep.space.program import at_times, written_out
 
 _DIFFERENCE = 2e-3  # far above float32 rounding of the samples, far below where samples bend
-_DAMPINGS = (0.1, 1.0, 10.0)
-_FREE = frozenset({"times", "query", "start", "land", "weights"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noise, what the teacher made of it, and how schedules run on it.
+
+    Args:
+        x_T: start states, (n, *shape).
+        target: the teacher's samples, (n, *shape).
+        cond: conditioning tensors with leading axis n.
+        guidance: guidance scale where a program sets none.
+        constant: the constant image m that programs may use.
+        options: run-time options that programs run with (`OdeSchedule.options`).
+        features: samples (m, *shape) -> (m, f): residuals are differences of features; None
+            compares the samples themselves.
+        piece: samples that run as one piece.
+    """
+
+    x_T: Tensor
+    target: Tensor
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
+    guidance: float | None = None
+    constant: Tensor | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    features: Callable[[Tensor], Tensor] | None = None
+    piece: int = 64
+
+    def __len__(self) -> int:
+        return len(self.x_T)
+
+    def first(self, count: int) -> Batch:
+        """Its first `count` samples."""
+        return self._take(slice(0, count))
+
+    def pieces(self) -> list[Batch]:
+        """Its samples in pieces, in order."""
+        return [self._take(slice(k, k + self.piece)) for k in range(0, len(self), self.piece)]
+
+    def _take(self, at: slice) -> Batch:
+        cond = {name: value[at] for name, value in self.cond.items()}
+        return dataclasses.replace(self, x_T=self.x_T[at], target=self.target[at], cond=cond)
+
+    @torch.no_grad()
+    def residuals(self, programs: Sequence[Program], denoiser: Denoiser) -> Tensor:
+        """Differences to the target of every program, (M, n, numbers)."""
+        x = run(
+            stack(programs),
+            denoiser,
+            self.x_T,
+            cond=dict(self.cond) or None,
+            guidance=self.guidance,
+            m=self.constant,
+            options=dict(self.options),
+            check=False,
+            share=True,
+        )
+        target = self.target.to(x)
+        if self.features is None:
+            return (x - target).flatten(2)
+        found = self.features(x.flatten(0, 1)).reshape(len(programs), len(self), -1)
+        return found - self.features(target).reshape(1, len(self), -1)
+
+
+class Model(Protocol):
+    """Numbers theta and the program they mean; theta = 0 is the start."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        ...
+
+    def program(self, theta: Tensor) -> Program:
+        """The program at theta, differentiable.
+
+        Raises:
+            ScheduleError: there is none.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +129,7 @@ class FreeProgram:
         base: a canonical program (`canonical`).
         noise: its noise schedule; queries stay within its times.
         guided: the guidance scale of every call is unknown, too; `base` sets it.
-        constant: so are p_0, k_0 and the weights k of a constant image.
+        constant: so are k_0 and the weights k of a constant image.
     """
 
     base: Program
@@ -74,13 +139,13 @@ class FreeProgram:
 
     @property
     def _sizes(self) -> list[int]:
-        calls = self.base.nfe
-        image = [2, calls] if self.constant else [0, 0]
-        return [calls, calls, calls * (calls + 1) // 2, calls if self.guided else 0, *image]
+        C = self.base.nfe
+        return [C, 1, C, C * (C + 1) // 2, C if self.guided else 0, C + 1 if self.constant else 0]
 
-    def scale(self) -> Tensor:
-        """1 for all."""
-        return torch.ones(sum(self._sizes), dtype=torch.float64)
+    @property
+    def size(self) -> int:
+        """How many unknowns."""
+        return sum(self._sizes)
 
     def nearer(self) -> Tensor:
         """theta with a first query at pure noise moved to at most 1 in lam before the second.
@@ -88,37 +153,74 @@ class FreeProgram:
         Named solvers ask first at pure noise, where the network hardly depends on the time it is
         told: from there a fit finds no way to the better optimum.
         """
-        theta = torch.zeros_like(self.scale())
+        theta = torch.zeros(self.size, dtype=torch.float64)
         if self.base.nfe > 1 and bool(self.base.t[0] == self.noise.t_range[0]):
             lam = finite_lam(self.noise, self.base.t)
             theta[0] = (lam[1] - lam[0] - 1).clamp(min=0)
         return theta
 
     def program(self, theta: Tensor) -> Program:
-        """Queries moved in lam, weights of x_T and of the outputs as they are, log guidance.
+        """Queries moved in lam, weights of x_T and of the outputs as they are, log guidance."""
+        base, C = self.base, self.base.nfe
+        rows, columns = torch.tril_indices(C, C)
+        by_t, by_p, by_e, by_b, by_w, by_k = theta.split(self._sizes)
+        ends = torch.tensor(self.noise.t_range, dtype=torch.float64)
+        low, high = finite_lam(self.noise, ends)
+        lam = reflected(finite_lam(self.noise, base.t) + by_t, low, high)
+        t = self.noise.t_of_lam(lam)
+        t = torch.where(by_t == 0, t - t.detach() + base.t, t)  # neutral to the bit
+        b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
+        by_init = torch.cat([by_p, by_k[:1] if self.constant else torch.zeros_like(by_p)])
+        changes = {"init": base.init + by_init, "e": base.e + by_e, "b": b}
+        if self.constant:
+            changes["k"] = base.k + by_k[1:]
+        if self.guided and base.guidance is not None:
+            changes["guidance"] = base.guidance * torch.exp(by_w)
+        return at_times(dataclasses.replace(base, **changes), self.noise, t)
+
+
+@dataclass(frozen=True)
+class Retimed:
+    """The inner times of a schedule are the unknowns, in lam; its choices and ends stay.
+
+    Few numbers, so that little noise can tell them: where a fit of all numbers begins when that
+    alone gains nothing (times as in LD3, arXiv 2405.15506).
+    """
+
+    schedule: OdeSchedule
+
+    @property
+    def size(self) -> int:
+        """How many unknowns."""
+        return self.schedule.n_steps - 1
+
+    def times(self, theta: Tensor) -> Tensor:
+        """The N+1 times at theta.
 
         Raises:
-            ScheduleError: the queries would not be in the order of their times any more.
+            ScheduleError: they would not decrease.
         """
-        base, calls = self.base, self.base.nfe
-        rows, columns = torch.tril_indices(calls, calls)
-        by_t, by_e, by_b, by_w, by_init, by_k = theta.split(self._sizes)
-        low, high = finite_lam(self.noise, torch.tensor(self.noise.t_range, dtype=torch.float64))
-        lam = finite_lam(self.noise, base.t)
-        b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
-        lam = reflected(lam + by_t, low, high)
-        if bool((lam.diff() <= 0).any()):
-            raise ScheduleError("the queries are not in the order of their times")
-        t = self.noise.t_of_lam(lam)
-        guidance = base.guidance
-        if guidance is not None and self.guided:
-            guidance = guidance * torch.exp(by_w)
-        init, k = base.init, base.k
-        if self.constant:
-            init, k = init + by_init, k + by_k
-        return dataclasses.replace(
-            base, t=t, init=init, e=base.e + by_e, k=k, b=b, guidance=guidance
-        )
+        noise = self.schedule.noise
+        times = torch.tensor(self.schedule.times, dtype=torch.float64)
+        lam = finite_lam(noise, times)
+        moved = lam[1:-1] + theta
+        if bool((torch.cat([lam[:1], moved, lam[-1:]]).diff() <= 0).any()):
+            raise ScheduleError("the times do not decrease")
+        return torch.cat([times[:1], noise.t_of_lam(moved), times[-1:]])
+
+    def program(self, theta: Tensor) -> Program:
+        """The schedule's program at theta."""
+        return compile(self.schedule, {"times": self.times(theta)})
+
+    def at(self, theta: Tensor) -> OdeSchedule:
+        """The schedule at theta."""
+        return self.schedule.model_copy(update={"times": tuple(self.times(theta).tolist())})
+
+
+def reflected(lam: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`lam` folded into [low, high]; unlike a clamp it has a slope everywhere, at `low` too."""
+    up = torch.where(lam < low - 1e-9, 2 * low - lam, lam)
+    return torch.where(up > high, torch.maximum(2 * high - up, low), up)
 
 
 def canonical(program: Program) -> Program:
@@ -127,18 +229,9 @@ def canonical(program: Program) -> Program:
     A number of a row then acts through the calls after it only, so that perturbed programs keep
     their prefixes.
     """
-    p, k = [program.init[0]], [program.init[1]]
-    W = [torch.zeros_like(program.b[0])]
-    for c in range(program.nfe):
-        p.append(program.r[c] * p[-1] + program.e[c])
-        k.append(program.r[c] * k[-1] + program.k[c])
-        W.append(program.r[c] * W[-1] + program.b[c])
+    p, rest, _ = written_out(program)
     return dataclasses.replace(
-        program,
-        r=torch.zeros_like(program.r),
-        e=torch.stack(p[1:]),
-        k=torch.stack(k[1:]),
-        b=torch.stack(W[1:]),
+        program, r=torch.zeros_like(program.r), e=p[1:], k=rest[1:, 0], b=rest[1:, 1:]
     )
 
 
@@ -149,306 +242,103 @@ def _parts(program: Program) -> dict[str, Tensor]:
 
 def numbers(program: Program, noise: NoiseSchedule) -> Tensor:
     """The numbers of a canonical program in one vector, queries as lam."""
-    lam = finite_lam(noise, program.t)
-    parts = _parts(program) | {"t": lam}
+    parts = _parts(program) | {"t": finite_lam(noise, program.t)}
     return torch.cat([value.reshape(-1) for value in parts.values()])
 
 
-def _perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:
+def perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:
     """Number `index` of a canonical program moved by the difference."""
     for name, value in _parts(program).items():
         if index < value.numel():
             moved = value.clone()
             if name == "t":
-                lam = finite_lam(noise, value[index])
-                moved[index] = noise.t_of_lam(lam + _DIFFERENCE)
-            else:
-                moved.view(-1)[index] += _DIFFERENCE
+                moved[index] = noise.t_of_lam(finite_lam(noise, value[index]) + _DIFFERENCE)
+                return at_times(program, noise, moved)
+            moved.view(-1)[index] += _DIFFERENCE
             return dataclasses.replace(program, **{name: moved})
         index -= value.numel()
     raise IndexError(index)
 
 
-@dataclass(frozen=True)
-class Linearised:
-    """How the residuals move with theta on one batch; means over the residual's numbers.
+class Fit:
+    """A model on a batch: what `levenberg` asks for, and the network evaluations it took.
 
     Args:
-        normal: J^T J of the program's numbers that theta moves.
-        slope: J^T r of these numbers.
-        chain: d(numbers)/d(theta).
-        live: which numbers of the program these are.
-        error: mean squared residual.
-        calls: network evaluations spent.
+        model: what is fitted.
+        noise: the noise schedule.
+        denoiser: the network.
+        batch: noise to fit on.
+        delta: d of Huber's loss, the root mean square residual of a sample beyond which it counts
+            by its distance; inf is least squares.
     """
 
-    normal: Tensor
-    slope: Tensor
-    chain: Tensor
-    live: Tensor
-    error: float
-    calls: int
+    def __init__(
+        self,
+        model: Model,
+        noise: NoiseSchedule,
+        denoiser: Denoiser,
+        batch: Batch,
+        delta: float = math.inf,
+    ) -> None:
+        self.model, self.noise, self.denoiser, self.batch = model, noise, denoiser, batch
+        self.delta, self.calls = delta, 0
 
-
-def linearise(
-    model: Model,
-    noise: NoiseSchedule,
-    theta: Tensor,
-    denoiser: Denoiser,
-    batch: Batch,
-    settings: Settings,
-) -> Linearised:
-    """Normal equations at theta, by forward differences of the program's numbers."""
-    chain: Tensor = torch.autograd.functional.jacobian(
-        lambda th: numbers(canonical(model.program(th)), noise), theta, vectorize=True
-    )
-    live = (chain != 0).any(dim=1) & torch.isfinite(chain).all(dim=1)
-    with torch.no_grad():
-        base = canonical(model.program(theta))
-        moved = [_perturbed(base, noise, i) for i in live.nonzero()[:, 0].tolist()]
+    def linearise(self, theta: Tensor) -> Quadratic:
+        """Normal equations at theta, by forward differences of the program's numbers."""
+        model, noise = self.model, self.noise
+        chain: Tensor = torch.autograd.functional.jacobian(
+            lambda th: numbers(canonical(model.program(th)), noise), theta, vectorize=True
+        )
+        live = (chain != 0).any(dim=1) & torch.isfinite(chain).all(dim=1)
+        base = canonical(model.program(theta.detach()))
+        moved = [perturbed(base, noise, i) for i in live.nonzero()[:, 0].tolist()]
         programs = [base, *moved]
         asked = sum(len(set(groups)) for groups in prefix_groups(stack(programs)))
         size, total = len(moved), 0.0
         normal, slope = torch.zeros(size, size).double(), torch.zeros(size).double()
-        for at in range(0, len(batch), settings.batch):
-            part = batch.take(slice(at, at + settings.batch))
-            r = residuals(programs, denoiser, part, settings, share=True).flatten(1)
-            J = (r[1:] - r[0]) / _DIFFERENCE
+        for part in self.batch.pieces():
+            r = part.residuals(programs, self.denoiser)  # (1 + P, n, numbers)
+            e = r[0].double().square().mean(-1)
+            total += float(self._rho(e).sum())
+            root = torch.clamp(self.delta / e.sqrt(), max=1.0).sqrt().to(r)[:, None]
+            J = ((r[1:] - r[0]) / _DIFFERENCE * root).flatten(1)
             J = (J * torch.isfinite(J).all(dim=1, keepdim=True)).nan_to_num(0.0)  # it stays put
-            normal += (J @ J.T).double()
-            slope += (J @ r[0]).double()
-            total += float(r[0].square().sum(dtype=torch.float64))
-        count = len(batch) * r.shape[1] / len(part)
-    return Linearised(
-        normal / count, slope / count, chain[live], live, total / count, asked * len(batch)
-    )
-
-
-@dataclass
-class _Found:
-    """Where a fit ended: the iterate with the least held-out error, and what it cost."""
-
-    theta: Tensor
-    error: float
-    curve: list[float]
-    calls: int
-    last: Linearised
-
-
-def fit(
-    model: Model,
-    noise: NoiseSchedule,
-    theta: Tensor,
-    denoiser: Denoiser,
-    train: Batch,
-    held: Batch,
-    settings: Settings,
-    *,
-    rounds: int,
-    progress: Callable[[], None],
-) -> _Found:
-    """Levenberg-Marquardt from `theta`, until two rounds gain less than `settings.least_gain`."""
-    scale, damping, tired = model.scale(), 1e-2, 0
-    [error] = held_out([model], [theta], denoiser, held, settings)
-    best, best_theta, curve = error, theta, [error]
-    nfe = model.program(theta).nfe
-    used = len(held) * nfe
-    here: Linearised | None = None
-    for turn in range(1, rounds + 1):
-        if turn > 1 and settings.budget is not None and used >= settings.budget:
-            break
-        here = linearise(model, noise, theta, denoiser, train, settings)
-        used += here.calls
-        gain = 0.0
-        for _ in range(4):
-            options = [theta + _step(here, damping * m, theta, scale, settings) for m in _DAMPINGS]
-            scores = held_out([model] * len(options), options, denoiser, train, settings)
-            used += len(options) * len(train) * nfe
-            at = int(np.argmin(scores))
-            if scores[at] < here.error:
-                theta, damping = options[at], max(damping * _DAMPINGS[at], 1e-7)
-                gain = 1 - scores[at] / here.error
-                break
-            damping *= 1e3
-        [error] = held_out([model], [theta], denoiser, held, settings)
-        used += len(held) * nfe
-        curve.append(error)
-        progress()
-        if error < best:
-            best, best_theta = error, theta
-        if gain < settings.least_gain:
-            tired, damping = tired + 1, min(damping, 1e-2)
-            if tired == 2:
-                break
-    assert here is not None
-    return _Found(best_theta, best, curve, used, here)
-
-
-def _step(
-    here: Linearised, damping: float, theta: Tensor, scale: Tensor, settings: Settings
-) -> Tensor:
-    """One damped step in theta / scale, held towards theta = 0 by `pull`."""
-    chain = here.chain * scale
-    normal = chain.T @ here.normal @ chain
-    diagonal = normal.diagonal()
-    pull = settings.pull * diagonal.mean()
-    matrix = normal + torch.diag(damping * diagonal + pull + 1e-12 * diagonal.max() + 1e-30)
-    step: Tensor = torch.linalg.solve(matrix, chain.T @ here.slope + pull * theta / scale)
-    return -step * scale
-
-
-def by_gauss_newton(
-    knobs: Knobs,
-    denoiser: Denoiser,
-    train: Batch,
-    held: Batch,
-    settings: Settings,
-    progress: Callable[[int, int], None] | None = None,
-) -> Refined:
-    """Refine one schedule; see the module docstring.
-
-    Args:
-        knobs: what may move; theta = 0 is its schedule.
-        denoiser: the model.
-        train: noise to fit on, the first `settings.batch` samples first.
-        held: noise to choose the iterate by.
-        settings: see `Settings`.
-        progress: called with (round, rounds).
-    """
-    noise, done, calls = knobs.schedule.noise, 0, 0
-    curve: list[float]
-    few = train.take(slice(0, settings.batch))
-    last = max(1, settings.rounds // 2)  # rounds on all samples, each as dear as many on few
-
-    def told() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, max(done, settings.rounds + last))
-
-    def go(model: Model, theta: Tensor, rounds: int, on: Batch) -> _Found:
-        nonlocal calls
-        found = fit(
-            model, noise, theta, denoiser, on, held, settings, rounds=rounds, progress=told
+            normal += (J @ J.T).double().cpu()
+            slope += (J @ (r[0] * root).flatten()).double().cpu()
+        count = len(self.batch) * r.shape[2]
+        self.calls += asked * len(self.batch)
+        chain = chain[live]
+        return Quadratic(
+            chain.T @ (normal / count) @ chain, chain.T @ (slope / count), total / len(self.batch)
         )
-        calls += found.calls
-        curve.extend(found.curve)
+
+    def losses(self, thetas: Sequence[Tensor]) -> list[float]:
+        """The loss at several thetas; inf where one diverges or has no program."""
+        found = [math.inf] * len(thetas)
+        for i, e in self._errors(thetas).items():
+            value = float(self._rho(e).mean())
+            found[i] = value if math.isfinite(value) else math.inf
         return found
 
-    def on_all(model: Model, found: _Found) -> _Found:
-        return go(model, found.theta, last, train) if len(few) < len(train) else found
+    def errors(self, theta: Tensor) -> Tensor:
+        """The mean squared residual of every sample at theta, (n,), float64."""
+        return self._errors([theta]).get(0, torch.full((len(self.batch),), math.inf))
 
-    def whole(image: Tensor | None) -> bool:
-        """Fit all numbers of the program, then write them; whether the schedule expresses them."""
-        model, found = dataclasses.replace(free, constant=image is not None), first_fit
-        if image is not None:
-            theta = torch.zeros_like(model.scale())
-            theta[: len(found.theta)] = found.theta
-            found = go(model, theta, last, train)
-        target, aim = model.program(found.theta), found.error
-        like = plain(target, knobs.schedule, image)
-        steps = dataclasses.replace(knobs, schedule=like, reference=knobs.schedule.times[0])
-        found = go(steps, project(steps, target, found.last, settings), last, train)
-        options.append((found.error, steps.apply(found.theta)))
-        return found.error <= 1.5 * min(aim, first_fit.error)
-
-    [before] = held_out([knobs], [knobs.zeros()], denoiser, held, settings)
-    curve, options, expressed = [before], [(before, knobs.schedule)], False
-    if _whole(knobs):
-        base, image = canonical(knobs.base.program), train.constant
-        free = FreeProgram(base, noise, "guidance" in knobs.names and base.guidance is not None)
-        first_fit = on_all(free, go(free, free.nearer(), settings.rounds, few))
-        # what an image does for the start may lie outside what schedules reach (p_0 > 1)
-        expressed = any(whole(one) for one in ([None] if image is None else [image, None]))
-    if not expressed:
-        found = on_all(knobs, go(knobs, knobs.zeros(), settings.rounds, few))
-        options.append((found.error, knobs.apply(found.theta)))
-    after, result = min(options, key=lambda option: option[0])
-    return Refined(result, before, after, tuple(enumerate(curve)), calls, "gauss-newton")
-
-
-def _whole(knobs: Knobs) -> bool:
-    """Whether the knobs open all numbers of the program, and it asks in the order of times."""
-    schedule = knobs.schedule
-    every = set(knobs.names) >= _FREE and knobs.history >= schedule.n_steps - 1
-    lam = finite_lam(schedule.noise, schedule.program.t)
-    known = schedule.first in ("network", "mean")
-    return every and known and bool((lam.diff() > 0).all())
-
-
-def plain(
-    program: Program, like: OdeSchedule, constant: Tensor | None = None, min_gap: float = 0.02
-) -> OdeSchedule:
-    """First-order steps from query to query of a program, those out of order set apart.
-
-    What `Knobs` needs to express the program: shifts and weights make up for the rest. With a
-    constant image an analytical first step, which costs no call, leads to the first query.
-    """
-    noise = like.noise
-    lam = finite_lam(noise, program.t)
-    top, last = finite_lam(
-        noise, torch.tensor([noise.t_range[0], like.times[-1]], dtype=torch.float64)
-    )
-    levels = torch.sort(lam).values.tolist()
-    if constant is not None:
-        levels.insert(0, float(top))
-    for i in range(1, len(levels)):
-        levels[i] = max(levels[i], levels[i - 1] + min_gap)
-    most = float(last) - min_gap
-    for i in reversed(range(len(levels))):
-        levels[i] = min(levels[i], most)
-        most = levels[i] - min_gap
-    times = noise.t_of_lam(torch.tensor(levels, dtype=torch.float64)).tolist()
-    first = min(times[0], noise.t_range[0])
-    scales = [None] * len(lam) if program.guidance is None else program.guidance.tolist()
-    if constant is not None:
-        scales.insert(0, scales[0])  # of a step without a call
-    made = OdeSchedule(
-        noise=noise,
-        times=(first, *times[1:], like.times[-1]),
-        steps=tuple(StepSpec(guidance=scale) for scale in scales),
-        first="network" if constant is None else "mean",
-        shift_keeps=like.shift_keeps,
-        options=like.options,
-    )
-    return made if constant is None else made.with_constant(constant)
-
-
-def project(
-    knobs: Knobs, target: Program, here: Linearised, settings: Settings, rounds: int = 60
-) -> Tensor:
-    """The theta whose program is nearest to `target`, as the samples see it; no network call.
-
-    Levenberg-Marquardt on numbers(theta) - numbers(target), in the metric of `here.normal`.
-    """
-    noise, scale, live = knobs.schedule.noise, knobs.scale(), here.live
-    metric = here.normal + 1e-8 * torch.diag(here.normal.diagonal())
-    wanted = numbers(canonical(target), noise)[live]
-
-    def miss(th: Tensor) -> Tensor:
-        return numbers(canonical(knobs.program(th)), noise)[live] - wanted
-
-    theta, damping = knobs.zeros(), 1e-2
-    off = miss(theta)
-    error = float(off @ metric @ off)
-    for _ in range(rounds):
-        chain: Tensor = torch.autograd.functional.jacobian(miss, theta, vectorize=True)
-        seen = Linearised(metric, metric @ off, chain, live, error, 0)
-        for _ in range(6):
-            option = theta + _step(seen, damping, theta, scale, settings)
+    def _errors(self, thetas: Sequence[Tensor]) -> dict[int, Tensor]:
+        programs: dict[int, Program] = {}
+        for i, theta in enumerate(thetas):
             try:
-                there = miss(option)
+                programs[i] = self.model.program(theta.detach())
             except ScheduleError:
-                damping *= 10
                 continue
-            lower = float(there @ metric @ there)
-            if lower < error:
-                break
-            damping *= 10
-        else:
-            return theta
-        gain, theta, off, error = 1 - lower / error, option, there, lower
-        damping = max(damping / 10, 1e-9)
-        if gain < 1e-3:
-            break
-    return theta
+        if not programs:
+            return {}
+        self.calls += sum(p.nfe for p in programs.values()) * len(self.batch)
+        listed = list(programs.values())
+        parts = [p.residuals(listed, self.denoiser) for p in self.batch.pieces()]
+        each = torch.cat([r.double().square().mean(-1).cpu() for r in parts], dim=1)
+        return dict(zip(programs, each, strict=True))
+
+    def _rho(self, e: Tensor) -> Tensor:
+        d = self.delta
+        return e if math.isinf(d) else torch.where(e <= d * d, e, 2 * d * e.sqrt() - d * d)

@@ -23,7 +23,7 @@ costs, in the unit that matters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch import Tensor
 from fewstep.predictors.cpr import CPR, Regression, assemble, design, first_step, neutral_value
 from fewstep.samplers import run
 from fewstep.samplers.denoiser import Cond, Denoiser
+from fewstep.search.strategies.levenberg import Quadratic, damped_step, levenberg
 from fewstep.space import Program
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, StudyError
@@ -44,7 +45,6 @@ from fewstep.space.schedule import OdeSchedule
 Array = NDArray[np.float64]
 DECISIONS = ("gap", "query", "start", "land", "compensation", "guidance")
 _DIFFERENCE = 2e-3  # far above float32 rounding of the samples, far below where decisions bend
-_DAMPINGS = (0.03, 1.0, 30.0)
 
 
 @dataclass(frozen=True, order=True)
@@ -254,7 +254,7 @@ def fit_joint(
     start: CPR | None = None,
     rounds: int = 6,
     decay: float = 1e-4,
-    told: Callable[[int, float], None] | None = None,
+    on_round: Callable[[int, float], None] | None = None,
 ) -> Joint:
     """Fit a family to the samples of all its settings.
 
@@ -264,7 +264,7 @@ def fit_joint(
         start: a regression to start from; None is the template itself.
         rounds: most rounds.
         decay: pull towards the template, relative to the mean curvature.
-        told: called after each round with its number and the mean log held-out error.
+        on_round: called after each round with its number and the mean log held-out error.
 
     Raises:
         StudyError: the template cannot be scored at some setting.
@@ -277,31 +277,39 @@ def fit_joint(
             f"CPR: {family.template} cannot be scored at NFE {bad.nfe}, guidance "
             f"{bad.guidance:g}: name another cpr.template"
         )
-    best, best_errors, damping, taken, stale = theta, before, 1e-3, 0, 0
-    sums = at_best = _linearise(family, look, theta)
-    for taken in range(1, rounds + 1):
-        now = sum(s.log_error for s in sums.values())
-        moved = _step(family, look, theta, sums, damping, decay, now)
-        if moved is None:
-            break
-        theta, damping = moved
-        errors = _errors(family, look, [theta], held=True)[:, 0]
-        gain = float(np.log(best_errors).mean() - np.log(errors).mean())
-        if told is not None:
-            told(taken, float(np.log(errors).mean()))
-        if gain > 0:
-            best, best_errors = theta, errors
-        stale = 0 if gain > 0.003 else stale + 1
-        sums = _linearise(family, look, theta)
-        at_best = sums if best is theta else at_best
-        if stale == 2:
-            break
+    best, best_errors, taken = theta, before, 0
+
+    def linearise(at: Tensor) -> Quadratic:
+        return _total(_linearise(family, look, at.numpy()).values())
+
+    def losses(thetas: Sequence[Tensor]) -> list[float]:
+        return _geometric(_errors(family, look, [t.numpy() for t in thetas]))
+
+    def check(turn: int, at: Tensor) -> bool:
+        nonlocal best, best_errors, taken
+        taken = turn
+        errors = _errors(family, look, [at.numpy()], held=True)[:, 0]
+        if on_round is not None:
+            on_round(turn, float(np.log(errors).mean()))
+        if np.log(errors).mean() < np.log(best_errors).mean():
+            best, best_errors = at.numpy(), errors
+        return False
+
+    levenberg(
+        torch.from_numpy(theta),
+        linearise,
+        losses,
+        rounds=rounds,
+        pull=decay,
+        damping=1e-3,
+        on_round=check,
+    )
     by = dict(zip(family.settings, best_errors.tolist(), strict=True))
     return Joint(
         family.model(best),
         dict(zip(family.settings, before.tolist(), strict=True)),
         by,
-        _left_out(family, look, best, at_best, by, damping, decay),
+        _left_out(family, look, best, by, decay),
         taken,
     )
 
@@ -333,34 +341,19 @@ def _linearise(family: Family, look: Look, theta: Array) -> dict[Setting, _Sums]
     return found
 
 
-def _newton(theta: Array, sums: Sequence[_Sums], damping: float, decay: float) -> Array:
-    normal, slope = sum(s.normal for s in sums), sum(s.slope for s in sums)
-    diagonal = np.diagonal(normal)
-    pull = decay * diagonal.mean()
-    matrix = normal + np.diag(damping * diagonal + pull + 1e-12 * (1 + diagonal.max()))
-    step: Array = np.linalg.solve(matrix, slope + pull * theta)
-    return theta - step
+def _total(sums: Iterable[_Sums]) -> Quadratic:
+    """The settings together: their mean log error, written as a geometric mean."""
+    listed = list(sums)
+    normal = torch.from_numpy(np.sum([s.normal for s in listed], axis=0))
+    slope = torch.from_numpy(np.sum([s.slope for s in listed], axis=0))
+    return Quadratic(normal, slope, float(np.exp(np.mean([s.log_error for s in listed]))))
 
 
-def _step(
-    family: Family,
-    look: Look,
-    theta: Array,
-    sums: Mapping[Setting, _Sums],
-    damping: float,
-    decay: float,
-    now: float,
-) -> tuple[Array, float] | None:
-    """The best of a few dampings and the damping to begin with next; None if none improves."""
-    for _ in range(3):
-        trial = [_newton(theta, list(sums.values()), damping * m, decay) for m in _DAMPINGS]
-        totals = np.log(_errors(family, look, trial)).sum(0)
-        totals = np.where(np.isfinite(totals), totals, np.inf)
-        at = int(np.argmin(totals))
-        if totals[at] < now:
-            return trial[at], max(damping * _DAMPINGS[at], 1e-7)
-        damping *= 1e3
-    return None
+def _geometric(errors: Array) -> list[float]:
+    """Geometric mean over settings (rows) at every theta (columns); inf where one fails."""
+    with np.errstate(over="ignore"):
+        found: list[float] = np.exp(np.log(errors).mean(0)).tolist()
+    return found
 
 
 def _errors(family: Family, look: Look, thetas: Sequence[Array], held: bool = False) -> Array:
@@ -387,24 +380,19 @@ def _errors(family: Family, look: Look, thetas: Sequence[Array], held: bool = Fa
 
 
 def _left_out(
-    family: Family,
-    look: Look,
-    theta: Array,
-    sums: Mapping[Setting, _Sums],
-    after: Mapping[Setting, float],
-    damping: float,
-    decay: float,
+    family: Family, look: Look, theta: Array, after: Mapping[Setting, float], decay: float
 ) -> dict[str, dict[Setting, float]]:
     """Errors of settings without which one more step was taken, over their errors with them."""
     found: dict[str, dict[Setting, float]] = {}
+    sums = _linearise(family, look, theta)
     for axis in ("nfe", "guidance"):
         groups = sorted({getattr(s, axis) for s in family.settings})
         if len(groups) < 2:
             continue
-        thetas = []
+        thetas, at = [], torch.from_numpy(theta)
         for value in groups:
-            kept = [x for s, x in sums.items() if getattr(s, axis) != value]
-            thetas.append(_newton(theta, kept, max(damping, 1e-3), decay))
+            kept = _total(x for s, x in sums.items() if getattr(s, axis) != value)
+            thetas.append((at + damped_step(kept, 1e-3, at, decay)).numpy())
         errors = _errors(family, look, thetas, held=True)
         found[axis] = {
             s: float(errors[k, groups.index(getattr(s, axis))] / after[s])

@@ -1,367 +1,301 @@
-"""S3: train on everything scored, evolve on the prediction, score the chosen few.
+"""S3 as an Optuna sampler: train on everything scored, evolve on the prediction, score a few.
+
+    study = optuna.create_study(sampler=S3Sampler(seed=0))             # any search space
+    sampler = S3Sampler(domain=OdeDomain(noise, 5), batch=32)          # schedules: `suggest`
 
 The paper (USF, arXiv 2312.07243, section 4) gives the stages; its code is not released. Each
-generation here is one stage:
+batch here is one stage:
 
-1. Fit the quality predictor on every result so far, of every NFE (`predictors.quality`); its
-   uncertainty is widened by how far off it was on the last generation.
-2. Evolve: parents are the best schedules known, and members made from a neighbouring NFE by
-   inserting or deleting a step. Each round takes a few step patterns (parents' own, mutated or
-   crossed) and for each moves all inner times at once in lam, by Gaussian steps of log-uniform
-   size or along differences of good schedules (differential evolution). A pattern's moves share
-   one symbolic compilation. Survivors are the best by mean and by the lower confidence bound mean
-   - beta * std, few of each pattern, and none where the predictor knows next to nothing.
-3. Choose distinct candidates one after the other by expected improvement; each choice removes the
-   uncertainty it will remove when scored (the batch rule of Desautels et al. 2014, "Parallelizing
-   exploration-exploitation tradeoffs"), and a pattern has its share, so the batch spreads.
+1. Fit a model on every result so far (`strategies.spaces` says which, and from which features).
+2. Evolve: parents are the best known, and members made from other numbers of calls. Survivors of a
+   round are the best by mean and by the lower confidence bound mean - BETA * std, few of each step
+   pattern, and none where the model knows next to nothing.
+3. Choose distinct candidates one after the other by expected improvement; each choice, and each
+   trial that is still running, removes the uncertainty it will remove when scored (the batch rule
+   of Desautels et al. 2014, "Parallelizing exploration-exploitation tradeoffs"), and a step
+   pattern has its share, so the batch spreads.
 
-Continuous times matter most: they are what the moves spend their number on. While too little is
-known to predict, candidates come from the warm start and at random.
+While too little is known to predict, candidates come from other numbers of calls and at random.
+A batch is a function of the study's trials, the seed and the number of its first trial: a resumed
+study goes on as it would have.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
-from fewstep.predictors.quality import LEAST_ROWS, QualityPredictor
-from fewstep.search.strategies import Evaluated, Proposal
-from fewstep.search.strategies.common import Member, members
-from fewstep.search.strategies.sampler import S3Sampler
-from fewstep.space.domain import OdeDomain
-from fewstep.space.schedule import OdeSchedule
-from fewstep.space.step_choices import Value
-from fewstep.space.tokens import tokens
-
-__all__ = ["S3", "S3Sampler"]
-
-_MEMO: dict[int, tuple[OdeSchedule, Tensor]] = {}
-_MEMO_SIZE = 8192
-_KEEP = 5  # survivors of one step pattern
-_STEPS = (
-    "order",
-    "formulation",
-    "basis",
-    "relaxation",
-    "coefficient",
-    "slope",
-    "start",
-    "corrector",
-    "corrector_order",
-    "corrector_slope",
-    "corrector_relaxation",
+from fewstep.search.strategies import NOTE, SOURCE, Evaluated
+from fewstep.search.strategies.spaces import (
+    ELITE,
+    DomainSpace,
+    Model,
+    OdeSpace,
+    ParameterSpace,
+    Point,
+    Space,
+    predicted,
 )
+from fewstep.space.domain import OdeDomain
+from fewstep.space.errors import StudyError
+from fewstep.space.protocol import Domain
+
+BETA = 1.5  # weight of the uncertainty
+TRUST = 0.25  # largest uncertainty of a candidate, as a share of the spread of the targets
+NICHE = 0.2  # largest share of a batch with the same steps
+_KEEP = 5  # survivors of one step pattern
 
 
-def tokens_of(schedule: OdeSchedule) -> Tensor:
-    """Tokens of a schedule, (nfe, F), computed once per object."""
-    if id(schedule) not in _MEMO:
-        if len(_MEMO) >= _MEMO_SIZE:
-            _MEMO.clear()
-        _MEMO[id(schedule)] = (schedule, tokens(schedule)[0])
-    return _MEMO[id(schedule)][1]
+class S3Sampler(BaseSampler):
+    """Quality-predictor search over any single-objective study.
+
+    Args:
+        seed: seed of every random number; None draws one.
+        domain: the search space, where trials are schedules (`suggest`): rich features and moves.
+            None takes the parameters that every finished trial has.
+        batch: trials proposed together.
+        earlier: results at other numbers of calls, to learn from.
+        predictor: of an `OdeDomain`: "auto", "sequence" or "gaussian".
+        rounds: rounds of evolution on the prediction; None is the space's own number.
+        children: children of a round; None is the space's own number.
+    """
+
+    def __init__(
+        self,
+        seed: int | None = None,
+        *,
+        domain: Domain | None = None,
+        batch: int = 1,
+        earlier: Sequence[Evaluated] = (),
+        predictor: str = "auto",
+        rounds: int | None = None,
+        children: int | None = None,
+    ) -> None:
+        self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._batch, self._domain = batch, domain
+        self._rounds, self._children = rounds, children
+        self._space: Space | None = None
+        if isinstance(domain, OdeDomain):
+            self._space = OdeSpace(domain, earlier, predictor)
+        elif domain is not None:
+            if predictor != "auto":
+                raise StudyError(
+                    f"predictor {predictor!r} reads solver schedules: a {type(domain).__name__} "
+                    "has none: leave it out"
+                )
+            self._space = DomainSpace(domain, earlier)
+        self._intersection = IntersectionSearchSpace()
+        self._proposed: tuple[Any, deque[tuple[Point, dict[str, Any]]]] = (None, deque())
+
+    def reseed_rng(self) -> None:
+        """Draw a new seed (Optuna calls this in parallel workers)."""
+        self._seed = int(np.random.SeedSequence().generate_state(1)[0])
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The domain's parameters, or those that every finished trial has."""
+        if self._domain is not None:
+            return self._domain.distributions()
+        space = self._intersection.calculate(study)
+        return {name: d for name, d in space.items() if not d.single()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The parameters of a trial, proposed together with those of its batch."""
+        _require_single(study)
+        if not search_space:
+            return {}
+        finished = study.get_trials(
+            deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        )
+        stage = (study.study_name, len(finished), self._seed)
+        if self._proposed[0] != stage or not self._proposed[1]:
+            rng = np.random.default_rng([self._seed, trial.number])
+            space = self._space or ParameterSpace(search_space)
+            space.rounds = self._rounds or space.rounds
+            space.children = self._children or space.children
+            self._proposed = stage, deque(self._propose(study, trial, space, rng))
+        point, note = self._proposed[1].popleft()
+        for name, said in ((SOURCE, point.source), (NOTE, note)):
+            study._storage.set_trial_system_attr(trial._trial_id, name, said)
+        return (self._space or ParameterSpace(search_space)).params(point)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A parameter that not every trial has: uniform."""
+        _require_single(study)
+        space = ParameterSpace({param_name: param_distribution})
+        rng = np.random.default_rng([self._seed, trial.number, *param_name.encode()])
+        return space.params(space.explore((), rng))[param_name]
+
+    def _propose(
+        self, study: Study, trial: FrozenTrial, space: Space, rng: np.random.Generator
+    ) -> list[tuple[Point, dict[str, Any]]]:
+        """A batch of points and what is expected of each."""
+        known, scores = self._history(study, space)
+        order = np.argsort(scores, kind="stable")
+        best = [known[i] for i in order]
+        pending = [
+            point
+            for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if t.number != trial.number and (point := space.point(t.params)) is not None
+        ]
+        taken = {_name(space.params(p)) for p in [*known, *pending]}
+        guests = {_name(space.params(p)): p for p in space.guests()}
+        guests = {name: p for name, p in guests.items() if name not in taken}
+        chosen: list[tuple[Point, dict[str, Any]]] = []
+        if not space.ready(known, scores):
+            chosen = [(p, {}) for p in guests.values()][: self._batch]
+        else:
+            if not isinstance(space, OdeSpace):  # few: scored first
+                chosen = [(p, {}) for p in guests.values()][: self._batch]
+            model = space.model(known, scores, self._batch, int(rng.integers(2**31)))
+            met = _evolve(space, model, best, list(guests.values()), rng)
+            taken |= {_name(space.params(p)) for p, _ in chosen}
+            chosen += _choose(space, model, met, pending, taken, self._batch - len(chosen))
+        taken |= {_name(space.params(p)) for p, _ in chosen}
+        for attempt in range(20 * self._batch):
+            if len(chosen) == self._batch:
+                break
+            point = space.explore(best, rng)
+            name = _name(space.params(point))
+            if name not in taken or attempt >= 19 * self._batch:
+                taken.add(name)
+                chosen.append((point, {}))
+        return chosen
+
+    def _history(self, study: Study, space: Space) -> tuple[list[Point], list[float]]:
+        """Points and scores, smaller better; of stopped trials where the value is an estimate."""
+        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        states = [TrialState.COMPLETE, *([TrialState.PRUNED] if self._domain is not None else [])]
+        points, scores = [], []
+        for t in study.get_trials(deepcopy=False, states=states):
+            if t.value is None or not math.isfinite(t.value):
+                continue
+            point = space.point(t.params)
+            if point is not None:
+                points.append(point)
+                scores.append(sign * t.value)
+        return points, scores
 
 
-@dataclass(frozen=True)
-class Individual:
-    """A step pattern (a schedule and its parameters), lam of all N+1 times, and predictions."""
-
-    pattern: OdeSchedule
-    params: dict[str, Value]
-    lam: np.ndarray
-    tokens: Tensor
-    mean: float
-    std: float
-    source: str
-    key: int
+def _require_single(study: Study) -> None:
+    if len(study.directions) > 1:
+        raise ValueError("S3Sampler takes one objective: a study of several needs another sampler")
 
 
-def niches(ranked: Sequence[Individual], most: int, count: int) -> list[Individual]:
-    """The first `count` of a ranking with at most `most` of one step pattern."""
-    seen: Counter[int] = Counter()
-    kept: list[Individual] = []
-    for i in ranked:
-        if seen[i.key] < most:
-            seen[i.key] += 1
-            kept.append(i)
+def _name(params: dict[str, Any]) -> frozenset[Any]:
+    return frozenset(params.items())
+
+
+def _niches(ranked: Sequence[Point], most: int, count: int) -> list[Point]:
+    """The first `count` of a ranking with at most `most` of one key."""
+    seen: Counter[Any] = Counter()
+    kept: list[Point] = []
+    for p in ranked:
+        if p.key is None or seen[p.key] < most:
+            seen[p.key] += 1
+            kept.append(p)
             if len(kept) == count:
                 break
     return kept
 
 
-@dataclass(frozen=True)
-class S3:
-    """Stages of predict, evolve, score.
+def _evolve(
+    space: Space,
+    model: Model,
+    best: Sequence[Point],
+    guests: Sequence[Point],
+    rng: np.random.Generator,
+) -> list[Point]:
+    """Everyone met during the rounds."""
+    parents = predicted(model, best[: 5 * ELITE])
+    adopted = predicted(model, guests)
+    alive, met = [*_niches(parents, _KEEP, ELITE), *adopted], [*parents, *adopted]
+    for _ in range(space.rounds):
+        met += predicted(model, space.breed(alive, rng))
+        near = _trusted(model, met)
+        bound = sorted(near, key=lambda p: p.mean - BETA * p.std)
+        mean = sorted(near, key=lambda p: p.mean)
+        pairs = zip(
+            _niches(bound, _KEEP, 2 * ELITE), _niches(mean, _KEEP, 2 * ELITE), strict=False
+        )
+        alive = [p for pair in pairs for p in pair]
+    return met
 
-    Args:
-        domain: the search space.
-        predictor: "auto", "sequence" or "gaussian" (see `predictors.quality`).
-        rounds: rounds of evolution on the prediction per stage.
-        patterns: step patterns per round.
-        moves: choices of times per pattern.
-        beta: weight of the uncertainty.
-        elite: parents taken from what is known.
-        trust: largest uncertainty of a candidate, as a share of the spread of the targets.
-        niche: largest share of a generation with the same steps.
-        adopted: results of each neighbouring NFE whose insertions and deletions join the parents.
+
+def _trusted(model: Model, met: Sequence[Point]) -> list[Point]:
+    """Those whose uncertainty is small beside the spread of the scores; all if they are few.
+
+    Far from all data a predictor returns the average of what it has seen, and late in a search
+    that average is good: without a limit the search would leave for where it knows nothing.
     """
+    near = [p for p in met if p.std <= TRUST * model.spread]
+    enough = len(near) >= 2 * ELITE
+    return near if enough else sorted(met, key=lambda p: p.std)[: 4 * ELITE]
 
-    domain: OdeDomain
-    predictor: str = "auto"
-    rounds: int = 12
-    patterns: int = 10
-    moves: int = 64
-    beta: float = 1.5
-    elite: int = 20
-    adopted: int = 3
-    trust: float = 0.25
-    niche: float = 0.2
-    name: str = field(default="s3")
 
-    def propose(
-        self, known: Sequence[Evaluated], generation: int, size: int, rng: np.random.Generator
-    ) -> list[Proposal]:
-        """See `Strategy`; notes hold the prediction, its uncertainty, the model and its tau."""
-        pool = members(self.domain, known)
-        guests = self._guests(known)
-        if len(pool) < LEAST_ROWS:
-            warm = [Proposal(g, "adopted") for g in guests[:size]]
-            return warm + [
-                Proposal(self.domain.sample(rng), "random") for _ in range(size - len(warm))
-            ]
-        predictor = self._fit(known, pool, size, int(rng.integers(2**31)))
-        everyone = self._evolve(predictor, pool, guests, rng)
-        return self._choose(predictor, everyone, pool, size, rng)
-
-    def _guests(self, known: Sequence[Evaluated]) -> list[OdeSchedule]:
-        """Members made from the best results of the neighbouring NFE."""
-        found: list[OdeSchedule] = []
-        for nfe in (self.domain.nfe - 1, self.domain.nfe + 1):
-            if nfe >= 1:
-                for best in members(self.domain.with_nfe(nfe), known, self.adopted):
-                    found += self.domain.adopt(best.schedule)
-        return found
-
-    def _fit(
-        self, known: Sequence[Evaluated], pool: Sequence[Member], newest: int, seed: int
-    ) -> QualityPredictor:
-        pool = sorted(pool, key=lambda m: m.told)
-        rows = [(known[m.told].schedule, m.score) for m in pool]
-        if self.predictor != "gaussian":
-            for nfe in sorted({r.schedule.nfe for r in known} - {self.domain.nfe}):
-                others = members(self.domain.with_nfe(nfe), known)
-                rows += [(known[m.told].schedule, m.score) for m in others]
-        x = [tokens_of(s) for s, _ in rows]
-        return QualityPredictor(self.predictor, seed).fit(
-            x, [score for _, score in rows], self.domain.nfe, newest
-        )
-
-    def _evolve(
-        self,
-        predictor: QualityPredictor,
-        pool: Sequence[Member],
-        guests: Sequence[OdeSchedule],
-        rng: np.random.Generator,
-    ) -> list[Individual]:
-        """Everyone met during the rounds."""
-        domain = self.domain
-        told = [(m.schedule, m.params, "parent") for m in pool[: 5 * self.elite]]
-        told += [(g, domain.params(g), "adopted") for g in guests]
-        parents = self._individuals(predictor, told)
-        adopted = [i for i in parents if i.source == "adopted"]
-        everyone = list(adopted)
-        alive = niches([i for i in parents if i.source != "adopted"], _KEEP, self.elite) + adopted
-        for _ in range(self.rounds):
-            for _ in range(self.patterns):
-                parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
-                pattern, params, source = self._pattern(parent, alive, rng)
-                lam = np.array(domain.lam(pattern.times))
-                everyone += self._score(
-                    predictor, pattern, params, self._moved(lam, alive, rng), source
-                )
-            near = self._trusted(predictor, everyone)
-            bound = sorted(near, key=lambda i: i.mean - self.beta * i.std)
-            mean = sorted(near, key=lambda i: i.mean)
-            alive = list(
-                itertools.chain.from_iterable(
-                    zip(
-                        niches(bound, _KEEP, 2 * self.elite),
-                        niches(mean, _KEEP, 2 * self.elite),
-                        strict=False,
-                    )
-                )
-            )
-        return everyone
-
-    def _trusted(
-        self, predictor: QualityPredictor, everyone: Sequence[Individual]
-    ) -> list[Individual]:
-        """Those whose uncertainty is small beside the spread of the scores; all if they are few.
-
-        Far from all data a predictor returns the average of what it has seen, and late in a search
-        that average is good: without a limit the search would leave for where it knows nothing.
-        """
-        near = [i for i in everyone if i.std <= self.trust * predictor.spread]
-        enough = len(near) >= 2 * self.elite
-        return near if enough else sorted(everyone, key=lambda i: i.std)[: 4 * self.elite]
-
-    def _individuals(
-        self,
-        predictor: QualityPredictor,
-        told: Sequence[tuple[OdeSchedule, dict[str, Value], str]],
-    ) -> list[Individual]:
-        """Members as individuals."""
-        x = torch.stack([tokens_of(schedule) for schedule, _, _ in told])
-        mean, std = predictor.predict(x)
-        return [
-            Individual(
-                schedule,
-                params,
-                np.array(self.domain.lam(schedule.times)),
-                x[i],
-                float(mean[i]),
-                float(std[i]),
-                source,
-                hash(schedule.steps),
-            )
-            for i, (schedule, params, source) in enumerate(told)
-        ]
-
-    def _pattern(
-        self, parent: Individual, alive: Sequence[Individual], rng: np.random.Generator
-    ) -> tuple[OdeSchedule, dict[str, Value], str]:
-        """A parent's steps as they are, or changed in a decision or two."""
-        domain, schedule = self.domain, self._built(parent)
-        if rng.random() < 0.5:
-            return schedule, domain.params(schedule), "times"
-        source = "steps"
-        if rng.random() < 0.3:
-            schedule = domain.crossover(
-                schedule, self._built(alive[int(rng.integers(min(len(alive), self.elite)))]), rng
-            )
-            source = "crossover"
-        rate = float(rng.choice([0.03, 0.1]))
-        rates = dict.fromkeys([*_STEPS, *(name for name, _, _ in domain.choices.extras)], rate)
-        schedule = domain.mutate(
-            schedule, rng, rates=rates | {"lam": 0.0, "relocate": 0.0, "first": rate}
-        )
-        return schedule, domain.params(schedule), source
-
-    def _moved(
-        self, lam: np.ndarray, alive: Sequence[Individual], rng: np.random.Generator
-    ) -> np.ndarray:
-        """Up to `moves` vectors of N+1 lam around one, itself the first; all keep the gaps."""
-        domain = self.domain
-        low, high = domain.lam_range
-        free = slice(0 if domain.start_band else 1, len(lam) - (0 if domain.end_band else 1))
-        same = [i.lam for i in alive if len(i.lam) == len(lam)]
-        out = np.tile(lam, (self.moves, 1))
-        for row in out[1:]:
-            v = row[free]
-            if rng.random() < 0.6 or len(same) < 3:
-                touched = rng.random(len(v)) < rng.choice([0.3, 1.0])
-                v += touched * rng.normal(0, (high - low) * 10 ** rng.uniform(-3, -1.2), len(v))
-            else:
-                a, b = rng.integers(len(same), size=2)
-                v += rng.uniform(0.2, 1.0) * (same[a] - same[b])[free] + rng.normal(
-                    0, 1e-3 * (high - low), len(v)
-                )
-        out[:, free].sort(axis=1)
-        inside = (np.diff(out, axis=1) >= domain.min_gap).all(1)
-        for band, column, bounds in (
-            (domain.start_band, 0, domain.start_lam),
-            (domain.end_band, -1, domain.end_lam),
-        ):
-            if band is not None:
-                inside &= (out[:, column] >= bounds[0]) & (out[:, column] <= bounds[1])
-        moved: np.ndarray = out[inside]
-        return moved
-
-    def _score(
-        self,
-        predictor: QualityPredictor,
-        pattern: OdeSchedule,
-        params: dict[str, Value],
-        lam: np.ndarray,
-        source: str,
-    ) -> list[Individual]:
-        if not len(lam):
-            return []
-        times = self.domain.noise.t_of_lam(torch.from_numpy(lam))
-        if self.domain.start_band is None:
-            times[:, 0] = pattern.times[0]
-        if self.domain.end_band is None:
-            times[:, -1] = pattern.times[-1]
-        x = tokens(pattern, times)
-        mean, std = predictor.predict(x)
-        key = hash(pattern.steps)
-        return [
-            Individual(pattern, params, lam[i], x[i], float(mean[i]), float(std[i]), source, key)
-            for i in range(len(lam))
-        ]
-
-    def _built(self, individual: Individual) -> OdeSchedule:
-        """The member an individual stands for."""
-        lam = individual.lam
-        values: dict[str, Any] = dict(individual.params) | {
-            f"lam_{i}": float(lam[i]) for i in range(1, len(lam) - 1)
-        }
-        return self.domain.from_params(
-            values | {"lam_start": float(lam[0]), "lam_end": float(lam[-1])}
-        )
-
-    def _choose(
-        self,
-        predictor: QualityPredictor,
-        everyone: Sequence[Individual],
-        pool: Sequence[Member],
-        size: int,
-        rng: np.random.Generator,
-    ) -> list[Proposal]:
-        """Expected improvement, one after the other; what is known is not proposed again."""
-        best, everyone = predictor.best, self._trusted(predictor, everyone)
-        most = max(1, int(self.niche * size))  # of one pattern in the generation
-        bound = sorted(everyone, key=lambda i: i.mean - self.beta * i.std)
-        exploit = sorted(everyone, key=lambda i: i.mean)
-        listed = niches(bound, 4 * most, 12 * size) + niches(exploit, 2 * most, 4 * size)
-        short = list({id(i): i for i in listed}.values())
-        mean, cov = predictor.posterior(torch.stack([i.tokens for i in short]))
-        params = [m.params for m in pool]
-        free = np.ones(len(short), dtype=bool)
-        patterns: Counter[int] = Counter()
-        chosen: list[Proposal] = []
-        while len(chosen) < size and free.any():
-            std = np.sqrt(cov.diagonal().clip(1e-12))
-            gain = np.where(free, expected_improvement(best - mean, std), -1.0)
-            i = int(np.argmax(gain))
-            free[i] = False
-            schedule = self._built(short[i])
-            values = self.domain.params(schedule)
-            if values in params or patterns[short[i].key] >= most:
-                continue
-            patterns[short[i].key] += 1
-            params.append(values)
-            note: dict[str, Any] = {"predicted": float(mean[i]), "std": float(short[i].std)}
-            note["predictor"] = predictor.chosen
-            note |= {f"tau_{name}": value for name, value in predictor.tau.items()}
-            chosen.append(Proposal(schedule, short[i].source, note))
-            cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)
-        return chosen + [
-            Proposal(self.domain.sample(rng), "random") for _ in range(size - len(chosen))
-        ]
+def _choose(
+    space: Space,
+    model: Model,
+    met: Sequence[Point],
+    pending: Sequence[Point],
+    taken: set[frozenset[Any]],
+    size: int,
+) -> list[tuple[Point, dict[str, Any]]]:
+    """Expected improvement, one after the other; what is known is not proposed again."""
+    near = _trusted(model, met)
+    most = max(1, int(NICHE * size))  # of one pattern in the batch
+    bound = sorted(near, key=lambda p: p.mean - BETA * p.std)
+    mean_first = sorted(near, key=lambda p: p.mean)
+    listed = _niches(bound, 4 * most, 12 * size) + _niches(mean_first, 2 * most, 4 * size)
+    short = list({id(p): p for p in listed}.values())
+    if not short or size < 1:
+        return []
+    mean, cov = model.posterior(torch.stack([p.x for p in [*short, *pending]]))
+    for i in range(len(short), len(short) + len(pending)):
+        cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)
+    free, patterns = np.ones(len(short), dtype=bool), Counter[Any]()
+    chosen: list[tuple[Point, dict[str, Any]]] = []
+    while len(chosen) < size and free.any():
+        std = np.sqrt(cov.diagonal()[: len(short)].clip(1e-12))
+        gain = expected_improvement(model.best - mean[: len(short)], std)
+        i = int(np.argmax(np.where(free, gain, -1.0)))
+        free[i] = False
+        point = short[i]
+        name = _name(space.params(point))
+        if name in taken or (point.key is not None and patterns[point.key] >= most):
+            continue
+        patterns[point.key] += 1
+        taken.add(name)
+        note: dict[str, Any] = {"predicted": float(mean[i]), "std": point.std}
+        note["predictor"] = getattr(model, "chosen", "gaussian")
+        note |= {f"tau_{name}": tau for name, tau in getattr(model, "tau", {}).items()}
+        chosen.append((point, note))
+        cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)
+    return chosen
 
 
 def expected_improvement(gain: np.ndarray, std: np.ndarray) -> np.ndarray:
     """E max(0, gain + std * z) of a standard normal z; Jones et al. 1998, eq. 15."""
     z = torch.from_numpy(gain / std)
     density = torch.exp(-0.5 * z**2) / (2 * math.pi) ** 0.5
-    value: np.ndarray = std * (z * torch.special.ndtr(z) + density).numpy()
-    return value
+    found: np.ndarray = std * (z * torch.special.ndtr(z) + density).numpy()
+    return found

@@ -1,26 +1,22 @@
 """Dynamic compensation inside a search: ratios for the best bases of every NFE, on the workers.
 
 One task compensates one base on noise of its own ("compensate"), with the teacher's states at
-exactly the base's times. What becomes of it: `finishing`.
+exactly the base's times. What becomes of it: `stages.improve`.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from fewstep.samplers.ode import start_scale
-from fewstep.search.evaluate import Counted, Evaluator, Single
 from fewstep.search.problem import conditions, noise_of
-from fewstep.search.refining import RefineResult
+from fewstep.search.stages.refine import Improved
 from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
 from fewstep.search.strategies.targets import aligned_targets, published_targets
 from fewstep.search.tables import CompensationTable
-from fewstep.space import OdeSchedule, load_schedule
+from fewstep.search.work import Counted, Evaluator, Work
+from fewstep.space import OdeSchedule
 from fewstep.space.errors import FewstepError
 
 STREAM = "compensate"
@@ -28,29 +24,29 @@ _ORIGINAL = 10  # samples of the original recipe
 
 
 @dataclass(frozen=True)
-class CompensationTask(Single):
+class CompensationTask(Work):
     """One base to compensate.
 
     Args:
-        schedule: the base's file form.
-        constant: its constant image, if it has one.
+        schedule: the base.
         table: the study's [compensation].
     """
 
-    schedule: dict[str, Any]
-    constant: Tensor | None
+    schedule: OdeSchedule
     table: CompensationTable
 
-    def execute(self, evaluator: Evaluator) -> RefineResult:
+    def failed(self, status: str, message: str) -> Improved:
+        """See `Work`: a base that fails is said and left out."""
+        return Improved(message=f"{message} ({status})")
+
+    def run(self, evaluator: Evaluator) -> Improved:
         """Compensate on the evaluator's problem; a base that cannot be is a failed result."""
-        begun, denoiser = time.perf_counter(), Counted(evaluator.ode.denoiser)
+        denoiser = Counted(evaluator.ode.denoiser)
         try:
             found = self._compensate(evaluator, denoiser)
         except (FewstepError, RuntimeError) as error:  # no gradients for the original's recipe
             line = " ".join(str(error).split())[:300]
-            nothing = np.full((1, 1, 1), np.nan)
-            seconds = time.perf_counter() - begun
-            return RefineResult(nothing, ("error",), (line,), denoiser.evaluations, seconds)
+            return Improved(message=line, evaluations=denoiser.evaluations)
         spent = denoiser.evaluations
         if self.table.recipe == "published":
             spent += 2 * found.calls  # their backward passes
@@ -61,16 +57,11 @@ class CompensationTask(Single):
             "compensation_recipe": self.table.recipe,
             "ratios": list(found.ratios),
         }
-        values = np.full((1, 1, 1), found.after)
-        seconds, body = time.perf_counter() - begun, found.schedule.to_dict()
-        return RefineResult(values, ("ok",), ("",), spent, seconds, body, note)
+        return Improved(found.schedule, note, evaluations=spent)
 
     def _compensate(self, evaluator: Evaluator, denoiser: Counted) -> Compensated:
         table, problem = self.table, evaluator.ode
-        base: OdeSchedule = load_schedule(self.schedule)
-        if self.constant is not None:
-            base = base.with_constant(self.constant)
-        base = base.model_copy(
+        base = self.schedule.model_copy(
             update={"compensation_order": table.order, "compensation_variable": table.variable}
         )
         indices = range(samples(table))

@@ -1,10 +1,10 @@
 """The last stage of a search: the best candidates of every NFE improved, on the workers.
 
-A stage is "refine" (`refining`) or "compensation" (`compensating`). One task improves one schedule
-(refinement: the best of several starts) on noise of its own, which neither ranks candidates nor
-reports results. What comes back is proposed like any other candidate: scored on the search's
-noise, told to the study, judged on fresh seeds. The log holds it, so that a resumed search
-improves nothing twice.
+A stage is "refine" (`stages.refine`) or "compensation" (`stages.compensate`). One task improves
+one schedule (refinement: the best of several starts) on noise of its own, which neither ranks
+candidates nor reports results. What comes back is proposed like any other candidate: scored on
+the search's noise, told to the study, judged on fresh seeds. The log holds it, so that a resumed
+search improves nothing twice.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fewstep.search.compensating import CompensationTask, compensation_cost
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool
-from fewstep.search.refining import RefineResult, RefineTask, best_starts, refine_cost
 from fewstep.search.rung import Rung, best_of
+from fewstep.search.stages.compensate import CompensationTask, compensation_cost
+from fewstep.search.stages.refine import RefineTask, best_starts, refine_cost
 from fewstep.search.strategies import Evaluated, Proposal
-from fewstep.space import OdeSchedule, load_schedule
+from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ScheduleError, StudyError
 from fewstep.space.growing import grown
@@ -54,7 +54,7 @@ def finish_rungs(
 def _grown(rung: Rung, nfe: int, display: Display) -> Evaluated | None:
     """The best schedule of a rung with calls added; its score stays, as its samples do."""
     best = best_of(rung.known)
-    if best is None or not isinstance(best.schedule, OdeSchedule):
+    if best is None or not isinstance(best.schedule, OdeSchedule | ProgramSchedule):
         return None
     try:
         longer = grown(best.schedule, nfe)
@@ -72,67 +72,58 @@ def _improve(
     display: Display,
     mean: Tensor | None,
 ) -> dict[int, int]:
-    """The stage at some NFEs at once, in their order; `start` competes with the candidates."""
-    stage = config.finish or ""
-    tickets: dict[int, tuple[int, list[Evaluated]]] = {}
+    """The stage at some NFEs at once, in their order; `start` competes with the candidates.
+
+    Each NFE's results are scored and logged as soon as its tasks have ended.
+    """
+    stage, spent = config.finish or "", dict[int, int]()
+    groups: dict[int, list[list[Evaluated]]] = {}
     for nfe, rung in rungs.items():
-        if rung.refined_before:
-            continue
-        found = starts(config, rung, start, mean)
+        found = [] if rung.refined_before else starts(config, rung, start, mean)
         alone = config.finish == "compensation" or not found
-        for group in [[one] for one in found] if alone else [found]:
-            tickets[pool.submit(_task(config, group, mean))] = (nfe, group)
-    proposals: dict[int, dict[int, Proposal]] = {nfe: {} for nfe in rungs}
-    for k in range(len(tickets)):
-        display.stage(f"{stage} of {len(tickets)} schedules, {k} done")
-        ticket, result = pool.collect()
-        nfe, group = tickets[ticket]
-        used = group[0]
-        display.advance(result.evaluations)
-        if isinstance(result, RefineResult) and result.schedule is not None:
-            used = group[result.start_used]
-            schedule = load_schedule(result.schedule)
-            constant = _constant(group, mean)
-            if constant is not None and schedule.first == "mean":
-                schedule = schedule.with_constant(constant)
-            proposals[nfe][ticket] = Proposal(
-                schedule, f"{stage}:{used.source}", dict(result.note)
-            )
-        else:
-            display.note(f"NFE {nfe}: {stage} of {used.source} failed ({result.message[0]})")
-    spent: dict[int, int] = {}
-    for nfe, rung in sorted(rungs.items()):
-        display.stage(f"NFE {nfe}: scoring the schedules of {stage}")
-        told = rung.extend([proposals[nfe][t] for t in sorted(proposals[nfe])])
-        spent[nfe] = sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
-        for p in told:
-            text = (
-                f"NFE {nfe}: {p.source} {p.note[f'{stage}_before']:.4g} -> "
-                f"{p.note[f'{stage}_after']:.4g} (held-out noise)"
-            )
-            if p.note.get("refine_method", config.refine.method) != config.refine.method:
-                text += f", by {p.note['refine_method']}: the model gives no gradient"
-            display.note(text)
+        groups[nfe] = [[one] for one in found] if alone else [found]
+    total, done = sum(map(len, groups.values())), 0
+    results = pool.map(_task(config, g, mean) for groups_ in groups.values() for g in groups_)
+    for nfe, rung in rungs.items():
+        made = []
+        for group in groups[nfe]:
+            display.stage(f"{stage} of {total} schedules, {done} done")
+            result = next(results)
+            display.advance(result.evaluations)
+            display.saved(_cost(config, nfe, len(group)) - result.evaluations)
+            done += 1
+            if result.schedule is None:
+                source = group[0].source
+                display.note(f"NFE {nfe}: {stage} of {source} failed ({result.message})")
+                continue
+            source = f"{stage}:{group[result.start_used].source}"
+            tried = {f"{stage}_starts": [start.source for start in group]}
+            made.append(Proposal(result.schedule, source, tried | result.note))
+        spent[nfe] = _tell(stage, rung, made, display)
     return spent
 
 
-def _constant(group: list[Evaluated], mean: Tensor | None) -> Tensor | None:
-    """The constant image of a task: what its best start brings along, else the search's."""
-    constant: Tensor | None = group[0].schedule.constant
-    return mean if constant is None else constant
+def _tell(stage: str, rung: Rung, proposals: list[Proposal], display: Display) -> int:
+    """Score and log the improved schedules of an NFE (the logged ones of a resumed search)."""
+    display.stage(f"NFE {rung.nfe}: scoring the schedules of {stage}")
+    told = rung.extend(proposals)
+    for p in told:
+        before, after = p.note[f"{stage}_before"], p.note[f"{stage}_after"]
+        display.note(
+            f"NFE {rung.nfe}: {p.source} {before:.4g} -> {after:.4g} (loss on held-out noise)"
+        )
+    return sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
 
 
 def _task(
     config: StudyConfig, group: list[Evaluated], mean: Tensor | None
 ) -> RefineTask | CompensationTask:
-    bodies = tuple(
-        {k: v for k, v in start.schedule.to_dict().items() if k != "provenance"} for start in group
-    )
-    constant = _constant(group, mean)
+    bare = tuple(start.schedule.model_copy(update={"provenance": {}}) for start in group)
     if config.finish == "compensation":
-        return CompensationTask(bodies[0], constant, config.compensation)
-    featured = config.objective.name == "frechet"
-    return RefineTask(bodies, constant, config.refine, config.search.seed, featured)
+        return CompensationTask(bare[0], config.compensation)
+    # the constant image: what the best start brings along, else the search's
+    image = mean if bare[0].constant is None else bare[0].constant
+    return RefineTask(bare, image, config.refine, config.objective.name == "frechet")
 
 
 def starts(
@@ -179,12 +170,18 @@ def named_bases(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> dict[str
 
 
 def finish_cost(config: StudyConfig) -> int:
-    """Network evaluations of the stage at all NFEs, at most."""
-    nfes = config.search.nfe
+    """Network evaluations of the stage at all NFEs, as announced."""
+    if config.finish is None:
+        return 0
+    bases = len(config.compensation.base) or config.compensation.top
+    count = 1 if config.finish == "refine" else bases
+    noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
+    tasks = sum(count * _cost(config, nfe, 1) for nfe in config.search.nfe)
+    return tasks + (noise if config.finish == "refine" else 0)
+
+
+def _cost(config: StudyConfig, nfe: int, starts: int) -> int:
+    """Network evaluations of one task, as announced."""
     if config.finish == "refine":
-        noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
-        return noise + sum(refine_cost(config.refine, nfe) for nfe in nfes)
-    if config.finish == "compensation":
-        bases = len(config.compensation.base) or config.compensation.top
-        return sum(compensation_cost(config.compensation, nfe, bases) for nfe in nfes)
-    return 0
+        return refine_cost(config.refine, nfe)
+    return compensation_cost(config.compensation, nfe, starts)

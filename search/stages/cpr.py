@@ -24,9 +24,6 @@ from fewstep.predictors.cpr import CPR, fit
 from fewstep.samplers import Problem
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.evaluate import Counted, Evaluator, Single, Task, TaskResult, chunks, scaled
-from fewstep.search.final import Row
-from fewstep.search.objective import Array
 from fewstep.search.pool import Pool
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.results import schedule_path
@@ -38,6 +35,9 @@ from fewstep.search.strategies.joint import (
     fit_joint,
     gram,
 )
+from fewstep.search.verdict import Row
+from fewstep.search.work import Block, Counted, Evaluator, Work, scaled
+from fewstep.search.yardstick import Array
 from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
@@ -48,7 +48,7 @@ TRAIN, HELD = "cpr", "cpr-held"
 
 
 @dataclass(frozen=True)
-class GramTask(Single):
+class GramTask(Work):
     """Schedules of one setting on the noise of a stream.
 
     Args:
@@ -67,22 +67,28 @@ class GramTask(Single):
     constant: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def execute(self, evaluator: Evaluator) -> TaskResult:
-        """The Gram matrix of the residuals, as values (1, M, M)."""
+    def failed(self, status: str, message: str) -> tuple[Array, int]:
+        """See `Work`: schedules whose errors are not known."""
+        count = len(self.program.r)
+        return np.full((count, count), np.nan), 0
+
+    def run(self, evaluator: Evaluator) -> tuple[Array, int]:
+        """The Gram matrix of the residuals, (M, M), and network evaluations."""
         problem = evaluator.ode
         denoiser = Counted(problem.denoiser)
         indices = range(self.samples)
+        cond = conditions(problem, indices)
         found = gram(
             self.program,
             denoiser,
-            noise_of(evaluator.seed, self.stream, indices, problem.shape),
+            noise_of(evaluator.seed, self.stream, indices, problem.shape).to(evaluator.device),
             evaluator.reference(key(self.stream, self.guidance)),
-            cond=conditions(problem, indices),
+            cond={k: v.to(evaluator.device) for k, v in (cond or {}).items()},
             guidance=problem.guidance if self.guidance is None else self.guidance,
             m=self.constant,
             options=self.options,
         )
-        return TaskResult(found[None], ("ok",), ("",), denoiser.evaluations, 0.0)
+        return found, denoiser.evaluations
 
 
 def key(stream: str, guidance: float | None) -> str:
@@ -146,7 +152,7 @@ class Stage:
             self.look,
             start=start,
             rounds=table.rounds,
-            told=lambda k, e: self.display.stage(f"CPR: round {k}, mean log error {e:.3f}"),
+            on_round=lambda k, e: self.display.stage(f"CPR: round {k}, mean log error {e:.3f}"),
         )
         return replace(made.model, provenance=self._provenance(made, found, template, start))
 
@@ -156,43 +162,37 @@ class Stage:
     def _refer(self, stream: str, size: int, guidance: float) -> None:
         """The teacher's end points of a stream at a scale, given to every worker."""
         teacher = baseline(self.config.teacher.solver, self.noise, self.config.teacher.nfe)
-        (chunk,) = chunks([teacher], self.noise, 1)
-        tickets: dict[int, int] = {}
-        for task in chunk.tasks(stream, size, self.config.search.block[1], "samples"):
-            made: Task = replace(task, strict=True, guidance=self._scale(guidance))
-            tickets[self.pool.submit(made)] = made.start
-        parts: dict[int, Tensor] = {}
-        while len(parts) < len(tickets):
-            ticket, result = self._collect()
-            parts[tickets[ticket]] = torch.from_numpy(np.array(result.values[0]))
-        ends = torch.cat([parts[k] for k in sorted(parts)])
+        more: dict[str, Any] = {"want": "samples", "strict": True}
+        more["guidance"] = self._scale(guidance)
+        size_of_block = self.config.search.block[1]
+        parts = []
+        for result in self.pool.map(
+            Block.cover([teacher], stream, range(size), size_of_block, **more)
+        ):
+            self._count(result.evaluations)
+            parts.append(torch.from_numpy(np.array(result.values[0])))
+        ends = torch.cat(parts)
         self.pool.share(key(stream, self._scale(guidance)), ends)
 
-    def _collect(self) -> tuple[int, TaskResult]:
-        ticket, result = self.pool.collect()
-        self.calls += result.evaluations
-        self.display.advance(result.evaluations)
-        return ticket, result
+    def _count(self, evaluations: int) -> None:
+        self.calls += evaluations
+        self.display.advance(evaluations)
 
     def look(self, requests: Sequence[Request]) -> list[Array]:
         """See `strategies.joint.Look`."""
-        tickets: dict[int, int] = {}
-        for k, r in enumerate(requests):
+        tasks = []
+        for r in requests:
             stream, size = (
                 (HELD, self.config.cpr.held) if r.held else (TRAIN, self.config.cpr.samples)
             )
             program = stack([scaled(s) for s in r.schedules])
             like, scale = r.schedules[0], self._scale(r.setting.guidance)
-            task = GramTask(program, stream, size, scale, like.constant, like.options)
-            tickets[self.pool.submit(task)] = k
-        found: dict[int, Array] = {}
-        while len(found) < len(tickets):
-            ticket, result = self._collect()
-            k = tickets[ticket]
-            m = len(requests[k].schedules)
-            ok = result.status[0] == "ok"
-            found[k] = result.values[0] if ok else np.full((m, m), np.nan)
-        return [found[k] for k in range(len(requests))]
+            tasks.append(GramTask(program, stream, size, scale, like.constant, like.options))
+        found = []
+        for errors, evaluations in self.pool.map(tasks):
+            self._count(evaluations)
+            found.append(errors)
+        return found
 
     def _base(self) -> str | None:
         """The one base that a study compensates: its schedules are a family already."""
@@ -204,8 +204,8 @@ class Stage:
         nfes = [s.nfe for s in found]
         names: list[str] = []
         for schedule in found.values():
-            scores = schedule.provenance.get("baselines", {})
-            usable = [n for n in sorted(scores, key=scores.get) if self._exists(n, nfes)]
+            scores = schedule.provenance.get("baselines") or {}
+            usable = [n for n in sorted(scores, key=scores.__getitem__) if self._exists(n, nfes)]
             names += [n for n in usable[:2] if n not in names]
         if not names:
             raise StudyError(
@@ -228,6 +228,8 @@ class Stage:
 
     def _start(self, found: Mapping[Setting, OdeSchedule], template: str) -> CPR | None:
         """The regression of the schedules found, if they are all of the template's family."""
+        if not all(isinstance(schedule, OdeSchedule) for schedule in found.values()):
+            return None
         try:
             return fit([(s.nfe, s.guidance, schedule) for s, schedule in found.items()], template)
         except StudyError:

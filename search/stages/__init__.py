@@ -1,0 +1,1 @@
+"""What improves the best candidates of a search: refinement, compensation, regression."""

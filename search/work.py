@@ -1,0 +1,504 @@
+"""Work: what is sent out, and the evaluator that does it. `pool.map(works)` is the only way out.
+
+A `Work` is a small picklable value with four methods:
+
+    run(evaluator)           does it, on a worker; returns any picklable result
+    parts()                  works of a part each, to find the guilty one where the whole kills its
+                             worker or hangs; empty where it cannot be divided
+    join(results)            the result of the whole from those of its parts
+    failed(status, message)  the result of work that was given up ("oom", "timeout", "error": its
+                             worker died), or raises where the search cannot go on without it
+
+`Block` is the work of scoring: M schedules on samples start..stop-1 of a stream of noise that all
+of them share. Stages (refinement, compensation, CPR) send works of their own.
+What goes wrong with one candidate of a block is its status, found by running it alone: numbers
+that are not finite, memory, and whatever the user's model or measure raises (`ModelError`).
+Any other exception is a fault of ours and ends the search.
+
+Blocks are cut from a list of schedules by the study's settings alone (`cut`, `Block.cover`):
+candidates in the order given, M at a time, samples in index order, B at a time. A score belongs to
+its block; the number of workers decides only where and when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.samplers import (
+    AnyProblem,
+    Denoiser,
+    MaskedProblem,
+    ParticleProblem,
+    Problem,
+    run,
+    sample,
+    sample_masked,
+    sample_particles,
+    start,
+    start_particles,
+)
+from fewstep.samplers.ode import start_scale
+from fewstep.samplers.token_denoiser import CountedSequences
+from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
+from fewstep.search.problem import (
+    ModelSpec,
+    conditions,
+    device_of,
+    guarded,
+    import_path,
+    noise_of,
+    prompts,
+    sample_seed,
+    uniforms_of,
+    watched,
+)
+from fewstep.search.yardstick import Array, Statistic
+from fewstep.space import Program, stack
+from fewstep.space.errors import FewstepError, ModelError, StudyError
+
+Want = Literal["measures", "samples", "features"]
+
+
+class Work(ABC):
+    """What a pool takes; see the module's first lines. By default it has no parts."""
+
+    what: ClassVar[str] = "a task"
+
+    @abstractmethod
+    def run(self, evaluator: Evaluator) -> Any:
+        """Do it."""
+
+    def parts(self) -> Sequence[Work]:
+        """Works of a part each; empty where it cannot be divided."""
+        return ()
+
+    def join(self, results: Sequence[Any]) -> Any:
+        """The result of the whole from those of its parts."""
+        raise NotImplementedError
+
+    def failed(self, status: str, message: str) -> Any:
+        """The result of work that was given up; by default the search cannot go on without it."""
+        raise StudyError(f"{self.what} could not be done: {message} ({status})")
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What came of a block.
+
+    Args:
+        values: (M, B, K) measures, float64 holding float32 numbers; or (M, B, *shape) samples,
+            float32. NaN where a candidate failed.
+        status: M times "ok", "diverged", "oom", "timeout" or "error".
+        message: M times why, "" if ok.
+        evaluations: images, sequences or particles sent through the network.
+        seconds: wall time on the worker.
+    """
+
+    values: np.ndarray
+    status: tuple[str, ...]
+    message: tuple[str, ...]
+    evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The evaluation of one schedule.
+
+    Args:
+        score: the number minimised; inf unless status is "ok".
+        status: "ok", "diverged", "oom", "timeout" or "error".
+        message: why, "" if ok.
+        per_sample: per-sample scores in sample order, or None where the objective has none.
+        measures: (N, K) measures of all samples; None if not kept.
+        calls: network evaluations spent on it (samples x NFE).
+        seconds: its share of the workers' wall time.
+        samples: N.
+    """
+
+    score: float
+    status: str = "ok"
+    message: str = ""
+    per_sample: Array | None = None
+    measures: Array | None = None
+    calls: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Block(Work):
+    """M schedules on samples start..stop-1 of a stream.
+
+    Args:
+        schedules: of one kind, and such that they run as one batch (`cut`).
+        stream: which noise.
+        start: first sample index.
+        stop: one past the last.
+        want: "measures" of the objective, the "samples" themselves, or the problem's "features".
+        strict: raise at the first thing that goes wrong, instead of recording it.
+        guidance: scale where a schedule sets none; None is the problem's.
+    """
+
+    schedules: tuple[Any, ...]
+    stream: str
+    start: int
+    stop: int
+    want: Want = "measures"
+    strict: bool = False
+    guidance: float | None = None
+
+    @classmethod
+    def cover(
+        cls, schedules: Sequence[Any], stream: str, samples: range, size: int, **more: Any
+    ) -> list[Block]:
+        """The blocks of a range of samples, `size` at a time in index order."""
+        edges = [*range(samples.start, samples.stop, size), samples.stop]
+        group = tuple(schedules)
+        return [cls(group, stream, a, b, **more) for a, b in pairwise(edges)]
+
+    def parts(self) -> list[Block]:
+        """The same block for each of its candidates."""
+        if len(self.schedules) == 1:
+            return []
+        return [replace(self, schedules=(schedule,)) for schedule in self.schedules]
+
+    def join(self, results: Sequence[BlockResult]) -> BlockResult:
+        """See `Work`."""
+        return BlockResult(
+            _filled([r.values[0] if r.status[0] == "ok" else None for r in results]),
+            tuple(r.status[0] for r in results),
+            tuple(r.message[0] for r in results),
+            sum(r.evaluations for r in results),
+            sum(r.seconds for r in results),
+        )
+
+    def failed(self, status: str, message: str) -> BlockResult:
+        """See `Work`.
+
+        Raises:
+            StudyError: the block is strict.
+        """
+        if self.strict:
+            raise StudyError(f"the teacher could not be computed: {message}")
+        count = len(self.schedules)
+        nothing = np.full((count, self.stop - self.start, 1), np.nan)
+        return BlockResult(nothing, (status,) * count, (message,) * count, 0, 0.0)
+
+    def run(self, evaluator: Evaluator) -> BlockResult:
+        """Run on an evaluator; a candidate that fails is found by running each alone."""
+        before, begun = evaluator.evaluations, time.perf_counter()
+        if self.strict:
+            done = [(values, "ok", "") for values in self.values(evaluator)]
+        else:
+            done = self._guarded(evaluator)
+        status, message = [d[1] for d in done], [d[2] for d in done]
+        values = _filled([d[0] for d in done])
+        for m, part in enumerate(values):
+            missing = np.isnan(part).all(-1) if evaluator.objective.partial else False
+            if status[m] == "ok" and not (np.isfinite(part).all(-1) | missing).all():
+                status[m], message[m] = "diverged", "a sample is not finite"
+        spent, seconds = evaluator.evaluations - before, time.perf_counter() - begun
+        return BlockResult(values, tuple(status), tuple(message), spent, seconds)
+
+    def _guarded(self, evaluator: Evaluator) -> list[tuple[np.ndarray | None, str, str]]:
+        try:
+            return [(values, "ok", "") for values in self.values(evaluator)]
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            status, line = "oom", one_line(error)
+        except (ModelError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            status, line = "error", one_line(error)
+        if len(self.schedules) == 1:
+            return [(None, status, line)]
+        return [done for part in self.parts() for done in part._guarded(evaluator)]
+
+    @torch.no_grad()
+    def values(self, evaluator: Evaluator) -> np.ndarray:
+        """(M, B, K) measures, or (M, B, *shape) samples: float32, or token ids."""
+        problem = evaluator.problem
+        if isinstance(problem, Problem):
+            return self._ode(evaluator, problem)
+        if isinstance(problem, MaskedProblem):
+            return np.stack([self._masked(evaluator, problem, s) for s in self.schedules])
+        return np.stack([self._particles(evaluator, problem, s) for s in self.schedules])
+
+    def _ode(self, evaluator: Evaluator, problem: Problem) -> np.ndarray:
+        """Stacked programs of ODE schedules; state, history and measure on the model's device."""
+        indices, device = range(self.start, self.stop), evaluator.device
+        z = noise_of(evaluator.seed, self.stream, indices, problem.shape).to(device)
+        cond = conditions(problem, indices)
+        shared: dict[str, Any] = {
+            "cond": None if cond is None else {name: v.to(device) for name, v in cond.items()},
+            "guidance": problem.guidance if self.guidance is None else self.guidance,
+            "generator": self._generator(evaluator, device),
+        }
+        denoiser, first = Counted(problem.denoiser), self.schedules[0]
+        try:
+            if "time_shift" in first.options:  # compiles its rows as it runs, always alone
+                x = sample(first, denoiser, start(first, z), **shared)[None]
+            else:
+                programs = stack([scaled(schedule) for schedule in self.schedules])
+                x = run(
+                    programs,
+                    denoiser,
+                    z,
+                    m=first.constant,
+                    options=dict(first.options),
+                    check=self.strict,
+                    share=True,
+                    **shared,
+                )
+        finally:
+            evaluator.evaluations += denoiser.evaluations
+        if self.want == "samples":
+            return x.to(torch.float32).cpu().numpy()
+        if self.want == "features":
+            return kept(Frechet(evaluator.features).measure(x, x))
+        reference = evaluator.reference(self.stream)[self.start : self.stop]
+        return kept(evaluator.objective.measure(x, reference.to(x)))
+
+    def _masked(self, evaluator: Evaluator, problem: MaskedProblem, schedule: Any) -> np.ndarray:
+        """One masked schedule; a sample is a sequence, its uniforms its own whatever the block."""
+        indices = range(self.start, self.stop)
+        tokens = prompts(problem, indices)
+        shape = (schedule.uniforms, problem.length)
+        u = uniforms_of(evaluator.seed, self.stream, indices, shape)
+        counted = CountedSequences(problem.denoiser)
+        done = sample_masked(schedule, counted, tokens, u=u.to(tokens.device))
+        evaluator.evaluations += counted.sequences
+        if self.want == "samples":
+            return done.cpu().numpy()
+        return self._checked(problem.measure(done), problem.objective)
+
+    def _particles(
+        self, evaluator: Evaluator, problem: ParticleProblem, schedule: Any
+    ) -> np.ndarray:
+        """One particle schedule; a sample is a population, its later draws the block's."""
+        indices, seed = range(self.start, self.stop), evaluator.seed
+        z = noise_of(seed, self.stream, indices, (problem.particles, *problem.shape))
+        generator = self._generator(evaluator, torch.device("cpu"))
+        found = sample_particles(
+            schedule,
+            problem.target,
+            start_particles(schedule, problem.target, z),
+            generator=generator,
+            exact_start=problem.exact_start,
+            warn_ess=0.0,
+        )
+        evaluator.evaluations += found.calls * problem.particles * len(indices)
+        if self.want == "samples":
+            even = found.draw(problem.particles, generator)
+            return even.to(torch.float32).cpu().numpy()
+        seeds = [sample_seed(seed, f"{self.stream}/measure", i) for i in indices]
+        return self._checked(problem.measure(found, seeds), problem.objective)
+
+    def _generator(self, evaluator: Evaluator, device: torch.device) -> torch.Generator:
+        seed = sample_seed(evaluator.seed, f"{self.stream}/steps", self.start)
+        return torch.Generator(device).manual_seed(seed)
+
+    def _checked(self, measures: Tensor, name: str) -> np.ndarray:
+        if measures.ndim != 2 or len(measures) != self.stop - self.start:
+            raise StudyError(
+                f"the measure of objective {name} returned {tuple(measures.shape)} for "
+                f"{self.stop - self.start} samples: (B, K) is needed"
+            )
+        return kept(measures)
+
+
+def kept(measures: Tensor) -> np.ndarray:
+    """Measures as they are kept: float64 that hold float32 numbers."""
+    return measures.to(torch.float32).cpu().to(torch.float64).numpy()
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line; one of ours speaks for itself."""
+    line = " ".join(str(error).split())
+    named = line if isinstance(error, FewstepError) else f"{type(error).__name__}: {line}"
+    return named[:300]
+
+
+def _filled(parts: Sequence[np.ndarray | None]) -> np.ndarray:
+    """The values of all candidates in one array, NaN for those that have none."""
+    shape = next((p.shape for p in parts if p is not None), (1, 1))
+    return np.stack([np.full(shape, np.nan) if p is None else p for p in parts])
+
+
+def scaled(schedule: Any) -> Program:
+    """The schedule's program as it acts on UNIT noise: p_0 and e times the scale of its start."""
+    program: Program = schedule.program
+    scale = start_scale(schedule)
+    if scale == 1.0:
+        return program
+    init = program.init * torch.tensor([scale, 1.0], dtype=torch.float64)
+    return replace(program, init=init, e=program.e * scale)
+
+
+def cut(schedules: Sequence[Any], size: int) -> list[tuple[int, ...]]:
+    """Positions of schedules that run as one batch, at most `size` together, in the order given.
+
+    ODE schedules are stacked: equal calls and options, no constant image. Others run one after the
+    other in a block and need equal calls only.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, schedule in enumerate(schedules):
+        shared: list[Any] = [schedule.nfe]
+        if schedule.kind == "ode":
+            program, options = schedule.program, schedule.options
+            alone = schedule.constant is not None or "time_shift" in options
+            shared += [program.guidance is not None, program.stochastic, options]
+            shared.append(i if alone else -1)
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
+    return [
+        tuple(members[k : k + size])
+        for members in groups.values()
+        for k in range(0, len(members), size)
+    ]
+
+
+class Counted:
+    """A denoiser that counts the images it is asked for."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.noise, self.evaluations = inner, inner.noise, 0
+        self.piece: int | None = getattr(inner, "piece", None)
+        self.device = getattr(inner, "device", None)
+
+    def __call__(self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None) -> Tensor:
+        """See `Denoiser`."""
+        self.evaluations += len(x)
+        return self.inner(x, t, cond=cond, guidance=guidance)
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """Everything a worker needs to become an evaluator; small, and sent once.
+
+    Args:
+        model: how to build the problem.
+        objective: name of the objective; None is the problem's own.
+        features: import path of the feature function, or None for the problem's own.
+        seed: the study's seed.
+        statistic: of per-sample errors; None is the objective's default.
+        piece: images of one network call that suit its processor; None where it was not found.
+    """
+
+    model: ModelSpec
+    objective: str | None
+    features: str | None
+    seed: int
+    statistic: Statistic | None = None
+    piece: int | None = None
+
+
+class Evaluator:
+    """A problem that is loaded once, its objective, and the teacher's end points by stream.
+
+    Args:
+        problem: the user's model; what it raises reaches us as a ModelError.
+        objective: what to measure.
+        seed: the study's seed.
+
+    `evaluations` counts what was sent through the network: images, sequences or particles.
+    """
+
+    def __init__(self, problem: AnyProblem, objective: Objective, seed: int) -> None:
+        self.problem, self.objective, self.seed = watched(problem), objective, seed
+        self.device = device_of(problem)
+        self.evaluations = 0
+        self.piece: int | None = None
+        self._references: dict[str, Callable[[], Tensor]] = {}
+
+    @classmethod
+    def from_spec(cls, spec: EvaluatorSpec) -> Self:
+        """Load the problem and the objective."""
+        problem = spec.model.load()
+        made = cls(problem, make_objective(spec, watched(problem)), spec.seed)
+        made.set_piece(spec.piece)
+        return made
+
+    def set_piece(self, images: int | None) -> None:
+        """Let network calls of stacked ODE candidates hold at most so many images."""
+        if images is not None and isinstance(self.problem, Problem):
+            self.piece = self.problem.denoiser.piece = images  # type: ignore[attr-defined]
+
+    @property
+    def ode(self) -> Problem:
+        """The problem, where only ODE schedules make sense.
+
+        Raises:
+            StudyError: it is of another kind.
+        """
+        if not isinstance(self.problem, Problem):
+            raise StudyError(f"a {type(self.problem).__name__} has no ODE schedules")
+        return self.problem
+
+    @property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        """The problem's features.
+
+        Raises:
+            StudyError: it has none.
+        """
+        if self.ode.features is None:
+            raise StudyError("the problem has no features")
+        return self.ode.features
+
+    def share(self, stream: str, reference: Tensor | Callable[[], Tensor]) -> None:
+        """Take the teacher's end points of a stream, sample i at row i, or what fetches them."""
+        fetch = reference if callable(reference) else lambda: reference
+        self._references[stream] = fetch
+
+    def reference(self, stream: str) -> Tensor:
+        """The teacher's end points of a stream, on the model's device."""
+        found = self._references[stream]().to(self.device)
+        self._references[stream] = lambda: found
+        return found
+
+
+def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
+    """The objective that a study names.
+
+    Raises:
+        StudyError: an unknown name, or frechet without features.
+    """
+    if spec.statistic is not None and spec.objective not in (None, "endpoint_mse"):
+        raise StudyError(
+            f"objective.statistic = {spec.statistic!r} is one of the errors of endpoint_mse; the "
+            f"objective {spec.objective} has its own score: leave it out"
+        )
+    if not isinstance(problem, Problem):
+        own, kind = problem.objective, type(problem).__name__
+        if spec.objective not in (None, own):
+            raise StudyError(
+                f"objective.name = {spec.objective!r}: a {kind} brings its own, {own!r}: leave it "
+                "out"
+            )
+        if spec.features is not None:
+            raise StudyError(
+                f"objective.features: a {kind} measures its samples itself: leave it out"
+            )
+        return Measured(problem)
+    if spec.objective not in (None, "endpoint_mse", "frechet"):
+        raise StudyError(f"objective.name = {spec.objective!r}: use endpoint_mse or frechet")
+    if spec.objective != "frechet":
+        return EndpointMSE(spec.statistic or "geometric")
+    features: Callable[[Tensor], Tensor] | None = problem.features
+    if spec.features is not None:
+        features = import_path(spec.features, spec.model.folder, "objective.features")
+        features = guarded(features, "objective.features")
+    if features is None:
+        raise StudyError(
+            "objective frechet needs features: name a function in objective.features, or give the "
+            "Problem some"
+        )
+    return Frechet(features)

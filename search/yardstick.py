@@ -1,0 +1,197 @@
+"""The statistics that scores, choices and verdicts rest on: what per-sample errors say.
+
+Errors of few-call sampling are heavy-tailed. Samples at the boundary between two modes of the data
+end in another one, their error is thousands of times the median, and a mean over a few hundred
+samples is ruled by the two or three of them it happens to hold: tail indices near 1 are usual
+here, where a mean hardly exists. Logarithms of the errors are well behaved, so a study compares
+geometric means by default.
+
+    geometric   exp of the mean log error, without the 1 % smallest and largest (one sample at
+                least at either end, so that no single sample decides anything)
+    trimmed     mean without the 5 % smallest and largest
+    median
+    mean
+    backward    mean of e / s^2, s the teacher's gain: how strongly its end point answers to its
+                start noise. The error as the change of the start noise that would explain it,
+                which basin boundaries leave small.
+
+A verdict reports the plain geometric mean of all its fresh samples, with an interval by the
+central limit theorem on the paired differences of logs.
+
+References: tail index, Hill 1975 (Ann. Statist. 3, 1163); bootstrap, Efron and Tibshirani 1993.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Statistic = Literal["geometric", "mean", "median", "trimmed", "backward"]
+FLOOR = 1e-20
+"""An error below this counts as this: logarithms stay finite where two samples are equal."""
+
+_NORMAL95 = 1.959964
+_TRIMMED = {"geometric": 0.01, "trimmed": 0.05}
+
+
+def level(errors: Array, statistic: Statistic, gain: Array | None = None) -> float:
+    """One number for the errors of a schedule, in their own unit.
+
+    Args:
+        errors: per-sample errors, shape (N,); >= 0 for "geometric".
+        statistic: see the module docstring.
+        gain: the teacher's squared gain of every sample, for "backward".
+    """
+    if statistic == "median":
+        return float(np.median(errors))
+    if statistic == "mean":
+        return float(errors.mean())
+    if statistic == "backward":
+        if gain is None:
+            raise ValueError("backward errors need the teacher's gain")
+        return float((errors / np.maximum(gain, FLOOR)).mean())
+    values = np.sort(np.log(np.maximum(errors, FLOOR)) if statistic == "geometric" else errors)
+    cut = min(math.ceil(_TRIMMED[statistic] * len(values)), (len(values) - 1) // 2)
+    inner = float(values[cut : len(values) - cut].mean())
+    return math.exp(inner) if statistic == "geometric" else inner
+
+
+def comparable(errors: Array, statistic: Statistic, gain: Array | None = None) -> Array:
+    """Per-sample numbers whose paired differences say which schedule is better, shape (N,)."""
+    if statistic in ("geometric", "median"):
+        return np.log(np.maximum(errors, FLOOR))
+    return errors / np.maximum(gain, FLOOR) if gain is not None else errors
+
+
+def tail_index(errors: Array, share: float = 0.02) -> float:
+    """Hill's estimator on the largest `share` of the errors (10 at least); inf where they agree.
+
+    Moments of order above it do not exist: below 2 a mean has no standard error.
+    """
+    ordered = np.sort(np.maximum(errors, FLOOR))[::-1]
+    count = min(max(10, int(share * len(ordered))), len(ordered) - 1)
+    if count < 1:
+        return math.inf
+    mean = float(np.log(ordered[:count] / ordered[count]).mean())
+    return 1 / mean if mean > 0 else math.inf
+
+
+def geometric_ratio(a: Array, b: Array) -> tuple[float, tuple[float, float]]:
+    """Paired ratio of geometric means of two schedules' errors, and its 95 % interval."""
+    logs = np.log(np.maximum(a, FLOOR)) - np.log(np.maximum(b, FLOOR))
+    middle = float(logs.mean())
+    half = _NORMAL95 * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    return math.exp(middle), (math.exp(middle - half), math.exp(middle + half))
+
+
+def bootstrap_ratio(
+    a: Array, b: Array, of: Any, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of of(a) / of(b), both resampled at the same samples.
+
+    Args:
+        a: per-sample errors of one schedule, (N,).
+        b: those of the other on the same samples.
+        of: (errors, axis=...) -> statistic along an axis, such as `np.mean`.
+        resamples: number of resamples.
+        seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(resamples):
+        at = rng.integers(0, len(a), len(a))
+        ratios.append(_ratio(float(of(a[at])), float(of(b[at]))))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _ratio(above: float, below: float) -> float:
+    """A ratio of two statistics >= 0; equal ones have 1, at 0 too."""
+    if below > 0:
+        return above / below
+    return 1.0 if above == 0 else math.inf
+
+
+def q90(errors: Array) -> float:
+    """The 90 % quantile."""
+    return float(np.quantile(errors, 0.9))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two schedules on the same fresh samples: found, and what it is compared with.
+
+    Args:
+        samples: how many.
+        geometric: ratio of geometric means.
+        interval: its 95 % interval.
+        median: ratio of medians, as the next are of their statistics.
+        mean: of means.
+        mean_interval: 95 % by bootstrap; None where the tail index is below 2, so that a mean has
+            no standard error.
+        q90: of 90 % quantiles.
+        q99: of 99 % quantiles.
+        share_worse: share of samples whose error is larger with the found schedule.
+        worst_share: share of the found schedule's mean that its worst sample carries.
+        tail_index: of the found schedule's errors.
+    """
+
+    samples: int
+    geometric: float
+    interval: tuple[float, float]
+    median: float
+    mean: float
+    mean_interval: tuple[float, float] | None
+    q90: float
+    q99: float
+    share_worse: float
+    worst_share: float
+    tail_index: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; no number that JSON lacks."""
+        return {
+            k: v if v is None or np.isfinite(v).all() else None for k, v in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Comparison:
+        """Read the JSON form."""
+        read: dict[str, Any] = {}
+        for name, value in data.items():
+            if name in ("interval", "mean_interval"):
+                read[name] = None if value is None else tuple(value)
+            else:
+                read[name] = math.inf if value is None else value
+        return cls(**read)
+
+
+def compare(a: Array, b: Array, *, resamples: int = 1000, seed: int = 0) -> Comparison:
+    """Compare per-sample errors of two schedules on the same samples, both shape (N,), >= 0."""
+
+    def ratio(of: Any) -> float:
+        return _ratio(float(of(a)), float(of(b)))
+
+    geometric, interval = geometric_ratio(a, b)
+    tail = min(tail_index(a), tail_index(b))
+    total = float(a.sum())
+    return Comparison(
+        samples=len(a),
+        geometric=geometric,
+        interval=interval,
+        median=ratio(np.median),
+        mean=ratio(np.mean),
+        mean_interval=(
+            bootstrap_ratio(a, b, np.mean, resamples=resamples, seed=seed) if tail >= 2 else None
+        ),
+        q90=ratio(q90),
+        q99=ratio(lambda e: np.quantile(e, 0.99)),
+        share_worse=float((a > b).mean()),
+        worst_share=float(a.max()) / total if total > 0 else 0.0,
+        tail_index=tail,
+    )
