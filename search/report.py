@@ -37,7 +37,7 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
 
     most = max((row.samples for row in rows), default=0)
     table = Table(title=f"{objective} on up to {most} fresh samples")
-    columns = [column for column in COLUMNS if any(column[1](row) != "–" for row in rows)]
+    columns = [c for c in COLUMNS[:TERMINAL] if any(c[1](row) != "–" for row in rows)]
     facts = list(rows[0].facts) if rows else []
     for head in [*(name for name, _ in columns), *facts]:
         table.add_column(head, justify="left" if head == "best named" else "right", no_wrap=True)
@@ -45,8 +45,8 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
     notes = []
     if any(row.comparison is not None for row in rows):
         notes.append(
-            "ratio: found over best named, geometric means of the samples' errors and their 95 % "
-            "interval; median, mean and quantiles: ratios of these"
+            "ratio: found over best named, geometric means of the samples' errors, with its 95 % "
+            "interval;\nthen ratios of other statistics, and the share of samples that got worse"
         )
     if len(front) < len(rows):
         notes.append("* fewer calls do as well: not on the Pareto front of calls and score")
@@ -94,18 +94,23 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("mean", _compared("mean")),
     ("90 %q", _compared("q90")),
     ("99 %q", _compared("q99")),
+    ("Frechet", lambda row: _frechet(row)),
+    ("over stock", lambda row: share(row.stock.get("ratio")) if row.stock else "–"),
     ("worse", _compared("share_worse")),
     ("worst's share", _compared("worst_share")),
     ("tail index", _compared("tail_index")),
-    ("Frechet", lambda row: _pair(row.frechet)),
-    ("over stock", lambda row: share(row.stock.get("ratio")) if row.stock else "–"),
+    ("samples", lambda row: str(row.samples)),
     ("teacher", lambda row: number(row.teacher_self_error)),
 )
 """Heads and cells of a row, for the closing table and the page; unknown ones are left out."""
 
+TERMINAL = 13
+"""So many of them fit a terminal; the page shows all."""
 
-def _pair(values: Mapping[str, float]) -> str:
-    return f"{number(values['found'])} | {number(values['named'])}" if values else "–"
+
+def _frechet(row: Row) -> str:
+    """The paired Frechet distance to the teacher, found over best named."""
+    return share(row.frechet["found"] / row.frechet["named"]) if row.frechet else "–"
 
 
 def fact_cells(row: Row) -> list[str]:

@@ -40,7 +40,7 @@ from fewstep.space.errors import StudyError
 
 _AGREE = 1.1  # held-out over training error below which more noise teaches nothing
 _GROWTH = 4
-_HUBER = 4.0  # errors beyond so many medians count by their root
+_HUBER = 1.0  # errors beyond so many medians count by their root
 Startable = OdeSchedule | ProgramSchedule
 
 
