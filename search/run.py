@@ -106,8 +106,14 @@ def search(
 
         def one(part: StudyConfig, folder: Path) -> Sequence[Row]:
             nonlocal objective
-            more = {"address": address, "display": display, "overwrite": overwrite}
-            found = search(part, folder, resume=again and not overwrite, **more)
+            found = search(
+                part,
+                folder,
+                resume=again and not overwrite,
+                overwrite=overwrite,
+                address=address,
+                display=display,
+            )
             objective = found.objective
             return found.rows
 

@@ -40,7 +40,7 @@ from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import FewstepError
 from fewstep.space.files import load_schedule
 from fewstep.space.noise import NoiseSchedule
-from fewstep.space.program import Program, stack
+from fewstep.space.program import Program, ProgramSchedule, stack
 from fewstep.space.schedule import OdeSchedule
 
 TEACHER = "dpmpp3m/logsnr"
@@ -100,7 +100,7 @@ class Landscape:
             made.append(x)
         return torch.cat(made, dim=-len(self.problem.shape) - 1)
 
-    def per_sample(self, schedules: Sequence[OdeSchedule]) -> np.ndarray:
+    def per_sample(self, schedules: Sequence[OdeSchedule | ProgramSchedule]) -> np.ndarray:
         """Scores of each schedule on each sample, shape (M, samples); inf where it diverged.
 
         All start from one constant image, if from any.

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -63,7 +64,9 @@ def _path(a: argparse.Namespace, nfe: int) -> Path:
     return folder / f"{a.model}_{nfe}.safetensors"
 
 
-def one_verdict(a: Array, b: Array, rng: np.random.Generator, begin: int, most: int) -> Array:
+def one_verdict(
+    a: Array, b: Array, rng: np.random.Generator, begin: int, most: int
+) -> NDArray[np.int64]:
     """The samples that a verdict ends with: doubled until the interval is within 10 %."""
     order, size = rng.permutation(len(a)), begin
     while True:
