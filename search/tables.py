@@ -22,9 +22,7 @@ class CompensationTable(Table):
         base: named solvers to compensate, "solver/grid" or "solver/grid/low"; none takes the best
             candidates.
         top: how many of them, per NFE.
-        recipe: "searched" (bounded, held out, all ratios together at the end) or "published", the
-            original's.
-        samples: noise the ratios are found on; None is 256, or the original's 10.
+        samples: noise the ratios are found on.
         teacher: network calls of the states that are matched (the original has 200).
         order: older points that the newest output is interpolated with, beside itself.
         variable: interpolate in "t", as published, or in "lam".
@@ -36,8 +34,7 @@ class CompensationTable(Table):
 
     base: tuple[str, ...] = ()
     top: Annotated[int, Field(ge=1)] = 4
-    recipe: Literal["searched", "published"] = "searched"
-    samples: Annotated[int, Field(ge=2)] | None = None
+    samples: Annotated[int, Field(ge=2)] = 256
     teacher: Annotated[int, Field(ge=8)] = 100
     order: Annotated[int, Field(ge=1, le=3)] = 2
     variable: Literal["t", "lam"] = "t"

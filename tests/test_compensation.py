@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.experiments.benchmarks.published_dc import as_published, published_indices
 from fewstep.samplers import sample
 from fewstep.search.strategies.compensation import (
     Settings,
     Trace,
-    as_published,
     compensate,
     line_search,
     polynomial_minimum,
@@ -21,7 +21,6 @@ from fewstep.search.strategies.compensation import (
 from fewstep.search.strategies.targets import (
     aligned_grid,
     aligned_targets,
-    published_indices,
 )
 from fewstep.space import OdeSchedule, ScheduleError, StepSpec, StudyError
 from fewstep.space.baselines import baseline, unipc

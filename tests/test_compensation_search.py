@@ -96,20 +96,12 @@ def test_without_a_base_the_best_candidates_are_compensated_and_lam_interpolates
     assert len(sources) == 42
 
 
-def test_the_original_recipe_is_an_option_and_needs_gradients(tmp_path):
-    outcome = _search(tmp_path, "search.nfe=[4]", "compensation.recipe=published")
-    attributes = trial_table(outcome.out, "tiny-nfe04")[-1][-1]
-    assert attributes["compensation_recipe"] == "published"
-    assert attributes["source"] == f"compensation:{BASE}"
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("compensation.base=unipc9/time", "compensation.base: solver 'unipc9' is unknown"),
         ("compensation.base=ddpm/time", "compensation.base: ddpm/time adds fresh noise"),
         ("compensation.base=heun/edm", "compensation.base: heun makes an odd number of calls"),
-        ("compensation.recipe=best", "compensation.recipe = 'best'"),
         ("compensation.low=1.2", "compensation.low = 1.2"),
         ("search.options={elite=3}", r"has its own table, \[compensation\]"),
         ("search.strategy=s3+compensate", "with \\+refine or \\+compensation"),

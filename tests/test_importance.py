@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fewstep.experiments.cli.decisions import Explained, decisions_picture, explain, words
+from fewstep.experiments.cli.importance import DECISIONS, Effect, swaps
+from fewstep.experiments.cli.rescore import load_evaluator, rescore
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.decisions import Explained, decisions_picture, explain, words
-from fewstep.search.importance import DECISIONS, Effect, swaps
-from fewstep.search.rescore import load_evaluator, rescore
 from fewstep.search.verdict import FRESH
 from fewstep.search.work import Evaluator
 from fewstep.space import OdeSchedule, StepSpec, load_schedule

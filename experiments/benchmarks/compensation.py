@@ -4,7 +4,6 @@
     python -m fewstep.experiments.benchmarks.compensation refined
     python -m fewstep.experiments.benchmarks.compensation refined --nfe 7 --guidance 3 6 7.5
     python -m fewstep.experiments.benchmarks.compensation refined --nfe 5 8 --guidance 6
-    python -m fewstep.experiments.benchmarks.compensation cpr    # polynomials of refined cells
     python -m fewstep.experiments.benchmarks.compensation joint  # polynomials fitted end to end
     python -m fewstep.experiments.benchmarks.compensation table
 
@@ -29,19 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.experiments.benchmarks.published_dc import as_published, published_targets
 from fewstep.experiments.models.digits import problem
-from fewstep.predictors.cpr import fit
 from fewstep.samplers import Problem, sample
-from fewstep.search.strategies import refine as refinement
+from fewstep.search.config import RefineTable
+from fewstep.search.stages.fit import Startable, refine
 from fewstep.search.strategies.compensation import (
     Settings,
-    as_published,
     compensate,
 )
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.strategies.joint import Family, Joint, Request, Setting, fit_joint, gram
-from fewstep.search.strategies.targets import aligned_targets, published_targets
+from fewstep.search.strategies.targets import aligned_targets
 from fewstep.search.yardstick import bootstrap_ratio
-from fewstep.space import OdeSchedule, stack
+from fewstep.space import stack
 from fewstep.space.baselines import baseline
 
 TUNE, SEARCH, ORIGINAL, REFINE, TEST = 1000, 2000, 3000, 4000, 9000  # seeds of the noise
@@ -49,7 +49,6 @@ TEACHER = "dpmpp3m/logsnr/low"
 TEACHER_CALLS = 150
 TEMPLATE = "unipc2-bh2/quadratic/low"  # one family for all cells, so that CPR can read it
 LEFT_NFE, LEFT_GUIDANCE = 7, 6.0  # kept out of CPR
-KNOBS = ("times", "query", "compensation")
 GRIDS = ("time", "quadratic", "logsnr", "edm")
 UNIPC = [f"unipc{p}-bh2/{g}/low" for p in (2, 3) for g in GRIDS]
 NAMED = [
@@ -80,7 +79,7 @@ def stream(seed: int, n: int, guidance: float) -> Noise:
     return Noise(x_T, cond, target, guidance)
 
 
-def errors(p: Problem, schedule: OdeSchedule, noise: Noise) -> np.ndarray:
+def errors(p: Problem, schedule: Startable, noise: Noise) -> np.ndarray:
     """End point error of every sample, (n,)."""
     x = sample(schedule, p.denoiser, noise.x_T, cond=noise.cond, guidance=noise.guidance)
     return (x - noise.target).double().square().flatten(1).mean(1).numpy()
@@ -119,20 +118,18 @@ def compensated(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, A
 
 
 def refined(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, Any]:
-    """The template refined by gradient, and the best named solver."""
+    """The template refined as a program, and the best named solver."""
     p = problem(guidance)
     noise = p.denoiser.noise
     name = best(p, [*NAMED, *UNIPC], nfe, stream(TUNE, a.tune, guidance))
-    batches: list[refinement.Batch] = []
+    batches: list[Batch] = []
     for seed, n in ((REFINE, a.train), (REFINE + 1, a.held)):
         s = stream(seed, n, guidance)
-        batches.append(refinement.Batch(s.x_T, s.target, s.cond, guidance))
-    settings = refinement.Settings(
-        knobs=KNOBS, method="adam", steps=a.steps, batch=a.batch, decay=1e-3, rate=0.05
-    )
+        batches.append(Batch(s.x_T, s.target, s.cond, guidance))
     base = baseline(TEMPLATE, noise, nfe)
     clock = time.perf_counter()
-    (made,) = refinement.refine([base], p.denoiser, batches[0], batches[1], settings, seed=0)
+    settings = RefineTable(samples=a.train, batch=a.batch)
+    made = refine([base], p.denoiser, batches[0], batches[1], settings)
     seconds = time.perf_counter() - clock
     found = {"named": baseline(name, noise, nfe), "template": base, "refined": made.schedule}
     return record(p, nfe, guidance, found, a) | {
@@ -143,7 +140,7 @@ def refined(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, Any]:
 
 
 def record(
-    p: Problem, nfe: int, guidance: float, found: dict[str, OdeSchedule], a: argparse.Namespace
+    p: Problem, nfe: int, guidance: float, found: dict[str, Startable], a: argparse.Namespace
 ) -> dict[str, Any]:
     """Errors of every sample on fresh noise, and the schedules."""
     test = stream(TEST, a.test, guidance)
@@ -182,29 +179,18 @@ def load_cells(kind: str, out: Path) -> dict[tuple[int, float], dict[str, Any]]:
     return {(c["nfe"], c["guidance"]): c for c in found}
 
 
-def run_cpr(kind: str, a: argparse.Namespace) -> None:
-    """Fit without NFE 7 and guidance 6; predict those cells, on TEST noise.
-
-    "cpr" is a ridge regression on the refined cells, "joint" is fitted end to end.
-    """
+def run_cpr(a: argparse.Namespace) -> None:
+    """Fit without NFE 7 and guidance 6; predict those cells, on TEST noise."""
     cells = load_cells("refined", a.out)
     kept = {k: c for k, c in cells.items() if k[0] != LEFT_NFE and k[1] != LEFT_GUIDANCE}
     begun, spent = time.perf_counter(), 0
-    if kind == "cpr":
-        train = [(*k, OdeSchedule.from_dict(c["schedules"]["refined"])) for k, c in kept.items()]
-        model = fit(train, TEMPLATE)
-        errors_left = {
-            name: {"penalty": r.penalty, "nfe": r.error_nfe, "guidance": r.error_guidance}
-            for name, r in model.regressions.items()
-        }
-    else:
-        made, spent = fit_cells(list(kept), a)
-        model = made.model
-        errors_left = {
-            axis: {f"{s.nfe}@{s.guidance:g}": v for s, v in each.items()}
-            for axis, each in made.left_out.items()
-        }
-    model.save(a.out / f"{kind}.json")
+    made, spent = fit_cells(list(kept), a)
+    model = made.model
+    errors_left = {
+        axis: {f"{s.nfe}@{s.guidance:g}": v for s, v in each.items()}
+        for axis, each in made.left_out.items()
+    }
+    model.save(a.out / "joint.json")
     found = []
     for (n, g), c in cells.items():
         if (n, g) not in kept and model.trusts(n, g):
@@ -230,7 +216,7 @@ def run_cpr(kind: str, a: argparse.Namespace) -> None:
         "calls": spent,
         "seconds": time.perf_counter() - begun,
     }
-    (a.out / f"{kind}_result.json").write_text(json.dumps(result))
+    (a.out / "joint_result.json").write_text(json.dumps(result))
 
 
 def fit_cells(cells: Sequence[tuple[int, float]], a: argparse.Namespace) -> tuple[Joint, int]:
@@ -268,13 +254,13 @@ def table(a: argparse.Namespace) -> str:
         "# Compensation and CPR on the digits model",
         "",
         "`python -m fewstep.experiments.benchmarks.compensation",
-        "compensated | refined | cpr | joint | table`",
+        "compensated | refined | joint | table`",
         f"(seeds: tune {TUNE}, search {SEARCH}, original {ORIGINAL}, refine {REFINE},",
         f"test {TEST}).",
         "Mean squared error of the end point per element on fresh noise; ratios with 95 % paired",
         "bootstrap intervals. UniPC is the best of its orders 2, 3 and four grids at the cell,",
         "with the lower-order ending; the refined schedule starts from one template in all cells",
-        f"(`{TEMPLATE}`, knobs {', '.join(KNOBS)}). Sample-calls without the teacher's: ours /",
+        f"(`{TEMPLATE}`). Sample-calls without the teacher's: ours /",
         "original (most of them also backward) / refined (backward counted as two).",
         "",
         "| w | NFE | UniPC | name | ours / UniPC | original / UniPC | ours / original "
@@ -292,10 +278,9 @@ def table(a: argparse.Namespace) -> str:
             f"| {ratio(e['ours'], e['unipc'])} | {ratio(e['original'], e['unipc'])} "
             f"| {ratio(e['ours'], e['original'])} | {last} | {' / '.join(spent)} |"
         )
-    for kind, how in (("cpr", "ridge on the refined cells"), ("joint", "fitted end to end")):
-        result = a.out / f"{kind}_result.json"
-        if result.exists():
-            lines += cpr_table(json.loads(result.read_text()), how)
+    result = a.out / "joint_result.json"
+    if result.exists():
+        lines += cpr_table(json.loads(result.read_text()), "fitted end to end")
     return "\n".join(lines) + "\n"
 
 
@@ -335,21 +320,20 @@ def cpr_table(found: dict[str, Any], how: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("compensated", "refined", "cpr", "joint", "table"))
+    parser.add_argument("what", choices=("compensated", "refined", "joint", "table"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench_compensation"))
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 6, 8, 10])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0, 7.5])
     for name, size in (("tune", 32), ("search", 160), ("train", 128), ("held", 32), ("test", 256)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--steps", type=int, default=80, help="of refinement")
     parser.add_argument("--batch", type=int, default=24, help="of refinement")
     parser.add_argument("--rounds", type=int, default=6, help="of the joint fit")
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
     if a.what in ("compensated", "refined"):
         run_cells(a.what, a)
-    elif a.what in ("cpr", "joint"):
-        run_cpr(a.what, a)
+    elif a.what == "joint":
+        run_cpr(a)
     else:
         print(table(a))
 

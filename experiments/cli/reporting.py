@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fewstep.search import decisions
+from fewstep.experiments.cli import decisions
+from fewstep.experiments.cli.decisions import Explained
+from fewstep.experiments.cli.rescore import load_evaluator
 from fewstep.search.config import StudyConfig, load_study, study_from_dict
-from fewstep.search.decisions import Explained
 from fewstep.search.display import Display
 from fewstep.search.family import family_of
-from fewstep.search.rescore import load_evaluator
 from fewstep.search.results import schedule_path
 from fewstep.search.verdict import Row
 from fewstep.space import OdeSchedule, load_schedule

@@ -195,8 +195,7 @@ def report(
     settings: Settings = None,
 ) -> None:
     """Say what a search found, and which decisions of its schedules mattered at which step."""
-    from fewstep.experiments.cli import explain, reporting
-    from fewstep.search import decisions
+    from fewstep.experiments.cli import decisions, explain, reporting
     from fewstep.search.display import Terminal
 
     if out is not None and out.is_dir():

@@ -12,15 +12,14 @@ from typing import Any
 from fewstep.samplers.ode import start_scale
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.stages.refine import Improved
-from fewstep.search.strategies.compensation import Compensated, Settings, as_published, compensate
-from fewstep.search.strategies.targets import aligned_targets, published_targets
+from fewstep.search.strategies.compensation import Compensated, Settings, compensate
+from fewstep.search.strategies.targets import aligned_targets
 from fewstep.search.tables import CompensationTable
 from fewstep.search.work import Counted, Evaluator, Work
 from fewstep.space import OdeSchedule
 from fewstep.space.errors import FewstepError
 
 STREAM = "compensate"
-_ORIGINAL = 10  # samples of the original recipe
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,14 @@ class CompensationTask(Work):
         denoiser = Counted(evaluator.ode.denoiser)
         try:
             found = self._compensate(evaluator, denoiser)
-        except (FewstepError, RuntimeError) as error:  # no gradients for the original's recipe
+        except (FewstepError, RuntimeError) as error:
             line = " ".join(str(error).split())[:300]
             return Improved(message=line, evaluations=denoiser.evaluations)
         spent = denoiser.evaluations
-        if self.table.recipe == "published":
-            spent += 2 * found.calls  # their backward passes
         note: dict[str, Any] = {
             "compensation_before": found.before,
             "compensation_after": found.after,
             "compensation_calls": spent,
-            "compensation_recipe": self.table.recipe,
             "ratios": list(found.ratios),
         }
         return Improved(found.schedule, note, evaluations=spent)
@@ -64,30 +60,18 @@ class CompensationTask(Work):
         base = self.schedule.model_copy(
             update={"compensation_order": table.order, "compensation_variable": table.variable}
         )
-        indices = range(samples(table))
+        indices = range(table.samples)
         x_T = start_scale(base) * noise_of(evaluator.seed, STREAM, indices, problem.shape)
         shared: dict[str, Any] = {"cond": conditions(problem, indices)}
         shared["guidance"] = problem.guidance
-        if table.recipe == "published":
-            targets = published_targets(base, denoiser, x_T, **shared)
-            return as_published(base, denoiser, x_T, targets, **shared)
         targets = aligned_targets(base, denoiser, x_T, calls=table.teacher, **shared)
         settings = Settings(table.low, table.high, held=table.held, polish=table.polish)
         return compensate(base, denoiser, x_T, targets, settings=settings, **shared)
 
 
-def samples(table: CompensationTable) -> int:
-    """Samples the ratios are searched on."""
-    if table.samples is not None:
-        return table.samples
-    return _ORIGINAL if table.recipe == "published" else 256
-
-
 def compensation_cost(table: CompensationTable, nfe: int, bases: int) -> int:
     """Network evaluations of compensating at one NFE, at most."""
-    if table.recipe == "published":
-        return bases * samples(table) * (200 + 40 * 3 * nfe)
     s = Settings(polish=table.polish)
     greedy = nfe * (s.coarse + s.fine + 3)
     together = s.polish * nfe * (nfe / 2 + 6)
-    return round(bases * samples(table) * (table.teacher + greedy + together + 2 * nfe))
+    return round(bases * table.samples * (table.teacher + greedy + together + 2 * nfe))

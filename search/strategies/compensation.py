@@ -6,7 +6,7 @@
 x_{i+1} is the corrected state where the step has a corrector (one network call a proposal, found
 by a bounded line search), else it is a polynomial of degree K in rho_i: the loss is a polynomial
 of degree 2K whose stationary points are roots, and no network is asked. What differs from the
-original recipe (`as_published`, kept for comparison): targets at exactly the schedule's times, a
+original recipe (`experiments/benchmarks/published_dc.py`): targets at exactly the times, a
 bounded search that keeps its best iterate, a held-out half that no ratio may hurt, and a few
 Gauss-Newton iterations on the end point (`polish`), because matching the teacher step by step does
 not bring the end point closest.
@@ -193,11 +193,11 @@ def compensate(
         StudyError: targets that do not match the times, fresh noise, run-time options.
     """
     settings = settings or Settings()
-    _check_targets(schedule, targets, x_T)
+    check_targets(schedule, targets, x_T)
     trace = Trace(schedule, denoiser, x_T, cond=cond, guidance=guidance)
     split = len(x_T) - int(settings.held * len(x_T))
     halves = (slice(0, split), slice(split, None) if split < len(x_T) else slice(0, split))
-    search = _Search(trace, targets, halves, settings)
+    search = RatioSearch(trace, targets, halves, settings)
     start = [step.compensation for step in schedule.steps]
     reports: list[StepReport] = []
     with torch.no_grad():
@@ -212,7 +212,7 @@ def compensate(
     return Compensated(made, tuple(best), tuple(reports), before, lowest, trace.calls)
 
 
-class _Search:
+class RatioSearch:
     """The state of one search: losses on both halves, and passes over the steps."""
 
     def __init__(
@@ -398,66 +398,8 @@ def with_ratios(schedule: OdeSchedule, ratios: Sequence[float]) -> OdeSchedule:
     return schedule.model_copy(update={"steps": steps})
 
 
-def as_published(
-    schedule: OdeSchedule,
-    denoiser: Denoiser,
-    x_T: Tensor,
-    targets: Sequence[Tensor],
-    *,
-    cond: Cond | None = None,
-    guidance: float | None = None,
-    iterations: int = 40,
-    rate: float = 0.1,
-    weight_decay: float = 0.01,
-) -> Compensated:
-    """The original's recipe: AdamW through the network, unbounded, last iterate, no check.
-
-    Args:
-        schedule: the base.
-        denoiser: the model; gradients must pass through it.
-        x_T: start states (the original uses 10).
-        targets: N + 1 states; `published_targets` for the original's.
-        cond: conditioning tensors.
-        guidance: guidance scale where the schedule sets none.
-        iterations: AdamW steps per ratio.
-        rate: its learning rate.
-        weight_decay: its weight decay, a pull of the ratio towards 0.
-    """
-    _check_targets(schedule, targets, x_T)
-    trace = Trace(schedule, denoiser, x_T, cond=cond, guidance=guidance)
-    ratios, outputs, reports = [1.0] * schedule.n_steps, list[Tensor](), list[StepReport]()
-    for i in range(schedule.n_steps):
-        calls, landed = trace.plan(ratios)
-        with torch.no_grad():
-            outputs = trace.ask(calls, outputs, trace.known(landed, i))
-        if i < schedule.compensation_order:
-            continue
-        rho = torch.ones((), dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.AdamW([rho], lr=rate, weight_decay=weight_decay)
-        losses = []
-        for _ in range(iterations):
-            mixed: list[Number] = [*ratios[:i], rho, *ratios[i + 1 :]]
-            calls, landed = trace.plan(mixed)
-            vector, n = landed[i]
-            x = trace.value(vector, trace.ask(calls, outputs, n))
-            loss = (x - targets[i + 1].to(x)).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
-        ratios[i] = float(rho.detach())
-        reports.append(StepReport(i, ratios[i], "adamw", losses[0], losses[-1]))
-    spent = trace.calls
-    everything = slice(None)
-    search = _Search(trace, targets, (everything, everything), Settings(held=0.0))
-    with torch.no_grad():
-        ends = search.endpoint([1.0] * schedule.n_steps)[0], search.endpoint(ratios)[0]
-    return Compensated(
-        with_ratios(schedule, ratios), tuple(ratios), tuple(reports), *ends, calls=spent
-    )
-
-
-def _check_targets(schedule: OdeSchedule, targets: Sequence[Tensor], x_T: Tensor) -> None:
+def check_targets(schedule: OdeSchedule, targets: Sequence[Tensor], x_T: Tensor) -> None:
+    """Raise a StudyError unless there is a state of x_T's shape for every time."""
     if len(targets) != schedule.n_steps + 1 or any(t.shape != x_T.shape for t in targets):
         raise StudyError(
             f"compensation: {len(targets)} targets for {schedule.n_steps + 1} times; give one "

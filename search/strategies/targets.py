@@ -1,10 +1,7 @@
-"""The teacher's states on the way: at exactly the student's times, or as DC-Solver has them.
+"""The teacher's states on the way, at exactly the student's times.
 
-`aligned_targets` puts a fine grid INTO every step of the student, so that its times are among the
-teacher's and nothing is interpolated. `published_targets` repeats two slips of the released search
-(kept for comparison only): a state of the teacher is filed under the time its step STARTED at, so
-the one taken for time t is up to one teacher step past t; and the last step but one is matched to
-the final image.
+A fine grid is put INTO every step of the student, so that its times are among the teacher's and
+nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, Denoiser
 from fewstep.samplers.ode import Progress, sample
-from fewstep.space.baselines import dpm, grid, multistep
+from fewstep.space.baselines import dpm, multistep
 from fewstep.space.errors import StudyError
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.schedule import OdeSchedule
@@ -75,39 +72,10 @@ def aligned_targets(
     teacher = multistep(
         schedule.noise, times, 3, lower_final=True, spec=dpm("data", 3, taylor=True)
     )
-    return _record(teacher, denoiser, x_T, at, cond, guidance)
+    return states_on_the_way(teacher, denoiser, x_T, at, cond, guidance)
 
 
-def published_targets(
-    schedule: OdeSchedule,
-    denoiser: Denoiser,
-    x_T: Tensor,
-    *,
-    steps: int = 200,
-    cond: Cond | None = None,
-    guidance: float | None = None,
-) -> list[Tensor]:
-    """The original's targets: DDIM of `steps` steps, uniform in time, with both slips."""
-    first, last = schedule.times[0], schedule.times[-1]
-    times = grid(schedule.noise, steps, "time", t_start=first, t_end=last)
-    teacher = multistep(schedule.noise, times, 1, spec=dpm("data", 1))
-    states = _record(teacher, denoiser, x_T, set(range(steps)), cond, guidance)
-    wanted = published_indices(schedule.times, times)
-    return [states[0], *(states[k] for k in wanted)]
-
-
-def published_indices(student: Sequence[float], teacher: Sequence[float]) -> list[int]:
-    """Which teacher state the released search takes as the target of every step."""
-    n, tolerance = len(student) - 1, 1e-9 * abs(student[0])
-    found = []
-    for i in range(n):
-        t = student[i + 1] if i < n - 2 else student[-1]
-        label = max(k for k, s in enumerate(teacher) if s >= t - tolerance)
-        found.append(min(label + 1, len(teacher) - 1))
-    return found
-
-
-def _record(
+def states_on_the_way(
     teacher: OdeSchedule,
     denoiser: Denoiser,
     x_T: Tensor,
@@ -115,6 +83,7 @@ def _record(
     cond: Cond | None,
     guidance: float | None,
 ) -> list[Tensor]:
+    """States (B, *shape) of a run at the calls `at`, and its end point."""
     states: list[Tensor] = []
 
     def keep(progress: Progress) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fewstep.search.rescore import Rescored
+from fewstep.experiments.cli.rescore import Rescored
 from fewstep.space.domain import LAM_CEILING, LAM_FLOOR
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import OdeSchedule, StepSpec

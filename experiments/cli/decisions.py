@@ -1,6 +1,6 @@
 """Which decisions of found schedules mattered, for people: words, a table, a picture, a section.
 
-`explain` scores (see `search.importance`); the rest shows. The numbers are kept as JSON beside a
+`explain` scores (see `importance`); the rest shows. The numbers are kept as JSON beside a
 search's results, so they are computed once.
 """
 
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.experiments.cli.importance import DECISIONS, Effect, effects, swaps
+from fewstep.experiments.cli.rescore import rescore
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.importance import DECISIONS, Effect, effects, swaps
 from fewstep.search.record import write_text
 from fewstep.search.report import number, save_figure
-from fewstep.search.rescore import rescore
 from fewstep.search.verdict import FRESH
 from fewstep.search.work import Evaluator
 from fewstep.space.errors import StudyError
