@@ -108,7 +108,11 @@ def compensated(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, A
     targets = published_targets(base, p.denoiser, x_T, cond=cond, **shared)
     original = as_published(base, p.denoiser, x_T, targets, cond=cond, **shared)
     seconds.append(time.perf_counter() - clock)
-    found = {"unipc": base, "ours": ours.schedule, "original": original.schedule}
+    found: dict[str, Startable] = {
+        "unipc": base,
+        "ours": ours.schedule,
+        "original": original.schedule,
+    }
     return record(p, nfe, guidance, found, a) | {
         "names": {"unipc": name},
         "calls": {"ours": ours.calls, "original": original.calls},

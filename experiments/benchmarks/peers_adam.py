@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.experiments.benchmarks.peers_forms import Form
 from fewstep.samplers import Denoiser, run
 from fewstep.search.display import Display
-from fewstep.search.strategies.fitting import Batch
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import Program
 from fewstep.space.errors import ScheduleError
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.samplers import Denoiser, run
 from fewstep.samplers.ode import Progress
-from fewstep.search.strategies.fitting import Batch
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import OdeSchedule
 from fewstep.space.baselines import grid, in_basis, multistep
 

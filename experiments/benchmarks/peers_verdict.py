@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.samplers import Problem, sample
 from fewstep.search.display import Display
-from fewstep.search.strategies.fitting import Batch
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
 

@@ -73,13 +73,14 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """Its first `count` samples."""
-        return self._take(slice(0, count))
+        return self.take(slice(0, count))
 
     def pieces(self) -> list[Batch]:
         """Its samples in pieces, in order."""
-        return [self._take(slice(k, k + self.piece)) for k in range(0, len(self), self.piece)]
+        return [self.take(slice(k, k + self.piece)) for k in range(0, len(self), self.piece)]
 
-    def _take(self, at: slice) -> Batch:
+    def take(self, at: slice | Tensor) -> Batch:
+        """Some of its samples."""
         cond = {name: value[at] for name, value in self.cond.items()}
         return dataclasses.replace(self, x_T=self.x_T[at], target=self.target[at], cond=cond)
 
