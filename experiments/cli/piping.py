@@ -40,12 +40,14 @@ samples = 8
 held = 8
 batch = 4
 rounds = 4
+mean = false       # flow pipelines cannot start from a mean image
 
 [cpr]              # schedules for the numbers of calls between; costs as much again
 fit = false
 
 [final]            # the verdict, on noise the search has not seen
 samples = 32
+most = 64          # doubled until the ratio is known to 10 %, at most to this
 top = 4
 pictures = 8
 """
