@@ -335,7 +335,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         if schedule.program.init.tolist() != [1.0, 0.0] and not self._scaled:
             self._need_scaling("an analytical first step")
         scale = start_scale(schedule)
-        if scale == 1.0 or self._scale_read:
+        if abs(scale - 1.0) < 1e-4 or self._scale_read:
             return
         found, error = float(sample.float().std()), 2 / (2 * max(1, sample.numel())) ** 0.5
         if abs(found / scale - 1) > error or abs(found - 1) <= error:

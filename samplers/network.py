@@ -305,7 +305,7 @@ def _is_flow(read: _Reader) -> bool:
 
 def _output(read: _Reader, default: str) -> str:
     name = read.get("prediction_type", default)
-    if name not in OUTPUT_KINDS:
+    if not isinstance(name, str) or name not in OUTPUT_KINDS:
         raise ScheduleError(
             f"scheduler configuration: prediction_type {name!r} is unknown: use one of "
             f"{', '.join(OUTPUT_KINDS)}"

@@ -258,7 +258,8 @@ def on_times(
     Args:
         solver: one of `SOLVERS`; "euler" is "ddim", which it equals in every frame.
         noise: the noise schedule of the times.
-        times: N+1 decreasing times, the last one where the sample lands.
+        times: N+1 decreasing times, the last one where the sample lands. Onto clean data, which
+            lies infinitely far in lam, the last step of a multistep solver has order 1.
         low: with the lower-order ending of multistep solvers.
 
     Raises:
@@ -276,7 +277,10 @@ def on_times(
         steps = _PNDM[solver][0](n)
     elif solver in _MULTISTEP or solver == "ipndm1":
         order, spec = _MULTISTEP.get(solver) or (1, in_basis("adams"))
-        return multistep(noise, times, order, lower_final=low, spec=spec)
+        ps = orders(n, order, lower_final=low)
+        if ps and times[-1] <= noise.t_data and spec(1, True).get("basis", "lam") in ("lam", "t"):
+            ps[-1] = 1
+        steps = tuple(StepSpec(order=p, **spec(p, i == n - 1)) for i, p in enumerate(ps))
     else:
         raise ScheduleError(f"solver {solver!r} is unknown: use one of {', '.join(SOLVERS)}")
     return OdeSchedule(noise=noise, times=tuple(times), steps=steps)

@@ -6,11 +6,11 @@ import json
 
 from fewstep.space import OdeSchedule, ProgramSchedule, StudyError
 
-_FILE = '''"""A few-step sampler: {nfe} network calls, noise schedule {noise}. Needs torch only.
+_FILE = '''"""A few-step sampler: {nfe} network calls on noise schedule {noise}. Needs torch only.
 
     x = sample(denoise, START_SCALE * torch.randn(shape))
 
-`denoise(x, label, alpha, sigma)` returns the data prediction x0 of x = alpha x0 + sigma eps.
+`denoise(x, label, alpha, sigma)` returns the data prediction of x = alpha x0 + sigma eps, x0.
 A network told `label` that returns something else is turned into it by
 
     noise (eps)   (x - sigma * out) / alpha          velocity (v)   alpha * x - sigma * out
