@@ -90,8 +90,8 @@ class Inner:
     ) -> None:
         """One timestep, whatever the pipeline asks for; `mu` is kept."""
         if self.listening:
-            asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
-            asked |= {"sigmas": sigmas, "mu": mu, **others}
+            asked: dict[str, Any] = {"num_inference_steps": num_inference_steps, **others}
+            asked |= {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
             raise Asked({name: value for name, value in asked.items() if value is not None})
         self.shift_mu = mu
         self.timesteps = torch.tensor([self.label], device=device)
@@ -128,8 +128,8 @@ class Inner:
 
 def inner_scheduler(scheduler: Any) -> Any:
     """A copy of a diffusers scheduler with the loop's methods of `Inner`."""
-    own = type(scheduler)
-    made = type(own.__name__, (Inner, own), {"__module__": own.__module__})
+    own: Any = type(scheduler)
+    made: Any = type(own.__name__, (Inner, own), {"__module__": own.__module__})
     inner = made.__new__(made)
     inner.__dict__.update(scheduler.__dict__)
     inner.shift_mu = None

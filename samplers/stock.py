@@ -51,12 +51,20 @@ def stock_schedule(
     times = torch.stack([_time(network.noise, ready, c) for c in range(len(ready.timesteps))])
     alpha, sigma = network.noise.alpha(times), network.noise.sigma(times)
     rows, scale, fresh = _trace(ready, network, alpha, sigma)
-    start = network.noise.prior_scale(float(times[0]))
-    program = _program(network.noise, times, rows, scale, fresh, _init(ready) / start)
+    flow = isinstance(network.noise, RectifiedFlow)  # starts from unit noise
+    start = network.noise.t_range[0] if flow else float(times[0])
+    init = _init(ready) / network.noise.prior_scale(start)
+    program = _program(network.noise, times, rows, scale, fresh, init)
     provenance = {"source": f"stock:{name}", "steps": steps, "config": dict(_plain(ready.config))}
     if program.nfe < calls:
         provenance["calls"] = program.nfe
-    return ProgramSchedule(_padded(program, calls), network.noise, {}, provenance)
+    return ProgramSchedule(
+        noise=network.noise,
+        program=_padded(program, calls),
+        start=start,
+        end=network.noise.t_data,
+        provenance=provenance,
+    )
 
 
 def _ready(
@@ -86,13 +94,14 @@ def _init(scheduler: Any) -> float:
 
 def _time(noise: NoiseSchedule, scheduler: Any, c: int) -> Tensor:
     """The time of the level that the network is told at call c."""
-    label = scheduler.timesteps[c].to("cpu", torch.float64)
+    told: Tensor = scheduler.timesteps[c].to("cpu", torch.float64)
     if isinstance(noise, RectifiedFlow):
-        sigma = label / noise.label_scale
+        sigma = told / noise.label_scale
         return sigma / (noise.shift - (noise.shift - 1) * sigma)
     if isinstance(noise, EDM):
-        return scheduler.sigmas[c].to("cpu", torch.float64)
-    return label
+        level: Tensor = scheduler.sigmas[c].to("cpu", torch.float64)
+        return level
+    return told
 
 
 def _trace(

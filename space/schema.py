@@ -34,6 +34,7 @@ def schema() -> dict[str, Any]:
         kinds.append(_file(name, cls, definitions))
     kinds.append(_file("particles", ParticleSchedule, definitions))
     only = {"noise": _ref("noise"), "program": _ref("program"), **_free()}
+    only |= {"start": {"type": "number"}, "end": {"type": "number"}}
     kinds.append(_object(_head("ode") | only, required=(*_head("ode"), "noise", "program")))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
