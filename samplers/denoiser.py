@@ -122,6 +122,11 @@ class ModelDenoiser:
                     "give cond, or guidance 1"
                 )
             none = self.null_cond(cond)
+            if set(none) != set(cond):
+                raise ModelError(
+                    f"null_cond returned conditions {sorted(none)} for {sorted(cond)}: it must "
+                    "return the same names"
+                )
             both = {name: torch.cat([value, none[name]]) for name, value in cond.items()}
             out, null = self._network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
             scale = (

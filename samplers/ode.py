@@ -155,6 +155,11 @@ def run(
     groups = prefix_groups(program) if stacked and share else None
     queries = _Queries(program, groups, batch, x_T)
     origin = x_T.expand(count, batch, *shape)
+    if m is not None and p.uses_m and not _fits(m, shape):
+        raise ScheduleError(
+            f"the schedule's constant image has shape {tuple(m.shape)}, but samples have "
+            f"{tuple(shape)}: it belongs to another model"
+        )
     constant = None if m is None else m.to(x_T)
     y = p.at("p", 0) * origin
     if constant is not None:
@@ -192,6 +197,13 @@ def run(
                 "not finite: check the model's output kind and noise schedule"
             )
     return y if stacked else y.reshape(x_T.shape)
+
+
+def _fits(m: Tensor, shape: torch.Size) -> bool:
+    """Whether an image can be added to samples of a shape."""
+    return m.ndim <= len(shape) and all(
+        a in (1, b) for a, b in zip(m.shape[::-1], shape[::-1], strict=False)
+    )
 
 
 def prefix_groups(program: Program) -> list[list[int]]:

@@ -41,6 +41,7 @@ from fewstep.space.step_choices import (
 from fewstep.space.tokens import tokens
 
 LAM_FLOOR, LAM_CEILING = -7.0, 7.5  # where a level is infinite, times are searched up to here
+FIRST: dict[Value, float] = {"network": 0.3, "zero": 0.3, "mean": 0.4}  # shares proposed
 _DIGITS = 9  # decimals of lam in a canonical member
 
 
@@ -135,7 +136,11 @@ class OdeDomain:
         """Every parameter a member may have, in a fixed order; it has those that matter."""
         found: list[Parameter] = []
         if len(self.first) > 1:
-            found.append(Parameter("first", "choice", choices=self.first, neutral=self.first[0]))
+            found.append(
+                Parameter("first", "choice", choices=self.first, neutral=self.first[0]).with_prior(
+                    FIRST
+                )
+            )
         if self.start_band is not None:
             found.append(
                 Parameter("lam_start", "float", *self.start_lam, neutral=self.start_lam[0])
@@ -258,7 +263,8 @@ class OdeDomain:
     def contains(self, schedule: object) -> str | None:
         """Why a schedule is not a member, or None if it is.
 
-        Checks every rule anew, independently of how members are made.
+        A member's steps are the same sampler in canonical form: equal programs to 1e-9. The reason
+        names the first field that changes on the way there.
         """
         if not isinstance(schedule, OdeSchedule):
             return f"a {type(schedule).__name__} has no choices to search"
@@ -289,12 +295,43 @@ class OdeDomain:
         for i, (a, b) in enumerate(pairwise(lam)):
             if b - a < self.min_gap * (1 - 1e-6):
                 return f"step {i} advances lam by {b - a:.4g}: the minimum gap is {self.min_gap}"
-        steps = [heun_as_corrector(step) for step in schedule.steps]
-        for i, step in enumerate(steps):
-            reason = self.choices.refuses(step, self.place(schedule.first, steps[:i]))
-            if reason is not None:
-                return f"step {i}: {reason}"
-        return None
+        image = schedule.constant
+        if image is not None and self.constant is not None and schedule.uses_constant:
+            if image.shape != self.constant.shape or not torch.equal(
+                image.double(), self.constant.double()
+            ):
+                return "its constant image is another than the search's"
+        return self._moved(schedule)
+
+    def _moved(self, schedule: OdeSchedule) -> str | None:
+        """The first field of a step that changes when the steps are settled, and the program."""
+        given, steps = [heun_as_corrector(step) for step in schedule.steps], []
+        place = self.place(schedule.first)
+        while place.calls > 0 and len(steps) < len(given):
+            steps.append(self.choices.settle(step_values(given[place.index]), place))
+            place = place.after(steps[-1])
+        if steps == given:
+            return None
+
+        def same(to: Sequence[StepSpec | None]) -> bool:
+            try:
+                there = schedule.model_copy(update={"steps": tuple(to)})
+                there.program.require_equal(schedule.program)
+            except ScheduleError:
+                return False
+            return True
+
+        if same(steps):
+            return None
+        for i, (a, b) in enumerate(zip(given, steps, strict=False)):
+            for name in StepSpec.model_fields:
+                one, other = getattr(a, name), getattr(b, name)
+                single = [*given[:i], _with(a, name, other), *given[i + 1 :]]
+                if one != other and not same(single):
+                    return (
+                        f"step {i}: {name} {one!r} is not open here, where it would be {other!r}"
+                    )
+        return "its steps have no canonical form that is the same sampler"
 
     def encode(self, schedule: OdeSchedule) -> np.ndarray:
         """A member as a flat float64 vector of length `width`.
@@ -353,7 +390,7 @@ class OdeDomain:
         return replace(self, nfe=nfe)
 
     def sample(self, rng: np.random.Generator) -> OdeSchedule:
-        """A random member: times uniform in lam (given the gaps), choices as `moves.PRIOR`."""
+        """A random member: times uniform in lam (given the gaps), choices by their shares."""
         return moves.sample(self, rng)
 
     def mutate(
@@ -381,6 +418,13 @@ class OdeDomain:
         A member is returned itself, in canonical form; see `moves.adopt`.
         """
         return moves.adopt(self, schedule)
+
+
+def _with(step: StepSpec, name: str, value: Any) -> StepSpec | None:
+    try:
+        return step.model_copy(update={name: value})
+    except ScheduleError:
+        return None
 
 
 def _calls(step: StepSpec) -> int:

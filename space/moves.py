@@ -17,39 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.space.choices import Parameter, Value, table
 from fewstep.space.schedule import OdeSchedule
-from fewstep.space.step_choices import Parameter, Value, step_values
+from fewstep.space.step_choices import step_values
 
 if TYPE_CHECKING:
     from fewstep.space.domain import OdeDomain
 
-# Shares with which a choice is proposed, among those that are open; what is not listed has share
-# 0.1.
-PRIOR: dict[str, dict[Value, float]] = {
-    "order": {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.1},
-    "corrector": {"none": 0.45, "reuse": 0.45, "reeval": 0.1},
-    "basis": {"lam": 0.4, "adams": 0.2, "t": 0.2, "rho": 0.2, "power": 0.2},
-    "relaxation": {"none": 0.4, "linear": 0.2},
-    "start": {0: 0.6, 1: 0.3},
-    "first": {"network": 0.3, "zero": 0.3, "mean": 0.4},
-}
-# Probability, per step, that a decision is proposed anew ("lam": moved; "relocate": one time of
-# the schedule is put elsewhere).
-RATES: dict[str, float] = {
-    "lam": 0.3,
-    "relocate": 0.2,
-    "order": 0.3,
-    "formulation": 0.3,
-    "basis": 0.3,
-    "relaxation": 0.3,
-    "coefficient": 0.3,
-    "slope": 0.3,
-    "corrector": 0.3,
-    "corrector_relaxation": 0.3,
-    "first": 0.3,
-}
+RATES: dict[str, float] = {"relocate": 0.2}
+"""Probability, per step, that a decision is proposed anew (a time "lam_i": moved), where it is not
+`RATE`; "relocate" puts one time of the schedule elsewhere."""
+RATE = 0.3
 COEFFICIENT_STEP = 0.03  # standard deviation of a move of c, USF's
-_TIED = ("order", "slope", "relaxation", "coefficient", "start")  # inherited whole
 
 
 @cache
@@ -90,8 +69,8 @@ def fit_times(
 def sample(domain: OdeDomain, rng: np.random.Generator) -> OdeSchedule:
     """A random member.
 
-    Choices are drawn with the shares of `PRIOR`, numbers uniformly in their bounds, and the inner
-    times uniformly among all increasing sequences in lam that keep the gaps.
+    Choices are drawn with their shares (`space.choices`), numbers uniformly in their bounds, and
+    the inner times uniformly among all increasing sequences in lam that keep the gaps.
     """
     values: dict[str, Any] = {
         p.name: propose(p, rng) for p in domain.parameters if split(p.name)[0] != "lam"
@@ -117,9 +96,7 @@ def propose(p: Parameter, rng: np.random.Generator) -> Value:
 @cache
 def _shares(p: Parameter) -> tuple[tuple[Value, ...], list[float]]:
     """The options of a choice and the running sum of their shares."""
-    prior = PRIOR.get(split(p.name)[0], {})
-    options = p.choices if p.kind == "choice" else tuple(range(int(p.low), int(p.high) + 1))
-    return options, list(itertools.accumulate(prior.get(o, 0.1) for o in options))
+    return p.options, list(itertools.accumulate(p.shares or (1.0,) * len(p.options)))
 
 
 def mutate(
@@ -136,7 +113,8 @@ def mutate(
         domain: the search space.
         schedule: a member.
         rng: source of randomness.
-        rates: probabilities of `RATES` to use instead; a decision not named has 0.3.
+        rates: probabilities by decision, "lam" and "relocate"; those not named are `RATES`, else
+            `RATE`.
         scale: standard deviation of a time's move, as a share of the range of lam; other numbers
             move by the same share of theirs, the linear coefficient by `COEFFICIENT_STEP`.
 
@@ -151,7 +129,7 @@ def mutate(
         values: dict[str, Any] = dict(original)
         for name, p in known.items():
             stem, index = split(name)
-            if index >= schedule.n_steps or rng.random() >= rates.get(stem, 0.3):
+            if index >= schedule.n_steps or rng.random() >= rates.get(stem, RATE):
                 continue
             if stem == "lam":
                 if name in values:
@@ -184,23 +162,24 @@ def crossover(
     thinned in the widest or narrowest gaps.
     """
     parents = (domain.params(a), domain.params(b))
-    keys = sorted({_key(name) for p in parents for name in p})
-    source = {key: int(rng.integers(2)) for key in keys}
+    rows = table(domain.choices)
+
+    def key(name: str) -> str:
+        stem, _ = split(name)
+        return rows[stem].key if stem in rows else stem
+
+    keys = sorted({key(name) for p in parents for name in p})
+    source = {k: int(rng.integers(2)) for k in keys}
     swapping = rng.random() < 0.5
     swapped = [swapping and rng.random() < 0.5 for _ in range(domain.max_steps)]
     child: dict[str, Value] = {}
     for which, values in enumerate(parents):
         for name, value in values.items():
-            key, (_, index) = _key(name), split(name)
-            flip = index >= 0 and key in ("order", "formulation") and swapped[index]
-            if (source[key] ^ flip) == which:
+            k, (_, index) = key(name), split(name)
+            flip = index >= 0 and k in ("order", "formulation") and swapped[index]
+            if (source[k] ^ flip) == which:
                 child[name] = value
     return domain.from_params(child)
-
-
-def _key(name: str) -> str:
-    stem, _ = split(name)
-    return "order" if stem in _TIED else "corrector" if stem.startswith("corrector") else stem
 
 
 def neighbours(

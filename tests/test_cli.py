@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fewstep.experiments.__main__ import main
-from fewstep.space import load_schedule, save_schedule
+from fewstep.space import ProgramSchedule, load_schedule, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
 from tests.drawn_studies import write_drawn
@@ -240,3 +240,36 @@ def test_a_schedule_without_its_image_says_what_is_missing(capsys, tmp_path):
         code, out, _ = called(capsys, command, path)
         assert code == 0
         assert "put it beside the file" in out
+
+
+def test_a_program_without_steps_is_explained_and_compared(capsys, tmp_path):
+    import torch
+
+    steps = baseline("dpmpp3m/logsnr", VPLinear(), 5)
+    plain = save_schedule(ProgramSchedule.of(steps), tmp_path / "plain.json")
+    code, out, _ = called(capsys, "show", plain)
+    assert code == 0
+    assert "a program without steps: x_T belongs to time 1" in out
+    rows = [line.split() for line in out.splitlines() if line.split()[-2:-1] == ["dpmpp3m"]]
+    assert [row[0] for row in rows] == ["2", "3", "4"]
+    assert all(row[-1] == "0" for row in rows)
+    assert called(capsys, "compare", plain, save_schedule(steps, tmp_path / "steps.json"))[1] == (
+        "the same sampler\n"
+    )
+    mean = ProgramSchedule.of(steps.model_copy(update={"first": "mean"}))
+    one, two = (
+        save_schedule(mean.with_constant(torch.full((1, 2), v)), tmp_path / f"{v}.json")
+        for v in (0.0, 0.5)
+    )
+    out = called(capsys, "compare", one, two)[1]
+    assert out == "constant image: another, RMS difference 0.5\n"
+    assert "missing" not in called(capsys, "lint", one)[1]
+    one.with_suffix(".safetensors").unlink()
+    for command in ("lint", "show"):
+        assert "put it beside the file" in called(capsys, command, one)[1]
+    other = save_schedule(
+        ProgramSchedule.of(baseline("dpmpp2m/logsnr", VPLinear(), 5)), tmp_path / "2m.json"
+    )
+    out = called(capsys, "compare", plain, other)[1]
+    assert "call 0" not in out
+    assert "call 2, newest: 2.0" in out

@@ -13,7 +13,7 @@ from fewstep.samplers.ode import prefix_groups
 from fewstep.space import ModelError, OdeSchedule, ScheduleError, StepSpec, stack
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
-from tests.oracles import Mixture, recorded_mixture
+from tests.oracles import Mixture, gaussian, recorded_mixture
 
 VP = noises.VPLinear()
 
@@ -114,6 +114,33 @@ def test_guidance_is_one_batched_call_and_scale_1_is_the_conditional_model():
     assert seen == [4, 4, 8, 4, 8]
     assert denoiser.calls == 5
     assert denoiser.forwards == sum(seen)
+
+
+def test_guidance_without_conditions_is_an_error_not_a_double_cost():
+    seen = []
+
+    def model(x, t, **cond):
+        seen.append(len(x))
+        return x
+
+    x, t = z(), torch.full((4,), 0.5)
+    denoiser = from_model(model, VP, "eps", null_cond=lambda c: {"text": c["label"]})
+    for cond in (None, {}):
+        with pytest.raises(ModelError, match="there are no conditions"):
+            denoiser(x, t, cond=cond, guidance=3.0)
+    with pytest.raises(ModelError, match=r"null_cond returned conditions \['text'\]"):
+        denoiser(x, t, cond={"label": torch.arange(4)}, guidance=3.0)
+    with pytest.raises(ModelError, match="give null_cond"):
+        from_model(model, VP, "eps")(x, t, cond={"label": torch.arange(4)}, guidance=3.0)
+    assert seen == []
+    denoiser(x, t, guidance=1.0)
+    assert seen == [4]
+
+
+def test_an_image_of_another_shape_than_the_samples_is_named():
+    s = baseline("ddim/time", VP, 4).model_copy(update={"first": "mean"})
+    with pytest.raises(ScheduleError, match=r"constant image has shape \(3, 2, 2\)"):
+        sample(s.with_constant(torch.zeros(3, 2, 2)), gaussian(VP), torch.zeros(5, 2, 2))
 
 
 def test_guidance_in_the_schedule_reaches_the_network_call_by_call():

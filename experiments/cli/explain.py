@@ -14,7 +14,9 @@ import torch
 from rich.console import RenderableType
 from rich.table import Table
 
+from fewstep.experiments.cli.programs import program_differences, program_table
 from fewstep.predictors.cpr import CPR
+from fewstep.space.base import Replayable
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.particles import ParticleSchedule, ParticleStep
 from fewstep.space.program import ProgramSchedule
@@ -51,7 +53,7 @@ def headline(schedule: Loaded) -> list[str]:
         f"digest {schedule.digest}"
     ]
     if isinstance(schedule, ProgramSchedule):
-        lines.append("program only: it can be replayed and compared, not explained")
+        lines += _program_lines(schedule)
     elif isinstance(schedule, MaskedSchedule):
         lines.append(
             f"{schedule.length} positions; extrapolation is linear in {schedule.variable}"
@@ -107,11 +109,24 @@ def _globals(schedule: OdeSchedule) -> list[str]:
     return lines
 
 
+def _program_lines(schedule: ProgramSchedule) -> list[str]:
+    """What holds for a program as a whole."""
+    p, k = schedule.program.init.tolist()
+    start = f"{p:.4g} x_T" + (f" + {k:.4g} m" if k else "")
+    lines = [
+        "a program without steps: x_T belongs to time "
+        f"{schedule.start:.5g}, sampling starts at {start}, the sample belongs to time "
+        f"{schedule.end:.5g}",
+        *(f"run-time option {name}: {value}" for name, value in schedule.options.items()),
+    ]
+    return lines + missing(schedule)
+
+
 def missing(schedule: Loaded) -> list[str]:
     """What a schedule lacks before it can be sampled, a line each."""
-    if not isinstance(schedule, OdeSchedule) or schedule.first != "mean":
+    if not isinstance(schedule, OdeSchedule | ProgramSchedule):
         return []
-    if schedule.constant is not None:
+    if not schedule.uses_constant or schedule.constant is not None:
         return []
     return [
         "its constant image, the data mean, is missing: put it beside the file, under the same "
@@ -122,7 +137,7 @@ def missing(schedule: Loaded) -> list[str]:
 def steps_table(schedule: Loaded) -> Table:
     """One row per step; of masked schedules and programs, one per network call."""
     if isinstance(schedule, ProgramSchedule):
-        return _program_table(schedule)
+        return program_table(schedule)
     word, parts = _parts(schedule)
     defaults = type(parts[0])()
     shown = [
@@ -187,19 +202,6 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(f"{v:.4g}" for v in value)
     return str(value)
-
-
-def _program_table(schedule: ProgramSchedule) -> Table:
-    program = schedule.program
-    table = Table(box=None, pad_edge=False)
-    for head in ("call", "t", "label", "r", "e", "k"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("b (oldest first)")
-    for c in range(program.nfe):
-        numbers = [float(getattr(program, n)[c]) for n in ("t", "label", "r", "e", "k")]
-        row = " ".join(f"{v:.4g}" for v in program.b[c, : c + 1].tolist())
-        table.add_row(str(c), *(f"{v:.5g}" for v in numbers), row)
-    return table
 
 
 def closing(
@@ -267,8 +269,13 @@ def differences(a: Loaded, b: Loaded) -> list[str]:
         lines.append("noise schedule: another")
     if a.nfe != b.nfe:
         lines.append(f"network calls: {a.nfe} and {b.nfe}")
+    if isinstance(a, OdeSchedule | ProgramSchedule):
+        lines += _images(a, b)
     if isinstance(a, ProgramSchedule) or isinstance(b, ProgramSchedule):
-        return lines or ["the programs differ"]
+        if lines and (a.noise != b.noise or a.nfe != b.nfe):
+            return lines
+        lines += program_differences(ProgramSchedule.of(a), ProgramSchedule.of(b))
+        return lines or ["the programs differ in rounding"]
     for name in _WHOLE[a.kind]:
         x, y = getattr(a, name), getattr(b, name)
         if x != y:
@@ -287,6 +294,19 @@ def differences(a: Loaded, b: Loaded) -> list[str]:
                     f"{word} {i}, {name}: {_text(getattr(x, name))} and {_text(getattr(y, name))}"
                 )
     return lines
+
+
+def _images(a: Replayable, b: Replayable) -> list[str]:
+    """How the constant images of two schedules differ, if both use one."""
+    if not (a.uses_constant or b.uses_constant):
+        return []
+    if a.constant is None or b.constant is None:
+        one = "both" if a.constant is b.constant else "A" if a.constant is None else "B"
+        return [] if one == "both" else [f"constant image: none in {one}"]
+    if a.constant.shape != b.constant.shape:
+        return [f"constant image: {tuple(a.constant.shape)} and {tuple(b.constant.shape)}"]
+    off = float((a.constant.double() - b.constant.double()).square().mean().sqrt())
+    return [f"constant image: another, RMS difference {off:.4g}"] if off else []
 
 
 def _parts(schedule: Explained) -> tuple[str, Sequence[StepSpec | CallSpec | ParticleStep]]:
