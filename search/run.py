@@ -106,8 +106,10 @@ def search(
 
         def one(part: StudyConfig, folder: Path) -> Sequence[Row]:
             nonlocal objective
-            more = {"address": address, "display": display, "overwrite": overwrite}
-            found = search(part, folder, resume=again and not overwrite, **more)
+            going = again and not overwrite
+            found = search(
+                part, folder, resume=going, overwrite=overwrite, address=address, display=display
+            )
             objective = found.objective
             return found.rows
 
