@@ -340,7 +340,7 @@ class _Coefficients:
         }
         flat = torch.cat([v.reshape(-1) for v in values.values()]).to(x)  # one copy
         parts = flat.split([v.numel() for v in values.values()])
-        self._cast = {
+        self._cast: dict[str, Tensor] = {
             name: part.reshape(v.shape if lead is not None else (1, *v.shape))
             for (name, v), part in zip(values.items(), parts, strict=True)
         }
@@ -364,7 +364,7 @@ class _Coefficients:
         return self._live["g"][c]
 
     def at(self, name: str, c: int) -> Tensor:
-        value = self._cast[name][..., c]
+        value: Tensor = self._cast[name][..., c]
         return value.reshape(-1, *self._extra)
 
     def advance(

@@ -202,6 +202,9 @@ class Search:
         storage = open_storage(config.search.storage, self.out)
         identity = config.identity(budget=False)
         self.store = Store(storage, config.name, self.out, identity, resume)
+        if resume and not self.store.resumed:
+            where = config.search.storage or self.out / "study.journal"
+            self.display.note(f"{where} holds no search {config.name}: a new one begins")
         write_text(
             self.out / "study.json",
             json.dumps(self.family.readable(config), indent=1) + "\n",

@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ class MlflowTracker(Tracker):
     def close(self, status: str) -> None:
         """See `Tracker`; waits until everything is written, or the server does not answer."""
         for run_id in self._runs.values():
-            self._send(lambda run_id=run_id: self._client.set_terminated(run_id, status=status))
+            self._send(partial(self._client.set_terminated, run_id, status=status))
         self._thread.shutdown(wait=True)
         if self._waiting:
             self._say(

@@ -19,6 +19,7 @@ from tests.oracles import two_modes
 
 NOISE = VPLinear(t_start=0.6, t_end=0.05)
 FAST = {"s3": {"predictor": "gaussian"}}
+EVERY = [pytest.param(n, marks=[pytest.mark.slow] if n == "gp" else []) for n in STRATEGIES]
 SEEDS = ("ddim", "dpmpp2m", "unipc2-bh2", "ipndm3", "deis-tab2")
 
 
@@ -73,7 +74,7 @@ def search(name: str, seed: int, generations: int = 6, size: int = 10) -> list[f
     return found
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_strategy_is_a_function_of_known_generation_and_seed(name):
     known = seeds()
     (_, first), (_, second) = (asked(name, known) for _ in range(2))
@@ -82,7 +83,7 @@ def test_a_strategy_is_a_function_of_known_generation_and_seed(name):
     assert [p.schedule for p in other] != [p.schedule for p in first]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_generation_taken_from_a_store_leaves_the_strategy_as_if_it_had_proposed_it(name):
     proposer, first = asked(name, seeds())
     plain = [dataclasses.replace(p, trial=None) for p in first]
@@ -102,7 +103,7 @@ def _empty(name):
     return made
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_proposals_are_members_even_when_little_is_known_or_all_has_failed(name):
     domain = OdeDomain(NOISE, 4)
     failed = [Evaluated(baseline("ddim/edm", NOISE, 4), float("inf"), "diverged")]

@@ -224,14 +224,20 @@ class Proposer:
             return samplers.RandomSampler(seed=options["seed"])
         space = {name: self._distributions[name] for name in sorted(ranges)}
         start = {name: best[name] for name in space}
-        own = {"x0": start, "sigma0": 0.03, "popsize": max(self.size, 2)}
+        size, scale = max(self.size, 2), options.pop("sigma0", 0.03)
 
-        class NumbersOfBest(samplers.CmaEsSampler):  # type: ignore[misc,name-defined]
+        class NumbersOfBest(samplers.CmaEsSampler):  # type: ignore[name-defined]
             def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
                 return space
 
+            def _init_optimizer(self, trans: Any, direction: Any) -> Any:
+                from cmaes import CMA
+
+                mean, more = trans.transform(start), {"seed": options["seed"] + 1}
+                return CMA(mean, scale, trans.bounds, population_size=size, **more)
+
         fixed = {name: value for name, value in best.items() if name not in space}
-        return samplers.PartialFixedSampler(fixed, NumbersOfBest(**own | options))
+        return samplers.PartialFixedSampler(fixed, NumbersOfBest(**options))
 
     def propose(self, generation: int) -> list[Proposal]:
         """The candidates of a generation, given what has been told."""

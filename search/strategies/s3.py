@@ -162,10 +162,10 @@ class S3Sampler(BaseSampler):
         guests = {name: p for name, p in guests.items() if name not in taken}
         chosen: list[tuple[Point, dict[str, Any]]] = []
         if not space.ready(known, scores):
-            chosen = [(p, {}) for p in guests.values()][: self._batch]
+            chosen += [(p, {}) for p in guests.values()][: self._batch]
         else:
             if not isinstance(space, OdeSpace):  # few: scored first
-                chosen = [(p, {}) for p in guests.values()][: self._batch]
+                chosen += [(p, {}) for p in guests.values()][: self._batch]
             model = space.model(known, scores, self._batch, int(rng.integers(2**31)))
             met = _evolve(space, model, best, list(guests.values()), rng)
             taken |= {_name(space.params(p)) for p, _ in chosen}
@@ -286,7 +286,7 @@ def _choose(
         patterns[point.key] += 1
         taken.add(name)
         note: dict[str, Any] = {"predicted": float(mean[i]), "std": point.std}
-        note["predictor"] = getattr(model, "chosen", "gaussian")
+        note["predictor"] = model.chosen
         note |= {f"tau_{name}": tau for name, tau in getattr(model, "tau", {}).items()}
         chosen.append((point, note))
         cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)

@@ -80,7 +80,7 @@ class Point:
 class Process:
     """A Gaussian process that predicts scores, transformed so that ratios count."""
 
-    chosen, tau = "gaussian", {}
+    chosen = "gaussian"
 
     def __init__(self, x: Tensor, scores: Sequence[float], noise: float, steps: int) -> None:
         y = targets(torch.tensor(scores, dtype=torch.float64))
