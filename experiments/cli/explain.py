@@ -61,6 +61,9 @@ def headline(schedule: Loaded) -> list[str]:
     elif isinstance(schedule, ParticleSchedule):
         moved = "a solver" if schedule.solver is not None else schedule.integrator
         lines.append(f"weighted particles, moved by {moved}; calls are per particle and model")
+        if schedule.reward_weight != "gradient" or schedule.ramp is not None:
+            rise = "" if schedule.ramp is None else f", and rises with scale {schedule.ramp:g}"
+            lines.append(f"a reward is weighed by its {schedule.reward_weight}{rise}")
     else:
         lines += _globals(schedule)
     origin = schedule.provenance
