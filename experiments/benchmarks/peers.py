@@ -56,8 +56,7 @@ from fewstep.experiments.benchmarks.peers_verdict import (
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.experiments.benchmarks.search import problem
 from fewstep.search.display import Display, Terminal
-from fewstep.search.strategies.gauss_newton import Batch
-from fewstep.search.strategies.gauss_newton import canonical
+from fewstep.search.strategies.gauss_newton import Batch, canonical
 from fewstep.space import ProgramSchedule, load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError
