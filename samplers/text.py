@@ -66,7 +66,7 @@ def text_denoiser(
     config = getattr(model, "config", None)
     if mask is None:
         mask = getattr(config, "mask_token_id", getattr(tokenizer, "mask_token_id", None))
-    if mask is None and family == "mdlm" and hasattr(config, "vocab_size"):
+    if mask is None and family == "mdlm" and config is not None and hasattr(config, "vocab_size"):
         mask = int(config.vocab_size) - 1
     if mask is None:
         raise ModelError("no mask token: give mask=, or a tokenizer that has one")
@@ -121,8 +121,8 @@ def generate(
         ScheduleError: a schedule of another kind, or whose length does not divide `new_tokens`.
         ModelError: sequences longer than the model.
     """
-    if not isinstance(schedule, MaskedSchedule):
-        kind = getattr(schedule, "kind", type(schedule).__name__)
+    kind = getattr(schedule, "kind", type(schedule).__name__)
+    if kind != "masked":
         raise ScheduleError(f"a schedule of kind {kind!r} cannot unmask text: give a masked one")
     size = schedule.length if new_tokens is None else new_tokens
     if size < 1 or size % schedule.length:

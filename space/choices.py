@@ -13,8 +13,9 @@ corrector "implicit").
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class Settled(dict[str, Any]):
     @property
     def plain(self) -> bool:
         """Order 1 without a corrector: DDIM, whatever the basis."""
-        return self["order"] == 1 and self["corrector"] == "none"
+        return bool(self["order"] == 1 and self["corrector"] == "none")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Decision:
     matters: Callable[[Settled], bool]
     field: str
     key: str
-    prior: Mapping[Value, float] = field(default_factory=dict)
+    prior: Mapping[Value, float] = dataclasses.field(default_factory=dict)
 
 
 @lru_cache(maxsize=256)

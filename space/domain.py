@@ -305,7 +305,8 @@ class OdeDomain:
 
     def _moved(self, schedule: OdeSchedule) -> str | None:
         """The first field of a step that changes when the steps are settled, and the program."""
-        given, steps = [heun_as_corrector(step) for step in schedule.steps], []
+        given = [heun_as_corrector(step) for step in schedule.steps]
+        steps: list[Any] = []
         place = self.place(schedule.first)
         while place.calls > 0 and len(steps) < len(given):
             steps.append(self.choices.settle(step_values(given[place.index]), place))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,8 +81,8 @@ class MaskedDomain:
     remask: tuple[float, float] | None = None
     remask_by: tuple[str, ...] = ("uniform",)
     noise: MaskedNoise = field(default_factory=MaskedNoise)
-    variable: str = "time"
-    ahead: str = "spread"
+    variable: Literal["time", "fraction"] = "time"
+    ahead: Literal["spread", "stop"] = "spread"
     curve: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -227,7 +227,8 @@ class MaskedDomain:
                 name, open_ = f"{choice.name}_{k}", getattr(self, choice.field)
                 neutral = self._neutral(choice)
                 if choice.number:
-                    found.append(Parameter(name, "float", *open_, neutral=neutral))
+                    low, high = open_
+                    found.append(Parameter(name, "float", low, high, neutral=neutral))
                 else:
                     values = tuple(told(v) for v in open_)
                     found.append(Parameter(name, "choice", choices=values, neutral=neutral))
@@ -408,5 +409,10 @@ class MaskedDomain:
                     if choice in self._open and not choice.number:
                         data[choice.name] = self._meant(choice, self._neutral(choice))
             made.append(CallSpec(**data))
-        shape = {"length": self.length, "noise": self.noise, "variable": self.variable}
-        return MaskedSchedule(calls=tuple(made), ahead=self.ahead, **shape)
+        return MaskedSchedule(
+            calls=tuple(made),
+            ahead=self.ahead,
+            length=self.length,
+            noise=self.noise,
+            variable=self.variable,
+        )

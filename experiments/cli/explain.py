@@ -272,13 +272,15 @@ def differences(a: Loaded, b: Loaded) -> list[str]:
         lines.append("noise schedule: another")
     if a.nfe != b.nfe:
         lines.append(f"network calls: {a.nfe} and {b.nfe}")
-    if isinstance(a, OdeSchedule | ProgramSchedule):
+    if isinstance(a, OdeSchedule | ProgramSchedule) and isinstance(
+        b, OdeSchedule | ProgramSchedule
+    ):
         lines += _images(a, b)
-    if isinstance(a, ProgramSchedule) or isinstance(b, ProgramSchedule):
-        if lines and (a.noise != b.noise or a.nfe != b.nfe):
-            return lines
-        lines += program_differences(ProgramSchedule.of(a), ProgramSchedule.of(b))
-        return lines or ["the programs differ in rounding"]
+        if isinstance(a, ProgramSchedule) or isinstance(b, ProgramSchedule):
+            if lines and (a.noise != b.noise or a.nfe != b.nfe):
+                return lines
+            lines += program_differences(ProgramSchedule.of(a), ProgramSchedule.of(b))
+            return lines or ["the programs differ in rounding"]
     for name in _WHOLE[a.kind]:
         x, y = getattr(a, name), getattr(b, name)
         if x != y:
@@ -287,6 +289,8 @@ def differences(a: Loaded, b: Loaded) -> list[str]:
     if times[0] != times[1]:
         pair = [" ".join(f"{t:.4g}" for t in each) for each in times]
         lines.append(f"times: {pair[0]}  and  {pair[1]}")
+    assert not isinstance(a, ProgramSchedule)
+    assert not isinstance(b, ProgramSchedule)
     (word, first), (_, second) = _parts(a), _parts(b)
     if len(first) != len(second):
         return [*lines, f"{word}s: {len(first)} and {len(second)}"]
