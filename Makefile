@@ -12,6 +12,8 @@ FOLDERS := space samplers predictors search experiments
 export PYTHONSAFEPATH := 1
 # Evaluators and tests run many small networks: more than one thread each only makes them wait.
 THREADS ?= 1
+# Files of tests that run side by side.
+JOBS ?= 2
 
 .PHONY: help install demo test quick check format types wheel ui results clean
 
@@ -43,7 +45,7 @@ demo: install  ## search schedules for the digits model: runs/demo (about 5 minu
 	@$(BIN)/fewstep search experiments/studies/digits.toml --out runs/demo --overwrite
 
 test: install check  ## check, then every test
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 quick: install  ## the tests that take seconds
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -m 'not slow'
