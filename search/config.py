@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fewstep.search.tables import CompensationTable, CprTable, Table
+from fewstep.search.tables import CompensationTable, CprTable, RefineTable, Table
 from fewstep.search.yardstick import Statistic
 from fewstep.space.errors import StudyError
 
@@ -192,47 +192,6 @@ class SearchTable(Table):
     def levels(self) -> tuple[int, ...]:
         """Numbers of samples that candidates are scored on, ascending; the last is all."""
         return (*self.race, self.samples)
-
-
-class RefineTable(Table):
-    """[refine]: the continuous stage of strategies that end in "refine".
-
-    Args:
-        top: best candidates that are tried as starts, per NFE, beside the best named solver; each
-            is refined on `batch` samples, and the one that got furthest on more.
-        grow: refine the NFEs one after another, from the fewest calls on; the best schedule of
-            each, with calls of weight 0 added (`space.growing`), is a start of the next.
-        mean: programs may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
-            an analytical first step that costs no call. The image lies beside the schedule file.
-        samples: noise it is fitted on, at most: four times as many each time, from `batch` on,
-            until training and held-out error agree within 10 %.
-        held: noise the iterate is chosen by.
-        loss: "huber", by which the few samples that end in another mode of the data count by
-            their distance, or "mean", by its square.
-        rounds: Gauss-Newton rounds on `batch` samples, at most; half as many on more.
-        batch: samples that a fit begins on, and that run as one piece.
-        knobs: what may move: "times" and "weights" (all numbers of the program), and "guidance"
-            (of every call); "times" alone keeps the start's other choices and its steps.
-    """
-
-    top: Annotated[int, Field(ge=1)] = 2
-    grow: bool = False
-    mean: bool = True
-    samples: Annotated[int, Field(ge=2)] = 1024
-    held: Annotated[int, Field(ge=2)] = 512
-    loss: Literal["huber", "mean"] = "huber"
-    rounds: Annotated[int, Field(ge=1)] = 12
-    batch: Annotated[int, Field(ge=1)] = 64
-    knobs: tuple[Literal["times", "weights", "guidance"], ...] = ("times", "weights")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.knobs != ("times",) and not {"times", "weights"} <= set(self.knobs):
-            raise ValueError(
-                f"knobs {list(self.knobs)}: use [times], or times and weights with or without "
-                "guidance"
-            )
-        return self
 
 
 class TeacherTable(Table):

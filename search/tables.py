@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Decision = Literal["gap", "query", "start", "land", "compensation", "guidance"]
 
@@ -13,6 +13,47 @@ class Table(BaseModel):
     """A table of a study file: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RefineTable(Table):
+    """[refine]: the continuous stage of strategies that end in "refine".
+
+    Args:
+        top: best candidates that are tried as starts, per NFE, beside the best named solver; each
+            is refined on `batch` samples, and the one that got furthest on more.
+        grow: refine the NFEs one after another, from the fewest calls on; the best schedule of
+            each, with calls of weight 0 added (`space.growing`), is a start of the next.
+        mean: programs may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
+            an analytical first step that costs no call. The image lies beside the schedule file.
+        samples: noise it is fitted on, at most: four times as many each time, from `batch` on,
+            until training and held-out error agree within 10 %.
+        held: noise the iterate is chosen by.
+        loss: "huber", by which the few samples that end in another mode of the data count by
+            their distance, or "mean", by its square.
+        rounds: Gauss-Newton rounds on `batch` samples, at most; half as many on more.
+        batch: samples that a fit begins on, and that run as one piece.
+        knobs: what may move: "times" and "weights" (all numbers of the program), and "guidance"
+            (of every call); "times" alone keeps the start's other choices and its steps.
+    """
+
+    top: Annotated[int, Field(ge=1)] = 2
+    grow: bool = False
+    mean: bool = True
+    samples: Annotated[int, Field(ge=2)] = 1024
+    held: Annotated[int, Field(ge=2)] = 512
+    loss: Literal["huber", "mean"] = "huber"
+    rounds: Annotated[int, Field(ge=1)] = 12
+    batch: Annotated[int, Field(ge=1)] = 64
+    knobs: tuple[Literal["times", "weights", "guidance"], ...] = ("times", "weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.knobs != ("times",) and not {"times", "weights"} <= set(self.knobs):
+            raise ValueError(
+                f"knobs {list(self.knobs)}: use [times], or times and weights with or without "
+                "guidance"
+            )
+        return self
 
 
 class CompensationTable(Table):

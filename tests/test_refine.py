@@ -9,12 +9,12 @@ import torch
 
 from fewstep.samplers import run, sample, start
 from fewstep.samplers.denoiser import bcast
-from fewstep.search.config import RefineTable
 from fewstep.search.stages.fit import refine
 from fewstep.search.stages.refine import best_starts
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.gauss_newton import Batch, Fit, FreeProgram, Retimed, canonical
 from fewstep.search.strategies.levenberg import Quadratic, levenberg
+from fewstep.search.tables import RefineTable
 from fewstep.space import (
     OdeSchedule,
     ProgramSchedule,

@@ -31,7 +31,6 @@ from torch import Tensor
 from fewstep.experiments.benchmarks.published_dc import as_published, published_targets
 from fewstep.experiments.models.digits import problem
 from fewstep.samplers import Problem, sample
-from fewstep.search.config import RefineTable
 from fewstep.search.stages.fit import Startable, refine
 from fewstep.search.strategies.compensation import (
     Settings,
@@ -40,6 +39,7 @@ from fewstep.search.strategies.compensation import (
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.strategies.joint import Family, Joint, Request, Setting, fit_joint, gram
 from fewstep.search.strategies.targets import aligned_targets
+from fewstep.search.tables import RefineTable
 from fewstep.search.yardstick import bootstrap_ratio
 from fewstep.space import stack
 from fewstep.space.baselines import baseline

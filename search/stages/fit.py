@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser
-from fewstep.search.config import RefineTable
 from fewstep.search.strategies.gauss_newton import (
     Batch,
     Fit,
@@ -35,6 +34,7 @@ from fewstep.search.strategies.gauss_newton import (
     canonical,
 )
 from fewstep.search.strategies.levenberg import levenberg
+from fewstep.search.tables import RefineTable
 from fewstep.space import OdeSchedule, Program, ProgramSchedule
 from fewstep.space.errors import StudyError
 

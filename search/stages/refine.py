@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.ode import start_scale
-from fewstep.search.config import RefineTable
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.stages.fit import Startable, refine
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.tables import RefineTable
 from fewstep.search.work import Evaluator, Work
 from fewstep.space import OdeSchedule, ProgramSchedule
 
