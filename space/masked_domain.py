@@ -227,7 +227,8 @@ class MaskedDomain:
                 name, open_ = f"{choice.name}_{k}", getattr(self, choice.field)
                 neutral = self._neutral(choice)
                 if choice.number:
-                    found.append(Parameter(name, "float", *open_, neutral=neutral))
+                    low, high = open_
+                    found.append(Parameter(name, "float", low, high, neutral=neutral))
                 else:
                     values = tuple(told(v) for v in open_)
                     found.append(Parameter(name, "choice", choices=values, neutral=neutral))
@@ -408,5 +409,6 @@ class MaskedDomain:
                     if choice in self._open and not choice.number:
                         data[choice.name] = self._meant(choice, self._neutral(choice))
             made.append(CallSpec(**data))
-        shape = {"length": self.length, "noise": self.noise, "variable": self.variable}
-        return MaskedSchedule(calls=tuple(made), ahead=self.ahead, **shape)
+        shape: dict[str, Any] = {"noise": self.noise, "variable": self.variable}
+        shape["ahead"] = self.ahead
+        return MaskedSchedule(length=self.length, calls=tuple(made), **shape)

@@ -49,11 +49,11 @@ class _Layer(nn.Module):
         self.norm2 = nn.LayerNorm(_WIDTH, _EPS)
 
     def forward(self, y: Tensor, seen: Tensor) -> Tensor:
-        heads = [
+        q, k, v = (
             part(y).unflatten(-1, (_HEADS, -1)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
-        ]
-        mixed = functional.scaled_dot_product_attention(*heads, attn_mask=seen)
+        )
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         y = self.norm1(y + self.mix(mixed.transpose(1, 2).flatten(2)))
         out: Tensor = self.norm2(y + self.fall(functional.gelu(self.rise(y))))
         return out
