@@ -64,10 +64,11 @@ def text_denoiser(
     if family not in get_args(Family):
         raise ModelError(f"family {family!r} is unknown: use one of {', '.join(get_args(Family))}")
     config = getattr(model, "config", None)
-    if mask is None:
-        mask = getattr(config, "mask_token_id", getattr(tokenizer, "mask_token_id", None))
-    if mask is None and family == "mdlm" and config is not None and hasattr(config, "vocab_size"):
-        mask = int(config.vocab_size) - 1
+    known = [mask, *(getattr(source, "mask_token_id", None) for source in (config, tokenizer))]
+    mask = next((i for i in known if i is not None), None)
+    size = getattr(config, "vocab_size", None)
+    if mask is None and family == "mdlm" and size is not None:
+        mask = int(size) - 1
     if mask is None:
         raise ModelError("no mask token: give mask=, or a tokenizer that has one")
     if ends is None:
@@ -94,7 +95,7 @@ def text_denoiser(
 def generate(
     denoiser: SubsDenoiser,
     prompts: Tensor | Sequence[Sequence[int]],
-    schedule: MaskedSchedule,
+    schedule: Any,
     *,
     new_tokens: int | None = None,
     attention_mask: Tensor | None = None,
@@ -106,8 +107,8 @@ def generate(
     Args:
         denoiser: from `text_denoiser`.
         prompts: ids `(B, P)`, or B lists of different lengths.
-        schedule: for `new_tokens` tokens, or for blocks of an equal part of them, which are then
-            decoded from left to right.
+        schedule: a `MaskedSchedule` for `new_tokens` tokens, or for blocks of an equal part of
+            them, which are then decoded from left to right.
         new_tokens: tokens to generate; default the schedule's length.
         attention_mask: 0 where a tensor of prompts is padding, on whatever side.
         hide_future: whether the network does not see the masks of the blocks to come.

@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,7 +133,8 @@ class Unmasking:
         self.history: tuple[Tensor, Tensor, Tensor] | None = None
         self.still = torch.zeros_like(tokens)  # calls in a row whose prediction has not moved
         self.sure = torch.zeros_like(self.levels)  # probability of a token when it was drawn
-        self.remaskings = 0
+        remaskings = itertools.accumulate(call.remask > 0 for call in schedule.calls)
+        self.fresh = [2 + 3 * (n - 1) for n in remaskings]  # the rows of u that a call remasks by
         kinds = {call.remask_by for call in schedule.calls if call.remask}
         self.remembers = "drawn" in kinds
         self.compares = any(
@@ -199,11 +201,14 @@ class Unmasking:
         tokens = query.tokens
         tokens = tokens.scatter(1, where, torch.where(valid, drawn, tokens.gather(1, where)))
         levels = levels.scatter(1, where, torch.where(valid, -1.0, levels.gather(1, where)))
-        back = self._take_back(call, rows, taken, open_, logits, query.tokens)
+        back = self._take_back(k, query, taken, open_, logits)
         self.tokens = self.tokens.clone()
         self.tokens[rows] = torch.where(back, self.mask, tokens)
         self.levels[rows] = levels
-        self._refresh(call, rows, back)
+        if call.remask:
+            level, chance = self.u[rows, self.fresh[k] + 1], self.u[rows, self.fresh[k] + 2]
+            self.levels[rows] = torch.where(back, level, levels)
+            self.chance[rows] = torch.where(back, chance, self.chance[rows])
         told = (query.t, where, valid, mu, law, drawn, back)
         t, *full = (_full(x, rows, len(self.tokens)) for x in told)
         return MaskedProgress(k, t, self.tokens, *full)
@@ -386,37 +391,23 @@ class Unmasking:
         self.history = (full, spot, was)
 
     def _take_back(
-        self,
-        call: CallSpec,
-        rows: slice | Tensor,
-        taken: Tensor,
-        open_: Tensor,
-        logits: Tensor,
-        tokens: Tensor,
+        self, k: int, query: Query, taken: Tensor, open_: Tensor, logits: Tensor
     ) -> Tensor:
         """The positions that the call masks again, `(b, L)`."""
-        back = torch.zeros_like(open_)
-        if not call.remask or not bool(taken.any()):
-            return back
+        call, rows = self.schedule.calls[k], query.rows
+        if not call.remask:
+            return torch.zeros_like(open_)
         mine = self._first_block(call, rows, open_) & ~open_
         if call.remask_by == "uniform":
-            keys = self.u[rows, 2 + 3 * self.remaskings]
+            keys = self.u[rows, self.fresh[k]]
         elif call.remask_by == "drawn":
             keys = self.sure[rows]
         else:
-            own = logits.gather(2, tokens[..., None])[..., 0].double()
+            now = query.tokens.clamp(min=0)  # padding may be -1
+            own = logits.gather(2, now[..., None])[..., 0].double()
             keys = own - logits.double().logsumexp(-1)
         rank = ranks(-keys.masked_fill(~mine, float("inf")))
         return mine & (rank < taken[:, None])
-
-    def _refresh(self, call: CallSpec, rows: slice | Tensor, back: Tensor) -> None:
-        """New levels and draws for what was masked again."""
-        if not call.remask:
-            return
-        row = 2 + 3 * self.remaskings
-        self.levels[rows] = torch.where(back, self.u[rows, row + 1], self.levels[rows])
-        self.chance[rows] = torch.where(back, self.u[rows, row + 2], self.chance[rows])
-        self.remaskings += 1
 
 
 def _counts(schedule: MaskedSchedule, masked: Tensor, fit: bool) -> Tensor:

@@ -409,10 +409,6 @@ class MaskedDomain:
                     if choice in self._open and not choice.number:
                         data[choice.name] = self._meant(choice, self._neutral(choice))
             made.append(CallSpec(**data))
-        return MaskedSchedule(
-            calls=tuple(made),
-            ahead=self.ahead,
-            length=self.length,
-            noise=self.noise,
-            variable=self.variable,
-        )
+        shape: dict[str, Any] = {"noise": self.noise, "variable": self.variable}
+        shape["ahead"] = self.ahead
+        return MaskedSchedule(length=self.length, calls=tuple(made), **shape)

@@ -35,7 +35,7 @@ _ALWAYS = (
 )
 _WHOLE = {  # choices of a whole schedule
     "ode": ("first", "compensation_order", "compensation_variable", "shift_keeps", "options"),
-    "masked": ("length", "variable"),
+    "masked": ("length", "variable", "ahead"),
     "particles": ("integrator", "solver", "reward_weight", "ramp"),
 }
 _NAMES = {
