@@ -12,7 +12,7 @@ from fewstep.space import OdeSchedule, ProgramSchedule, ScheduleError, StepSpec,
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline
 from fewstep.space.masked_domain import MaskedDomain
-from fewstep.space.particle_domain import named_policies
+from fewstep.space.particle_policies import named_policies
 
 VALUES = (
     *(None, True, False, 0, 1, -1, 5, 10**400, 0.5, -2.5, 1e300, float("nan"), float("inf")),
