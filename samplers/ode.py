@@ -14,7 +14,7 @@ leading axis M in the program) the network sees M B images a call, in pieces tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,15 @@ def start(schedule: OdeSchedule | ProgramSchedule, z: Tensor) -> Tensor:
 def start_scale(schedule: OdeSchedule | ProgramSchedule) -> float:
     """Standard deviation of x_T."""
     return float(schedule.noise.prior_scale(schedule.start))
+
+
+def on_unit_noise(schedule: OdeSchedule | ProgramSchedule) -> Program:
+    """The schedule's program as it acts on unit noise: p_0 and e times `start_scale`."""
+    program, scale = schedule.program, start_scale(schedule)
+    if scale == 1.0:
+        return program
+    init = program.init * torch.tensor([scale, 1.0], dtype=torch.float64)
+    return replace(program, init=init, e=program.e * scale)
 
 
 @torch.no_grad()

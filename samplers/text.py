@@ -30,7 +30,6 @@ from fewstep.samplers.categorical import uniforms
 from fewstep.samplers.masked import sample_masked
 from fewstep.samplers.token_denoiser import SubsDenoiser, start_masked
 from fewstep.space.errors import ModelError, ScheduleError
-from fewstep.space.masked import MaskedSchedule
 
 __all__ = ["Family", "generate", "text_denoiser"]
 

@@ -47,7 +47,7 @@ from fewstep.samplers import (
     start,
     start_particles,
 )
-from fewstep.samplers.ode import start_scale
+from fewstep.samplers.ode import on_unit_noise
 from fewstep.samplers.token_denoiser import CountedSequences
 from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
 from fewstep.search.problem import (
@@ -64,7 +64,7 @@ from fewstep.search.problem import (
     watched,
 )
 from fewstep.search.yardstick import Array, Statistic
-from fewstep.space import Program, stack
+from fewstep.space import stack
 from fewstep.space.errors import FewstepError, ModelError, StudyError
 
 Want = Literal["measures", "samples", "features"]
@@ -248,7 +248,7 @@ class Block(Work):
             if "time_shift" in first.options:  # compiles its rows as it runs, always alone
                 x = sample(first, denoiser, start(first, z), **shared)[None]
             else:
-                programs = stack([scaled(schedule) for schedule in self.schedules])
+                programs = stack([on_unit_noise(schedule) for schedule in self.schedules])
                 x = run(
                     programs,
                     denoiser,
@@ -332,16 +332,6 @@ def _filled(parts: Sequence[np.ndarray | None]) -> np.ndarray:
     """The values of all candidates in one array, NaN for those that have none."""
     shape = next((p.shape for p in parts if p is not None), (1, 1))
     return np.stack([np.full(shape, np.nan) if p is None else p for p in parts])
-
-
-def scaled(schedule: Any) -> Program:
-    """The schedule's program as it acts on UNIT noise: p_0 and e times the scale of its start."""
-    program: Program = schedule.program
-    scale = start_scale(schedule)
-    if scale == 1.0:
-        return program
-    init = program.init * torch.tensor([scale, 1.0], dtype=torch.float64)
-    return replace(program, init=init, e=program.e * scale)
 
 
 def cut(schedules: Sequence[Any], size: int) -> list[tuple[int, ...]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewstep.predictors.cpr import CPR, fit
 from fewstep.samplers import Problem
+from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool
@@ -36,7 +37,7 @@ from fewstep.search.strategies.joint import (
     gram,
 )
 from fewstep.search.verdict import Row
-from fewstep.search.work import Block, Counted, Evaluator, Work, scaled
+from fewstep.search.work import Block, Counted, Evaluator, Work
 from fewstep.search.yardstick import Array
 from fewstep.space import OdeSchedule, Program, stack
 from fewstep.space.baselines import baseline
@@ -185,7 +186,7 @@ class Stage:
             stream, size = (
                 (HELD, self.config.cpr.held) if r.held else (TRAIN, self.config.cpr.samples)
             )
-            program = stack([scaled(s) for s in r.schedules])
+            program = stack([on_unit_noise(s) for s in r.schedules])
             like, scale = r.schedules[0], self._scale(r.setting.guidance)
             tasks.append(GramTask(program, stream, size, scale, like.constant, like.options))
         found = []
