@@ -138,6 +138,12 @@ def watched(problem: AnyProblem) -> AnyProblem:
     )
 
 
+def of_decoded(features: Callable[[Tensor], Tensor], problem: Problem) -> Any:
+    """A study's feature function as one of samples: latents are decoded first."""
+    decode = problem.decode
+    return features if decode is None else lambda x: features(decode(x)).to(x.device)
+
+
 def device_of(problem: AnyProblem) -> torch.device:
     """Where the network runs, as its denoiser's `device` says; the CPU where it says nothing."""
     denoiser = problem.denoiser if isinstance(problem, Problem) else None

@@ -89,7 +89,7 @@ def write_results(
         pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, objective))
     sheet = None
     if family.has_teacher or problem.picture is not None:
-        drawn = _sheet(config, pool, verdicts, endpoints)
+        drawn = _sheet(config, pool, verdicts, endpoints, problem)
         sheet = report.contact_sheet(out / "samples.png", drawn, problem.picture)
     if sheet is not None:
         pictures.insert(0, sheet)
@@ -144,15 +144,20 @@ def _sheet(
     pool: Pool,
     verdicts: list[Verdict],
     endpoints: Tensor | None,
+    problem: AnyProblem,
 ) -> list[tuple[str, Tensor]]:
-    """Samples on the same fresh noise: per NFE best named and found, then the teacher if any."""
+    """Samples on the same fresh noise.
+
+    Per NFE the problem's own baselines, best named and found; then the teacher if any.
+    """
     size = min(config.final.pictures, config.final.samples)
-    schedules = [s for v in verdicts for s in (v.best_named, v.found)]
-    labels = [
-        t
-        for v in verdicts
-        for t in (f"{v.row.best_named}, {v.row.nfe} calls", f"found, {v.row.nfe} calls")
-    ]
+    own = problem.baselines if isinstance(problem, Problem) else None
+    labels, schedules = [], []
+    for v in verdicts:
+        drawn_too = {**(own(v.row.nfe) if own else {}), v.row.best_named: v.best_named}
+        for name, schedule in {**drawn_too, "found": v.found}.items():
+            labels.append(f"{name}, {v.row.nfe} calls")
+            schedules.append(schedule)
     blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
     samples = [torch.from_numpy(np.array(r.values[0])) for r in pool.map(blocks)]
     rows = list(zip(labels, samples, strict=True))

@@ -57,6 +57,7 @@ from fewstep.search.problem import (
     guarded,
     import_path,
     noise_of,
+    of_decoded,
     prompts,
     sample_seed,
     uniforms_of,
@@ -495,7 +496,7 @@ def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
     features: Callable[[Tensor], Tensor] | None = problem.features
     if spec.features is not None:
         features = import_path(spec.features, spec.model.folder, "objective.features")
-        features = guarded(features, "objective.features")
+        features = of_decoded(guarded(features, "objective.features"), problem)
     if features is None:
         raise StudyError(
             "objective frechet needs features: name a function in objective.features, or give the "
