@@ -165,7 +165,7 @@ class Proposer:
     @property
     def replays(self) -> bool:
         """Whether the sampler keeps state besides its trials, so that resuming asks it anew."""
-        return self.name in ("cmaes", "nsgaii")
+        return self.name in ("cmaes", "nsgaii", "qmc")
 
     def _make(self, earlier: Sequence[Evaluated]) -> Any:
         """The sampler, or an Optuna one of no generation yet: options are checked."""
