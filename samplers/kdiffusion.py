@@ -90,8 +90,8 @@ class KDiffusionDenoiser:
         t = t.to(torch.float64)
         scale = _scale(self.noise, t, flow=self._flow)
         extra = dict(self._extra)
-        if isinstance(guidance, Tensor):
-            extra["cond_scale"] = float(guidance.flatten()[0])
+        if guidance is not None:
+            extra["cond_scale"] = float(torch.as_tensor(guidance).flatten()[0])
         return self._model(
             x / bcast(scale, x), _levels(self.noise, t, flow=self._flow).to(x), **extra
         )

@@ -153,6 +153,7 @@ class Store:
         import optuna
 
         self._optuna, self._storage = optuna, storage
+        self._alone = isinstance(storage, optuna.storages.JournalStorage)
         self._studies: dict[str, Trials] = {}
         asked = json.loads(json.dumps(identity))
         held = self._held(name)
@@ -223,6 +224,10 @@ class Store:
                     storage=self._storage, study_name=name if number == 1 else f"{name}.{number}"
                 )
             except self._optuna.exceptions.DuplicatedStudyError:
+                if self._alone and number == 1:  # the folder's own journal: a kill cut its begin
+                    torn = self._optuna.load_study(study_name=name, storage=self._storage)
+                    if not torn.user_attrs.get("identity"):
+                        return torn
                 number += 1
 
 

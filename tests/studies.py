@@ -103,6 +103,7 @@ batch = 8
 
 [final]
 samples = 16
+most = 16
 resamples = 200
 top = 3
 pictures = 2

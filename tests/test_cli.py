@@ -139,7 +139,7 @@ def test_a_small_search_prints_its_cost_and_its_table(capsys, tmp_path):
     code, out, err = called(capsys, "search", study, "--out", tmp_path / "out")
     assert code == 0
     assert "network evaluations" in err
-    assert "found / named" in out
+    assert "best named" in out
     assert called(capsys, "report", tmp_path / "out")[0] == 0
 
 
@@ -154,7 +154,7 @@ def searched(tmp_path_factory):
 def test_report_says_which_decisions_mattered_and_keeps_it(capsys, searched):
     code, text, _ = called(capsys, "report", searched, "-n", 8)
     assert code == 0
-    assert "found / named" in text
+    assert "best named" in text
     assert "on 8 fresh samples" in text
     assert (searched / "decisions.png").stat().st_size > 0
     kept = (searched / "decisions.json").read_bytes()
@@ -186,7 +186,7 @@ def test_report_of_schedules_without_a_solver_is_the_tables(capsys, tmp_path):
     assert called(capsys, "search", study, "--out", tmp_path / "out", "-q")[0] == 0
     code, text, _ = called(capsys, "report", tmp_path / "out")
     assert code == 0
-    assert "found / named" in text
+    assert "best named" in text
     assert not (tmp_path / "out" / "decisions.png").exists()
     file = tmp_path / "out" / "schedules" / "nfe03.json"
     assert "no solver's steps" in refused(capsys, "report", file, "--study", study)

@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 def test_the_base_is_told_compensated_after_the_named_solvers(finished, nfe):
     table = trial_table(finished.out, f"tiny-nfe{nfe:02d}")
     *named, last = table
-    assert len(named) <= 40
+    assert len(named) <= 104
     assert not any(row[-1]["source"].startswith("compensation:") for row in named)
     attributes = last[-1]
     assert attributes["source"] == f"compensation:{BASE}"
@@ -93,7 +93,7 @@ def test_without_a_base_the_best_candidates_are_compensated_and_lam_interpolates
     outcome = _search(tmp_path, *overrides)
     sources = [row[-1]["source"] for row in trial_table(outcome.out, "tiny-nfe04")]
     assert sum(s.startswith("compensation:") for s in sources) == 2
-    assert len(sources) == 42
+    assert len(sources) == 106
 
 
 @pytest.mark.parametrize(

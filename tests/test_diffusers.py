@@ -9,7 +9,14 @@ import torch
 
 from fewstep.samplers import from_model, sample, start
 from fewstep.samplers.diffusers import FewstepScheduler
-from fewstep.space import OdeSchedule, ScheduleError, StepSpec, noise, save_schedule
+from fewstep.space import (
+    OdeSchedule,
+    ProgramSchedule,
+    ScheduleError,
+    StepSpec,
+    noise,
+    save_schedule,
+)
 from fewstep.space.baselines import baseline
 
 diffusers = pytest.importorskip("diffusers")
@@ -86,14 +93,18 @@ def test_a_ddpm_pipeline_runs_the_file_and_counts_its_calls(tmp_path):
 
 
 def test_a_refined_digits_schedule_replays_on_the_shipped_model():
-    """Weights, shifts and moved times, on the real class-conditional network."""
+    """A fitted program, all of its numbers moved, on the real class-conditional network."""
     from fewstep.experiments.models.digits import load_network, problem
-    from fewstep.search.strategies.knobs import Knobs
+    from fewstep.search.strategies.gauss_newton import FreeProgram, canonical
 
     subject = problem()
-    knobs = Knobs(baseline("ipndm3/quadratic", subject.denoiser.noise, 6))
-    g = torch.Generator().manual_seed(4)
-    schedule = knobs.apply(0.05 * torch.randn(knobs.size, generator=g, dtype=torch.float64))
+    base = baseline("ipndm3/quadratic", subject.denoiser.noise, 6)
+    model, g = FreeProgram(canonical(base.program), base.noise), torch.Generator().manual_seed(4)
+    theta = 0.05 * torch.randn(model.size, generator=g, dtype=torch.float64)
+    theta[6] = 0.0  # p_0: this loop does not call scale_model_input
+    schedule = ProgramSchedule(
+        noise=base.noise, program=model.program(theta), start=base.start, end=base.end
+    )
     z = torch.randn(8, 1, 8, 8, generator=g)
     cond = subject.cond(torch.arange(8))
     net = load_network()

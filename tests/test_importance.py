@@ -137,7 +137,7 @@ def test_scores_are_those_of_the_search(study, evaluator):
     schedule = load_schedule(out / "schedules" / "nfe03.json")
     before = sorted((out / "teacher").iterdir())
     scored = rescore([schedule], evaluator, config, 16, out / "teacher", stream=FRESH)
-    assert scored.results[0].score == row["found_score"]
+    assert scored.value(0) == pytest.approx(row["found_score"], rel=1e-6)
     rescore([schedule], evaluator, config, 8, out / "teacher", stream=FRESH, held=16)
     assert sorted((out / "teacher").iterdir()) == before  # nothing computed anew
 
@@ -149,8 +149,8 @@ def test_effects_are_paired_ratios_of_the_swaps_scores(study, evaluator, tmp_pat
     one, two = explain([("a", schedule), ("b", other)], evaluator, config, 16, tmp_path)
     listed = [s.schedule for s in swaps(schedule) if s.schedule is not None]
     scored = rescore([schedule, *listed], evaluator, config, 16, tmp_path, stream=FRESH)
-    assert one.score == pytest.approx(scored.results[0].score)
-    expected = sorted(r.score / scored.results[0].score for r in scored.results[1:])
+    assert one.score == pytest.approx(scored.value(0))
+    expected = sorted(scored.value(i) / scored.value(0) for i in range(1, len(listed) + 1))
     assert sorted(x.ratio for x in one.effects) == pytest.approx(expected)
     assert all(x.interval[0] <= x.ratio <= x.interval[1] for x in one.effects)
     assert [x.ratio for x in two.effects] == sorted((x.ratio for x in two.effects), reverse=True)
@@ -165,7 +165,7 @@ def test_a_decision_that_was_chosen_well_shows_as_needed(study, evaluator, tmp_p
     times[3] = times[2] - 0.02 * (times[2] - times[3])
     bad = good.model_copy(update={"times": tuple(times)})
     config = load_study(study)
-    (explained,) = explain([("bad", bad)], evaluator, config, 64, tmp_path)
+    (explained,) = explain([("bad", bad)], evaluator, config, 512, tmp_path)
     by = {(x.step, x.decision): x for x in explained.effects}
     assert by[3, "time"].ratio < 1
     assert by[3, "time"].sure

@@ -15,7 +15,7 @@ from fewstep.experiments.benchmarks.peers_forms import Discretised, NonStationar
 from fewstep.experiments.benchmarks.peers_verdict import interval, ratios, write_tensor
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.samplers import sample
-from fewstep.search.display import Silent
+from fewstep.search.display import Display
 from fewstep.search.strategies.fitting import Batch
 from fewstep.search.strategies.gauss_newton import canonical
 from fewstep.space import ScheduleError
@@ -65,7 +65,7 @@ def test_a_free_first_gradient_costs_no_call():
 def test_adam_lowers_the_error_on_fresh_noise(name, plan):
     form, solver = FORMS[name]
     fresh = batch(3, 256)
-    found = fit(form, MODEL, batch(1, 256), batch(2), plan, Silent())
+    found = fit(form, MODEL, batch(1, 256), batch(2), plan, Display())
     before = sample_errors(solver.program, MODEL, fresh, fresh.x_T)
     after = sample_errors(found.program, MODEL, fresh, fresh.x_T)
     if plan.loss == "log":
@@ -89,14 +89,14 @@ def test_a_fit_counts_every_image_and_a_backward_pass_as_two():
             return MODEL(x, t)
 
     plan = Plan(20_000, batch=16, soft=True)
-    found = fit(form, Counting(), batch(1), batch(2, 32), plan, Silent())
+    found = fit(form, Counting(), batch(1), batch(2, 32), plan, Display())
     assert found.evaluations == asked
 
 
 def test_a_budget_below_one_step_says_so():
     form, _ = FORMS["dyweight"]
     with pytest.raises(ScheduleError, match="raise it"):
-        fit(form, MODEL, batch(1), batch(2), Plan(1000), Silent())
+        fit(form, MODEL, batch(1), batch(2), Plan(1000), Display())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 6])

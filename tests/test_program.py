@@ -360,8 +360,8 @@ def test_truncated_json_nan_and_a_missing_file_are_named(tmp_path):
 def test_baselines_refuse_what_does_not_exist():
     with pytest.raises(ScheduleError, match="odd number of calls"):
         baseline("heun/edm", VP, 4)
-    with pytest.raises(ScheduleError, match="solver 'euler' is unknown"):
-        baseline("euler/edm", VP, 4)
+    with pytest.raises(ScheduleError, match="solver 'eulers' is unknown"):
+        baseline("eulers/edm", VP, 4)
     with pytest.raises(ScheduleError, match="grid 'karras' is unknown"):
         baseline("ddim/karras", VP, 4)
     with pytest.raises(ScheduleError, match="nfe 0"):

@@ -39,12 +39,13 @@ def test_a_wrong_study_is_one_line_that_names_the_key(tables, message):
 
 
 def test_a_missing_factory_is_named():
-    with pytest.raises(StudyError, match=r"model\.factory is missing"):
+    with pytest.raises(StudyError, match="exactly one of factory and pipeline"):
         study_from_dict({"model": {}, "budget": {"candidates": 5}, "search": {"nfe": [4]}})
 
 
 def test_arguments_of_the_factory_are_the_other_keys_of_its_table():
-    assert study_from_dict(_data(model={"guidance": 2.0})).model.arguments == {"guidance": 2.0}
+    _, arguments = study_from_dict(_data(model={"guidance": 2.0})).model.built_by("")
+    assert arguments == {"guidance": 2.0}
 
 
 def test_overrides_read_toml_values_and_text(tmp_path):

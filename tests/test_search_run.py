@@ -256,6 +256,7 @@ def test_a_study_written_down_reads_back(finished):
     assert again.identity() == {
         **load_study(finished.out.parent / "study.toml").identity(),
         "objective.name": "endpoint_mse",
+        "objective.statistic": "geometric",
     }
 
 

@@ -123,7 +123,7 @@ def explain(
         if result.status != "ok":
             raise StudyError(f"{name} could not be scored: {result.status} ({result.message})")
         objective = evaluator.objective.name
-        facts = (name, schedule.nfe, schedule.digest, objective, samples, result.score)
+        facts = (name, schedule.nfe, schedule.digest, objective, samples, scored.value(start))
         made.append(Explained(*facts, schedule.n_steps, tuple(effects(own, scored, start))))
     return made
 
