@@ -15,7 +15,7 @@ THREADS ?= 1
 # Files of tests that run side by side.
 JOBS ?= 2
 
-.PHONY: help install demo test quick check format types wheel ui results clean
+.PHONY: help install demo test quick check docs format types wheel ui results clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,10 +50,13 @@ test: install check  ## check, then every test
 quick: install  ## the tests that take seconds
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -m 'not slow'
 
-check: $(STAMP) types  ## lint, format and types, changing nothing
+check: $(STAMP) types docs  ## lint, format, types and documents, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documents: build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .

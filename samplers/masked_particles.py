@@ -91,7 +91,7 @@ def sample_tilted(
 
     Args:
         schedule: fixed counts that sum to the masks of every sequence, parallel, temperatures
-            above 0, top_p 1.
+            above 0, positions by any rule but "drawn"; nothing else.
         denoiser: the model.
         target: what the sequences are weighed towards.
         tokens: int64 ids (P, K, L), `denoiser.mask` where a token is wanted.
@@ -242,9 +242,6 @@ class _Run:
             callback=seen.append,
         )
         first = seen[0]
-        decided = (self.tokens != first.tokens).sum(-1)
-        if bool((decided != call.count).any()):
-            raise ScheduleError(f"call {k}: its rule decides as it draws; weights need counts")
         chance, own = (
             torch.where(first.valid, p.gather(2, first.drawn[..., None])[..., 0], 1.0).log()
             for p in (first.mu, first.law)
@@ -272,9 +269,11 @@ class _Run:
 
 def _require_weighable(schedule: MaskedSchedule, power: float) -> None:
     for k, call in enumerate(schedule.calls):
-        if call.mode != "parallel" or call.top_p != 1 or not call.temperature > 0:
+        plain = CallSpec(count=call.count, temperature=call.temperature, positions=call.positions)
+        if call != plain or not call.temperature > 0 or call.positions == "drawn":
             raise ScheduleError(
-                f"call {k}: weights need mode parallel, top_p 1 and a temperature above 0"
+                f"call {k}: weights need a fixed count, mode parallel, top_p 1 and a temperature "
+                "above 0, without bounds, blocks, remasking or positions 'drawn'"
             )
         if power != 1 and (call.count != 1 or call.positions != "uniform"):
             raise ScheduleError(f"call {k}: power {power:g} needs count 1 and uniform positions")

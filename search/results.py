@@ -152,10 +152,12 @@ def _sheet(
     """
     size = min(config.final.pictures, config.final.samples)
     own = problem.baselines if isinstance(problem, Problem) else None
-    labels, schedules = [], []
+    labels: list[str] = []
+    schedules: list[Any] = []
     for v in verdicts:
-        drawn_too = {**(own(v.row.nfe) if own else {}), v.row.best_named: v.best_named}
-        for name, schedule in {**drawn_too, "found": v.found}.items():
+        shown: dict[str, Any] = dict(own(v.row.nfe)) if own else {}
+        shown |= {v.row.best_named: v.best_named, "found": v.found}
+        for name, schedule in shown.items():
             labels.append(f"{name}, {v.row.nfe} calls")
             schedules.append(schedule)
     blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]

@@ -110,8 +110,8 @@ class Settled(dict[str, Any]):
         self.choices, self.place, self.wanted = choices, place, wanted
 
     def __missing__(self, name: str) -> Any:
-        row = table(self.choices)[name]
-        self[name] = found = row.nearest(self, self.wanted.get(name))
+        wanted = self.wanted.get(name) if name in open_at(self.choices, self.place.index) else None
+        self[name] = found = table(self.choices)[name].nearest(self, wanted)
         return found
 
     @property
@@ -150,6 +150,17 @@ def table(choices: StepChoices) -> dict[str, Decision]:
     for k in range(choices.weights):
         made[f"weight{k}"] = _weight(k, choices.weights_bound)
     return made
+
+
+@lru_cache(maxsize=4096)
+def open_at(choices: StepChoices, i: int) -> dict[str, Parameter]:
+    """The parameters of step i, by decision; what is not among them is neutral there."""
+    found = {}
+    for name, row in table(choices).items():
+        p = row.parameter(choices, i)
+        if p is not None:
+            found[name] = p.with_prior(row.prior) if row.prior else p
+    return found
 
 
 def _clip(value: Any, low: float, high: float) -> float:

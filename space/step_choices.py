@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from fewstep.space.choices import Parameter, Place, Settled, Value, table
+from fewstep.space.choices import Parameter, Place, Settled, Value, open_at, table
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import StepSpec
 
@@ -151,16 +151,13 @@ class StepChoices:
         """The (decision, value) pairs that matter for a canonical step; `settle` inverts them."""
         f = Settled(self, place, {})
         f |= step_values(step) | {"corrector_order": step.points_corrector}
-        for name, decision in table(self).items():
-            if decision.parameter(self, place.index) is not None and decision.matters(f):
+        for name in open_at(self, place.index):
+            if table(self)[name].matters(f):
                 yield name, f[name]
 
     def parameters(self, i: int) -> Iterator[Parameter]:
         """Every parameter step i may have, in a fixed order."""
-        for decision in table(self).values():
-            found = decision.parameter(self, i)
-            if found is not None:
-                yield found.with_prior(decision.prior) if decision.prior else found
+        yield from open_at(self, i).values()
 
 
 @lru_cache(maxsize=8192)

@@ -344,7 +344,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("space", SPACES)
 def test_what_is_called_a_member_is_the_same_sampler_in_canonical_form(noise, space):
-    """`refuses` against `settle`: any step at all is refused, or settling it changes nothing."""
+    """Any step at all is refused, or settling it changes nothing; a reason names what changes."""
     wide = OdeDomain(noise, 5, SPACES["open"], first=("network", "zero"))
     domain = OdeDomain(noise, 5, SPACES[space], first=("network", "zero"))
     rng = np.random.default_rng(0)
@@ -361,8 +361,10 @@ def test_what_is_called_a_member_is_the_same_sampler_in_canonical_form(noise, sp
             program = schedule.program
         except ScheduleError:
             continue  # no schedule at all
-        member = domain.contains(schedule) is None
+        reason = domain.contains(schedule)
+        member = reason is None
         told[member] += 1
+        assert member or reason.startswith(("first", "step ", "it makes")), reason
         if member:
             canonical = domain.canonical(schedule)
             canonical.program.require_equal(program, 1e-6)
@@ -373,11 +375,17 @@ def test_what_is_called_a_member_is_the_same_sampler_in_canonical_form(noise, sp
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (StepSpec(order=2, start=2), "beyond starts = 1"),
-        (StepSpec(order=1, start=1), "newest output unused"),
-        (StepSpec(order=2, start=1, basis="adams", formulation="noise"), "no adams weights"),
-        (StepSpec(order=4, basis="adams", corrector="reuse"), "no corrector of 5 points"),
-        (StepSpec(order=3, corrector="reuse", corrector_slope_points=1), "slopes is false"),
+        (StepSpec(order=2, start=2), "start 2 is not open here, where it would be 1"),
+        (StepSpec(order=1, start=1), "start 1 is not open"),
+        (StepSpec(order=2, start=1, basis="adams", formulation="noise"), "start 1 is not open"),
+        (
+            StepSpec(order=4, basis="adams", corrector="reuse"),
+            "corrector_order None is not open here, where it would be 4",
+        ),
+        (
+            StepSpec(order=3, corrector="reuse", corrector_slope_points=1),
+            "corrector_slope_points 1 is not open",
+        ),
         (StepSpec(order=2, formulation="velocity"), "velocity"),
     ],
 )
@@ -394,7 +402,7 @@ def test_order_one_after_a_reuse_corrector_has_a_formulation():
     base = baseline("ddim/logsnr", noise, 4)
     steps = [StepSpec(corrector="reuse"), StepSpec(formulation="noise"), *base.steps[2:]]
     schedule = base.model_copy(update={"steps": tuple(steps)})
-    assert "after a reuse corrector" in str(OdeDomain(noise, 4).contains(schedule))
+    assert "step 1: formulation 'noise' is not open" in str(OdeDomain(noise, 4).contains(schedule))
     domain = OdeDomain(noise, 4, USF)
     assert domain.params(schedule)["formulation_1"] == "noise"
     domain.canonical(schedule).program.require_equal(schedule.program, 1e-8)

@@ -280,6 +280,30 @@ def test_a_list_names_the_levels_it_says(made, kind):
     assert schedule.n_steps == len(t) - (not ends)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 2's in stock schedulers
+@pytest.mark.parametrize(
+    ("config", "nfe", "like"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", **BETAS}, 6, "dpmpp2m"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 4, "ddim"),
+        ({"_class_name": "EDMEulerScheduler"}, 4, "ddim"),
+    ],
+)
+def test_a_diffusers_scheduler_and_a_number_of_calls_is_a_file(
+    capsys, tmp_path, config, nfe, like
+):
+    pytest.importorskip("diffusers")
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    out = tmp_path / "stock.json"
+    code, told, _ = called(capsys, "import", tmp_path, "--nfe", nfe, "--out", out)
+    assert code == 0
+    assert f"{nfe} network calls of {config['_class_name']}" in told
+    assert json.loads(out.read_text())["provenance"].get("baseline") == like
+    config |= {"use_dynamic_shifting": True, "_class_name": "FlowMatchEulerDiscreteScheduler"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    assert "give --mu" in refused(capsys, "import", tmp_path, "--out", out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -58,7 +58,7 @@ def one_line(error):
 
 def test_mutated_configurations_are_read_or_refused_in_one_line():
     rng, read = random.Random(0), 0
-    for i in range(4000):
+    for i in range(2400):
         config = mutated(CONFIGS[i % len(CONFIGS)], rng)
         try:
             network = network_facts(config, mu=rng.choice([None, 0.5, 1.2]))
@@ -70,7 +70,7 @@ def test_mutated_configurations_are_read_or_refused_in_one_line():
         x = torch.zeros(1, 2, 2)
         assert network.data(x, x, t).shape == x.shape
         assert bool(torch.isfinite(network.noise.label(t)).all())
-    assert read > 1000
+    assert read > 600
 
 
 def own(network, nfe=3):
@@ -90,7 +90,7 @@ def run(schedule, network, seed):
 
 def test_a_file_that_fits_a_mutated_configuration_gives_the_same_samples():
     rng, same, refused = random.Random(1), 0, 0
-    for i in range(600):
+    for i in range(400):
         config = CONFIGS[i % len(CONFIGS)]
         plain = network_facts(config)
         schedule = own(plain)
@@ -109,8 +109,8 @@ def test_a_file_that_fits_a_mutated_configuration_gives_the_same_samples():
             same += 1
         elif network.clip != plain.clip and network.clip is not None:
             assert "clipping" in said
-    assert same > 50
-    assert refused > 50
+    assert same > 30
+    assert refused > 30
 
 
 def files():
@@ -167,7 +167,7 @@ def test_mutated_files_load_and_replay_or_are_refused_in_one_line(i):
         "rectified_flow": network_facts(CONFIGS[4]),
     }.get(data["noise"]["type"])
     loaded = 0
-    for _ in range(300):
+    for _ in range(100):
         try:
             schedule = load_schedule(edited(data, rng, places))
         except FewstepError as error:
@@ -183,4 +183,4 @@ def test_mutated_files_load_and_replay_or_are_refused_in_one_line(i):
         if network is not None:
             for fact in facts(schedule, network):
                 one_line(fact.line)
-    assert loaded > 5
+    assert loaded > 2

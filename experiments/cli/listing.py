@@ -235,7 +235,7 @@ def from_config(
     return named_like(program) or program
 
 
-def named_like(schedule: OdeSchedule | ProgramSchedule, tolerance: float = 2e-5) -> Any:
+def named_like(schedule: OdeSchedule | ProgramSchedule, tolerance: float = 1e-4) -> Any:
     """The named solver on the same times that does the same, with its steps; None if none does.
 
     Args:
