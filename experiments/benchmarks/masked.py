@@ -3,6 +3,7 @@
     python -m fewstep.experiments.benchmarks.masked time                     # the molecule model
     python -m fewstep.experiments.benchmarks.masked time --vocabulary 50257  # a stand-in network
     python -m fewstep.experiments.benchmarks.masked precision
+    python -m fewstep.experiments.benchmarks.masked curve                    # the molecule model
 
 `time` runs, one after the other on the same network, batch and machine: first hitting token by
 token; ancestral sampling with the network asked at every step; the same cached (asked only after
@@ -17,18 +18,22 @@ calls, the ratio to first hitting and the share of the time spent outside the ne
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from fewstep.experiments.models import molecules
-from fewstep.samplers import from_subs, sample_masked
+from fewstep.samplers import fingerprint, from_subs, sample_masked
 from fewstep.samplers.ancestral import Sampling, ancestral
 from fewstep.samplers.categorical import truncated_law
+from fewstep.samplers.curve import cross_entropy_curve, save_curve
+from fewstep.space.counts import COUNTS, best_counts, counts_by_name, counts_cost
 from fewstep.space.masked import MaskedSchedule
 
 
@@ -121,10 +126,38 @@ def show_precision(args: argparse.Namespace) -> None:
         print(f"| {steps} | {steps / 2**24:.1e} | {rate * steps:.2f} | {entropy:.2f} |")
 
 
+def measure_curve(args: argparse.Namespace) -> None:
+    """Measure the molecule model's cross-entropy curve on MOSES test molecules, and write it.
+
+    Prints, for numbers of calls, the expected divergence (nats a molecule) of every named counts.
+    """
+    net = molecules.load_net(args.weights, device=args.device)
+    chosen = molecules.load_smiles("test")[: args.samples]
+    tokens = torch.from_numpy(molecules.encode(chosen, drop=True)).long().to(args.device)
+    with Progress() as bar:
+        task = bar.add_task("cross-entropy curve", total=None)
+        curve = cross_entropy_curve(
+            from_subs(net, molecules.MASK), tokens, batch=256,
+            generator=torch.Generator().manual_seed(0),
+            on_progress=lambda i, n: bar.update(task, completed=i, total=n),
+        )  # fmt: skip
+    curve = dataclasses.replace(curve, model=fingerprint(net, "molecules"))
+    save_curve(curve, molecules.CURVE)
+    print(" ".join(f"{v:.3f}" for v in curve.values), f"nats, {curve.samples} molecules")
+    print(f"| calls | {' | '.join(COUNTS)} | dp | its counts |\n|{'---|' * (len(COUNTS) + 3)}")
+    exact, every = sum(curve.values), best_counts(curve.values)
+    for calls in (2, 4, 8, 12, 16):
+        rows = [counts_by_name(name, molecules.LENGTH, calls) for name in COUNTS]
+        cells = [counts_cost(curve.values, c) - exact for c in (*rows, every[calls - 1])]
+        told = " ".join(map(str, every[calls - 1]))
+        print(f"| {calls} | {' | '.join(f'{c:.3f}' for c in cells)} | {told} |")
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="measure masked samplers")
-    parser.add_argument("what", choices=["time", "precision"])
+    parser.add_argument("what", choices=["time", "precision", "curve"])
+    parser.add_argument("--samples", type=int, default=4000, help="molecules for the curve")
     parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=0, help="stand-in network of so many")
@@ -135,7 +168,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.what == "time":
+    if args.what == "curve":
+        measure_curve(args)
+    elif args.what == "time":
         args.steps = args.steps or [256, 1024, 2048, 10_000]
         show_time(args)
     else:

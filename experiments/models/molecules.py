@@ -37,6 +37,7 @@ from fewstep.experiments.models.assets import read_member
 from fewstep.samplers import MaskedProblem, fingerprint, from_subs
 
 __all__ = [
+    "CURVE",
     "LENGTH",
     "MASK",
     "PAD",
@@ -70,6 +71,8 @@ MASK = PAD + 1
 VOCABULARY = MASK + 1
 LENGTH = 20
 WEIGHTS = Path(__file__).with_name("molecules.safetensors")
+CURVE = Path(__file__).with_name("molecules_curve.json")
+"""The shipped network's cross-entropy curve (`benchmarks.masked curve`)."""
 
 _PATTERN = re.compile(r"\[[^\]]+\]|Br|Cl|.")
 _IDS = {token: index for index, token in enumerate(TOKENS)}
