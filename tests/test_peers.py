@@ -16,8 +16,7 @@ from fewstep.experiments.benchmarks.peers_verdict import interval, ratios, write
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.samplers import sample
 from fewstep.search.display import Display
-from fewstep.search.strategies.fitting import Batch
-from fewstep.search.strategies.gauss_newton import canonical
+from fewstep.search.strategies.gauss_newton import Batch, canonical
 from fewstep.space import ScheduleError
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline
