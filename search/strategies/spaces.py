@@ -271,9 +271,9 @@ class OdeSpace(DomainSpace):
 
     def breed(self, alive: Sequence[Point], rng: np.random.Generator) -> list[Point]:
         """See `DomainSpace`."""
-        moves = min(MOVES, self.children)
+        moves = max(2, self.children // PATTERNS)
         made: list[Point] = []
-        for _ in range(max(1, self.children // moves)):
+        for _ in range(PATTERNS):
             parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
             pattern, params, source = self._pattern(parent, alive, rng)
             lam = self._moved(np.array(self.domain.lam(pattern.times)), alive, moves, rng)
