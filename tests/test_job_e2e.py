@@ -20,6 +20,7 @@ SETTINGS = (
     "search.workers=2",
     "budget.candidates=40",
     "search.samples=16",
+    "search.race=[]",
     "final.samples=16",
     "final.resamples=200",
     "teacher.nfe=16",

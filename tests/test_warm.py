@@ -114,8 +114,8 @@ def test_what_is_outside_the_space_is_scored_as_it_is_and_as_the_member_next_to_
     domain = OdeDomain(NOISE, 3)
     itself, member = warm_start({"refined": given}, domain, [])
     assert itself.schedule == given
-    assert "dt_land" in itself.note["outside"]
-    assert "dt_land" in member.note["adopted"]
+    assert "step 1: weights (0.2,) is not open" in itself.note["outside"]
+    assert "step 1: weights (0.2,) is not open" in member.note["adopted"]
     assert domain.contains(member.schedule) is None
     mean = given.model_copy(update={"first": "mean", "steps": (*steps, StepSpec())[:3]})
     assert all("outside" not in p.note for p in warm_start({"m": mean}, domain, []))
