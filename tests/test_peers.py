@@ -28,7 +28,7 @@ MODEL = Mixture(VP, _SHARP.weights, _SHARP.means, _SHARP.variances + 0.3)
 IPNDM = baseline("ipndm3/quadratic", VP, 5)
 FORMS = {
     "dyweight": (Weighted(VP, 5, "quadratic", first_free=False), IPNDM),
-    "bns": (NonStationary(VP, canonical(IPNDM.program)), IPNDM),
+    "bns": (NonStationary(VP, IPNDM.program), IPNDM),
     "ld3": (Discretised(baseline("unipc3-bh1/edm", VP, 5)), baseline("unipc3-bh1/edm", VP, 5)),
 }
 

@@ -56,7 +56,7 @@ from fewstep.experiments.benchmarks.peers_verdict import (
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.experiments.benchmarks.search import problem
 from fewstep.search.display import Display, Terminal
-from fewstep.search.strategies.gauss_newton import Batch, canonical
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import ProgramSchedule, load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError
@@ -72,7 +72,7 @@ LABELS = {
 }
 LD3_SOLVERS = ("unipc3-bh1", "ipndm3")
 DYWEIGHT_GRIDS = ("edm", "quadratic")
-BNS_RATES = (3e-3, 1e-2)
+BNS_RATES = (1e-2, 3e-2)
 SHORT = 6
 """Every variant is first fitted with the budget over this."""
 HEAT, TOP = 64, 8
@@ -251,9 +251,9 @@ def _dyweight(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
 
 
 def _bns(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
-    start = canonical(baseline(_best_named(bench, nfe), bench.noise, nfe).program)
+    start = baseline(_best_named(bench, nfe), bench.noise, nfe).program
     return {
-        f"{loss}/{rate:g}": Variant(NonStationary(bench.noise, start, rate, 5 * rate), loss)
+        f"{loss}/{rate:g}": Variant(NonStationary(bench.noise, start, rate, rate), loss)
         for loss in ("mean", "log")
         for rate in BNS_RATES
     }, 0

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fewstep.search.strategies.gauss_newton import canonical
 from fewstep.space import OdeSchedule, Program, compile
 from fewstep.space.baselines import grid
 from fewstep.space.errors import ScheduleError
@@ -154,12 +155,19 @@ class Weighted:
 
 @dataclass(frozen=True)
 class NonStationary:
-    """BNS: query times in order, and all weights of x_T and of the outputs, from a program.
+    """BNS: query times in order, and in every step free weights of x_T and of all gradients.
+
+    With z = y/alpha, s = sigma/alpha at the queries and at the end, and d_j = (z_j - D_j)/s_j,
+
+        z_{c+1} = z_c + (s_{c+1} - s_c) (a_c x_T + sum_{j<=c} w_cj d_j)
+
+    which is every program without a constant image. In these units all weights are of order 1 and
+    a wrong one harms its own step, so that Adam gets on (with the weights of a program as it
+    stands it hardly does).
 
     Args:
         noise: the noise schedule.
-        base: the start, with r = 0 (`search.strategies.gauss_newton.canonical`) and no constant
-            image.
+        base: the program to start from, without a constant image.
         rate: Adam's step size of the weights.
         time_rate: that of the times, in lam and in the logarithm of its differences.
     """
@@ -169,31 +177,55 @@ class NonStationary:
     rate: float = 1e-2
     time_rate: float = 1e-2
 
+    @property
+    def _end(self) -> Tensor:
+        """The time that samples belong to."""
+        return torch.tensor(self.noise.t_range[1], dtype=torch.float64)
+
     def groups(self) -> list[Group]:
-        """First lam, logarithms of its differences, weights of x_T, weights of the outputs."""
-        lam = finite_lam(self.noise, self.base.t)
+        """First lam, logarithms of its differences, a, and the rows of w one after the other."""
+        base, end = self.base, self._end
+        lam = finite_lam(self.noise, base.t)
         if bool((lam.diff() <= 0).any()):
             raise ScheduleError("the start of a free program must ask in the order of its times")
-        rows, columns = torch.tril_indices(self.base.nfe, self.base.nfe)
+        calls, weights = base.nfe, canonical(base)
+        e = torch.cat([base.init[:1], weights.e])
+        b = torch.cat([torch.zeros(1, calls, dtype=torch.float64), weights.b])
+        alpha = torch.cat([base.alpha, self.noise.alpha(end)[None]])
+        z = torch.cat([e[:, None], b], dim=1) / alpha[:, None]
+        levels = torch.exp(-torch.cat([lam, self.noise.lam(end)[None]]))
+        basis = torch.eye(calls + 1, dtype=torch.float64)
+        d = (z[:-1] - basis[1:]) / levels[:-1, None]
+        steps = z.diff(dim=0) / levels.diff()[:, None]
+        found = torch.linalg.solve(torch.cat([basis[:1], d]).T, steps.T).T
+        rows, columns = torch.tril_indices(calls, calls)
         return [
             Group(lam[:1], self.time_rate),
             Group(torch.log(lam.diff()), self.time_rate),
-            Group(self.base.e, self.rate),
-            Group(self.base.b[rows, columns], self.rate),
+            Group(found[:, 0], self.rate),
+            Group(found[:, 1:][rows, columns], self.rate),
         ]
 
     def program(self, values: Sequence[Tensor]) -> Program:
         """See `Form`; query times stay within those of the noise schedule."""
-        first, gaps, e, weights = values
-        ends = finite_lam(self.noise, torch.tensor(self.noise.t_range, dtype=torch.float64))
-        lam = torch.cat([first, first + torch.cumsum(torch.exp(gaps), 0)])
-        t = self.noise.t_of_lam(lam.clamp(ends[0], ends[1]))
-        calls = self.base.nfe
+        first, gaps, a, flat = values
+        noise, calls = self.noise, self.base.nfe
+        low, high = finite_lam(noise, torch.tensor(noise.t_range, dtype=torch.float64))
+        lam = torch.cat([first, first + torch.cumsum(torch.exp(gaps), 0)]).clamp(low, high)
+        t = noise.t_of_lam(lam)
+        alpha = torch.cat([noise.alpha(t), noise.alpha(self._end)[None]])
+        levels = torch.exp(-torch.cat([lam, noise.lam(self._end)[None]]))
         rows, columns = torch.tril_indices(calls, calls)
-        b = torch.zeros(calls, calls, dtype=torch.float64).index_put((rows, columns), weights)
-        start = torch.cat([self.base.init[:1], torch.zeros(calls, dtype=torch.float64)])
-        states = torch.cat([start[None], torch.cat([e[:, None], b], dim=1)])
-        return from_states(self.noise, t, states)
+        w = torch.zeros(calls, calls, dtype=torch.float64).index_put((rows, columns), flat)
+        basis = torch.eye(calls + 1, dtype=torch.float64)
+        z = self.base.init[0] * basis[0] / alpha[0]
+        states, gradients = [alpha[0] * z], []
+        for c in range(calls):
+            gradients.append((z - basis[c + 1]) / levels[c])
+            slope = a[c] * basis[0] + w[c, : c + 1] @ torch.stack(gradients)
+            z = z + (levels[c + 1] - levels[c]) * slope
+            states.append(alpha[c + 1] * z)
+        return from_states(noise, t, torch.stack(states))
 
 
 @dataclass(frozen=True)
