@@ -30,7 +30,7 @@ class RefineTable(Table):
         held: noise the iterate is chosen by.
         loss: "huber", by which the few samples that end in another mode of the data count by
             their distance, or "mean", by its square.
-        rounds: Gauss-Newton rounds on `batch` samples, at most; half as many on more.
+        rounds: Gauss-Newton rounds on `batch` samples, at most; a third as many on more.
         batch: samples that a fit begins on, and that run as one piece.
         knobs: what may move: "times" and "weights" (all numbers of the program), and "guidance"
             (of every call); "times" alone keeps the start's other choices and its steps.

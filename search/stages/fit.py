@@ -207,7 +207,7 @@ class _Run:
                 self.on_round()
             return False
 
-        rounds = self.table.rounds if size <= self.table.batch else max(1, self.table.rounds // 2)
+        rounds = self.table.rounds if size <= self.table.batch else max(1, self.table.rounds // 3)
         levenberg(theta, fit.linearise, fit.losses, rounds=rounds, on_round=look)
         self.calls, self.samples = self.calls + fit.calls, max(self.samples, size)
         if best is not None:

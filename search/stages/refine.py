@@ -140,7 +140,7 @@ def refine_cost(table: RefineTable, nfe: int) -> int:
     jacobian = sum((c + 2 + image) * (nfe - 1 - c) + nfe - c for c in range(nfe))
     jacobian += (5 + image) * nfe  # the start's numbers, and the steps tried
     few, rounds = min(table.batch, table.samples), max(1, 2 * table.rounds // 3)
-    on_more, starts = max(1, rounds // 2), table.top + 1
+    on_more, starts = max(1, table.rounds // 3), table.top + 1
     seen, size, looks = few * rounds * starts, few, rounds * starts
     while size < table.samples:
         size = min(4 * size, table.samples)
