@@ -321,10 +321,6 @@ class Fit:
             found[i] = value if math.isfinite(value) else math.inf
         return found
 
-    def errors(self, theta: Tensor) -> Tensor:
-        """The mean squared residual of every sample at theta, (n,), float64."""
-        return self._errors([theta]).get(0, torch.full((len(self.batch),), math.inf))
-
     def _errors(self, thetas: Sequence[Tensor]) -> dict[int, Tensor]:
         programs: dict[int, Program] = {}
         for i, theta in enumerate(thetas):
