@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from fewstep.samplers import sample, start
-from fewstep.space.baselines import named
+from fewstep.samplers.replay import from_call
+from fewstep.space import ProgramSchedule
+from fewstep.space.baselines import baseline, named
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.pipelines import PipelineDenoiser
-from tests.test_wild_pipelines import NO_LATENTS, close, seeded, shown
-from tests.tiny_pipelines import BUILDERS, build
+from tests.test_wild_pipelines import NO_LATENTS, close, first, seeded, shown
+from tests.tiny_pipelines import BUILDERS, build, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -34,3 +36,64 @@ def test_a_schedule_replayed_in_the_pipeline_equals_sample(name):
         ours = sample(schedule, denoiser, start(schedule, z))
         pipe.scheduler = FewstepScheduler.from_config(config, schedule=schedule.to_dict())
         assert close(shown(pipe, name, z, call, 4), ours)
+
+
+def watched(scheduler):
+    """The states that a pipeline hands a scheduler and gets back, as lists that fill."""
+    given, made, step = [], [], scheduler.step
+
+    def spy(output, timestep, state, *args, **kwargs):
+        result = step(output, timestep, state, *args, **kwargs)
+        given.append(state.clone())
+        made.append((result[0] if isinstance(result, tuple) else result.prev_sample).clone())
+        return result
+
+    scheduler.step = spy
+    return given, made
+
+
+@pytest.mark.parametrize("name", ["dit", "ddpm"])
+@pytest.mark.parametrize("solver", ["unipc2-bh2/logsnr", "dpmpp3m/quadratic"])
+def test_a_pipeline_that_draws_its_own_start_replays_from_it(name, solver):
+    pipe, call = build(name)
+    denoiser = PipelineDenoiser(pipe, (), call)
+    config = json.loads(pipe.scheduler.to_json_string())
+    schedule = named(denoiser.noise, 4)[solver]
+    pipe.scheduler = FewstepScheduler.from_config(config, schedule=schedule.to_dict())
+    given, made = watched(pipe.scheduler)
+    pipe(num_inference_steps=4, generator=seeded(), output_type="np", **first(call))
+    ours = sample(schedule, denoiser, given[0][:1])  # DiT carries the two halves of guidance
+    assert len(made) == 4
+    assert close(made[-1][:1], ours)
+
+
+def image_to_image(name):
+    if name == "sd_img2img":
+        return build(name)
+    pipe, call = build("sd3")
+    image = rows(1, 3, 16, 16, seed=5).sigmoid()
+    made = diffusers.StableDiffusion3Img2ImgPipeline(**pipe.components)
+    made.set_progress_bar_config(disable=True)
+    return made, {**call, "image": image}
+
+
+@pytest.mark.parametrize("strength, calls", [(0.75, 6), (0.5, 4), (0.25, 2)])
+@pytest.mark.parametrize("solver", ["unipc3-bh2/logsnr", "dpmpp2m/edm", "fitted"])
+@pytest.mark.parametrize("name", ["sd_img2img", "sd3_img2img"])
+def test_image_to_image_starts_in_the_middle_as_the_rest_of_the_schedule_does(
+    name, solver, strength, calls
+):
+    pipe, call = image_to_image(name)
+    denoiser = PipelineDenoiser(pipe, (), call)
+    config = json.loads(pipe.scheduler.to_json_string())
+    schedule = baseline("unipc2-bh1/edm" if solver == "fitted" else solver, denoiser.noise, 8)
+    if solver == "fitted":
+        schedule = ProgramSchedule.of(schedule)
+    pipe.scheduler = FewstepScheduler.from_config(config, schedule=schedule.to_dict())
+    given, made = watched(pipe.scheduler)
+    more = {"strength": strength, "generator": seeded(), "output_type": "latent"}
+    pipe(num_inference_steps=8, **more, **first(call))
+    rest = from_call(schedule, 8 - calls)
+    ours = sample(rest, denoiser, given[0])
+    assert len(made) == calls
+    assert close(made[-1], ours)
