@@ -12,8 +12,10 @@ from fewstep.samplers.replay import from_call
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import baseline, named
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+
+import diffusers
 
 from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.pipelines import PipelineDenoiser
@@ -77,7 +79,7 @@ def image_to_image(name):
     return made, {**call, "image": image}
 
 
-@pytest.mark.parametrize("strength, calls", [(0.75, 6), (0.5, 4), (0.25, 2)])
+@pytest.mark.parametrize(("strength", "calls"), [(0.75, 6), (0.5, 4), (0.25, 2)])
 @pytest.mark.parametrize("solver", ["unipc3-bh2/logsnr", "dpmpp2m/edm", "fitted"])
 @pytest.mark.parametrize("name", ["sd_img2img", "sd3_img2img"])
 def test_image_to_image_starts_in_the_middle_as_the_rest_of_the_schedule_does(
