@@ -1,6 +1,6 @@
 """What the tutorials show runs as it stands there, with a smaller search.
 
-A block with a title is a file; the others run from top to bottom, those of Python in one namespace.
+A block with a title is a file; the others run from top to bottom, Python in one namespace.
 A block after `<!-- not run: reason -->` is left out.
 """
 
@@ -25,8 +25,8 @@ from tests.tiny_pipelines import with_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(
-    r'(?P<skip><!-- not run: [^\n]+ -->\n)?^```(?P<kind>sh|python|toml)(?: title="(?P<title>[^"]+)")?\n'
-    r"(?P<text>.*?)^```",
+    r"(?P<skip><!-- not run: [^\n]+ -->\n)?^```(?P<kind>sh|python|toml)"
+    r'(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```',
     re.MULTILINE | re.DOTALL,
 )
 SMALL = settings("search.workers=0")
