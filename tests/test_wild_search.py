@@ -38,6 +38,12 @@ def problem(name):
     pipe, call = build(name)
     return pipeline_problem(pipe, (), call)
 """
+FEATURES = """
+def colours(images):
+    assert images.shape[1] == 3
+    assert 0 <= images.min() < images.max() <= 1
+    return images.mean((2, 3))
+"""
 STUDY = """
 [model]
 factory = "tiny_factory:problem"
@@ -119,6 +125,23 @@ def test_a_pipeline_that_a_factory_returns_is_searched(tmp_path, capsys, monkeyp
     sys.modules.pop("tiny_factory")
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert "stock:FlowMatchEulerDiscreteScheduler" in [s["name"] for s in row["named"]]
+
+
+def test_features_that_the_user_names_get_decoded_images(saved, tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_features.py").write_text(FEATURES)
+    study = tmp_path / "study.toml"
+    study.write_text(
+        f'[model]\npipeline = "{saved / "sd"}"\nprompts = "{saved / "prompts.txt"}"\n'
+        '[search]\nnfe = [2]\nworkers = 0\nstrategy = "random"\n[budget]\ncandidates = 3\n'
+        '[objective]\nname = "frechet"\nfeatures = "my_features:colours"\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    more = ("search.samples=4", "search.block=[2,4]", "final.samples=4")
+    run(capsys, "search", study, "--out", tmp_path / "out", "-q", *settings(*more))
+    sys.modules.pop("my_features")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["objective"] == "frechet"
+    assert results["rows"][0]["found_score"] > 0
 
 
 @pytest.mark.parametrize(
