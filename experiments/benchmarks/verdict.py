@@ -1,21 +1,24 @@
 """Do the verdict's intervals cover? Verdicts resampled from many fresh samples, at its own size.
 
-    python -m fewstep.experiments.benchmarks.verdict run --found runs/demo/schedules --nfe 4 5 6 8
+    python -m fewstep.experiments.benchmarks.verdict run --nfe 4 5 6 8 \
+        --found runs/demo/schedules runs/demo1/schedules
     python -m fewstep.experiments.benchmarks.verdict run --model galaxy --found FOLDER --nfe 5 8 \
         --fresh 8192
     python -m fewstep.experiments.benchmarks.verdict report
 
-`run` draws the errors of the found schedule and of the best named solver (chosen on --choose other
-samples) on --fresh samples that no search has seen, and keeps them. `report` takes 200 verdicts
-out of them, each begun on 1024 of the samples (without replacement) and doubled as a verdict is,
-and counts how often the interval of the geometric ratio holds the ratio of all samples; beside it
-the percentile interval of the mean, which is withheld where the tail index is below 2.
+`run` draws the errors of the schedules found and of the best named solver (chosen on --choose
+other samples) on --fresh samples that no search has seen, and keeps them. `report` takes 200
+verdicts out of them, each begun on 1024 of the samples (without replacement) and doubled as a
+verdict is, and counts how often the interval of the geometric ratio holds the ratio of all
+samples; beside it the percentile interval of the mean, which is withheld where the tail index is
+below 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,21 +45,22 @@ def draw(a: argparse.Namespace) -> None:
     made, todo = problem(a.model), [n for n in a.nfe if not _path(a, n).exists()]
     if not todo:
         return
-    choose, pairs = Landscape(made, a.choose, teacher_calls=a.teacher), {}
+    choose, rivals = Landscape(made, a.choose, teacher_calls=a.teacher), {}
     for nfe in todo:
         solvers = named(made.denoiser.noise, nfe)
         scores = [level(e, "geometric") for e in choose.per_sample(list(solvers.values()))]
         best = list(solvers)[int(np.nanargmin(scores))]
-        pairs[nfe] = best, (load_schedule(a.found / f"nfe{nfe:02d}.json"), solvers[best])
+        found = [load_schedule(folder / f"nfe{nfe:02d}.json") for folder in a.found]
+        rivals[nfe] = best, [*found, solvers[best]]
     parts: dict[int, list[Array]] = {nfe: [] for nfe in todo}
     for first in range(0, a.fresh, PART):
         noise = Landscape(made, min(PART, a.fresh - first), FIRST + first, teacher_calls=a.teacher)
-        for nfe, (_, pair) in pairs.items():
-            parts[nfe].append(np.concatenate([noise.per_sample([s]) for s in pair]))
+        for nfe, (_, schedules) in rivals.items():
+            parts[nfe].append(np.concatenate([noise.per_sample([s]) for s in schedules]))
         print(f"{a.model}: {first + PART} of {a.fresh} samples", flush=True)
-    for nfe, (best, _) in pairs.items():
-        both = np.ascontiguousarray(np.concatenate(parts[nfe], axis=1))
-        save_file({"errors": both}, _path(a, nfe), metadata={"named": best})
+    for nfe, (best, _) in rivals.items():
+        errors = np.ascontiguousarray(np.concatenate(parts[nfe], axis=1))  # the named solver last
+        save_file({"errors": errors}, _path(a, nfe), metadata={"named": best})
 
 
 def _path(a: argparse.Namespace, nfe: int) -> Path:
@@ -77,10 +81,16 @@ def one_verdict(
         size *= 2
 
 
-def row(path: Path, begin: int, most: int, verdicts: int) -> str:
-    """One line of the table."""
+def rows(path: Path, begin: int, most: int, verdicts: int) -> Iterator[str]:
+    """Lines of the table, one for each schedule found."""
     with safe_open(path, framework="np") as file:
-        name, (a, b) = file.metadata()["named"], file.get_tensor("errors")
+        name, (*found, b) = file.metadata()["named"], file.get_tensor("errors")
+    model, nfe = path.stem.rsplit("_", 1)
+    for a in found:
+        yield f"| {model} | {nfe} | {name} {_row(a, b, begin, most, verdicts)}"
+
+
+def _row(a: Array, b: Array, begin: int, most: int, verdicts: int) -> str:
     rng = np.random.default_rng(0)
     truth, mean = geometric_ratio(a, b)[0], a.mean() / b.mean()
     covered, by_mean, sizes = 0, 0, []
@@ -92,9 +102,8 @@ def row(path: Path, begin: int, most: int, verdicts: int) -> str:
         low, high = bootstrap_ratio(a[at], b[at], np.mean, resamples=200, seed=k)
         by_mean += low <= mean <= high
     whole = compare(a, b, resamples=100)
-    model, nfe = path.stem.rsplit("_", 1)
     return (
-        f"| {model} | {nfe} | {name} | {len(a)} | {truth:.3f} | {whole.median:.3f} "
+        f"| {len(a)} | {truth:.3f} | {whole.median:.3f} "
         f"| {whole.mean:.3f} | {whole.q90:.3f} | {whole.q99:.3f} "
         f"| {100 * whole.share_worse:.1f} % | {whole.tail_index:.2f} "
         f"| {int(np.median(sizes))} | {100 * covered / verdicts:.0f} % "
@@ -107,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--model", default="digits")
-    parser.add_argument("--found", type=Path, help="folder of nfe05.json, ...")
+    parser.add_argument("--found", nargs="+", type=Path, help="folders of nfe05.json, ...")
     parser.add_argument("--nfe", nargs="+", type=int, default=[4, 5, 6, 8])
     parser.add_argument("--choose", type=int, default=512, help="samples named solvers compete on")
     parser.add_argument("--fresh", type=int, default=32_768)
@@ -132,7 +141,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for path in paths:
-        print(row(path, a.begin, a.most, a.verdicts), flush=True)
+        for row in rows(path, a.begin, a.most, a.verdicts):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":
