@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.experiments.models import mixtures
 from fewstep.samplers import Problem, run, start
 from fewstep.search.record import write_text
 from fewstep.search.strategies import Evaluated, Proposer
@@ -127,8 +128,12 @@ class Landscape:
 
 
 def problem(model: str) -> Problem:
-    """A shipped model by name."""
-    made: Problem = importlib.import_module(f"fewstep.experiments.models.{model}").problem()
+    """A model by name: a shipped one, "digits@5" at guidance 5, or "forty" (mixtures)."""
+    if model == "forty":
+        return Problem(mixtures.forty(), (2,), fingerprint="forty")
+    name, _, scale = model.partition("@")
+    module = importlib.import_module(f"fewstep.experiments.models.{name}")
+    made: Problem = module.problem(float(scale)) if scale else module.problem()
     return made
 
 
