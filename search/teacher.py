@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.samplers import Problem
@@ -195,5 +195,5 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 def _write(path: Path, values: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"endpoints": values.contiguous()}, temporary)
+    temporary.write_bytes(save({"endpoints": values.contiguous()}))  # readable as files here are
     temporary.replace(path)

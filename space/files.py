@@ -101,12 +101,11 @@ def save_schedule(schedule: Any, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     constant = getattr(schedule, "constant", None)
     if constant is not None and schedule.uses_constant:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        _replace(
-            path.with_suffix(".safetensors"),
-            lambda p: save_file({"constant": constant.detach().contiguous()}, p),
-        )
+        # By its bytes: `save_file` makes files that nobody else may read.
+        image = save({"constant": constant.detach().cpu().contiguous()})
+        _replace(path.with_suffix(".safetensors"), lambda p: p.write_bytes(image))
     _replace(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
     return path
 

@@ -367,3 +367,10 @@ def test_programs_that_add_noise_do_not_grow_and_none_shrinks():
     with pytest.raises(ScheduleError, match="makes 4 calls, more than 3"):
         grown(s, 3)
     assert grown(s, 4) is s
+
+
+def test_an_image_may_be_read_by_whoever_may_read_its_file(tmp_path):
+    schedule = fitted()
+    file = save_schedule(schedule, tmp_path / "a.json")
+    assert file.with_suffix(".safetensors").stat().st_mode == file.stat().st_mode
+    assert load_schedule(file).constant.equal(schedule.constant)

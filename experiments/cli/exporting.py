@@ -335,10 +335,10 @@ def _python(schedule: Loaded, target: Target) -> list[Path]:
     if ode.program.uses_constant:
         if ode.constant is None:
             raise StudyError("the constant image is missing: put the .safetensors beside the file")
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         image = target.folder / f"{target.stem}.safetensors"
-        save_file({"constant": ode.constant.contiguous()}, image)
+        image.write_bytes(save({"constant": ode.constant.contiguous()}))
         files.append(image)
     return files
 
