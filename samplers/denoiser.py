@@ -30,7 +30,11 @@ OUTPUTS = ("eps", "x0", "v", "score", "flow")
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """x (B, *shape), t (B,) -> data prediction (B, *shape) at the time asked."""
+    """x (B, *shape), t (B,) -> data prediction (B, *shape) at the time asked.
+
+    One that has further networks or settings says so in `networks`, their prices by name, and is
+    then called with `network=name` where a schedule asks for one (`Networks`).
+    """
 
     noise: NoiseSchedule
 
@@ -204,6 +208,45 @@ def from_model(
         ModelError: unknown output kind; at call time, a result of the wrong shape.
     """
     return ModelDenoiser(model, noise, output, null_cond=null_cond, dtype=dtype, device=device)
+
+
+class Networks:
+    """Several networks, or settings of one, behind the Denoiser contract.
+
+    A schedule's program names the one that a call asks; "" and any caller that names none ask
+    `main`. All predict the same data on one noise schedule.
+
+    Args:
+        main: the model's own.
+        others: further ones by name, each with its price: what it costs beside `main`, which is 1.
+
+    Raises:
+        ModelError: a network of another noise schedule, or a price that is not positive.
+    """
+
+    def __init__(self, main: Denoiser, others: Mapping[str, tuple[Denoiser, float]]) -> None:
+        self._by_name = {"": main} | {name: denoiser for name, (denoiser, _) in others.items()}
+        self.networks = {name: float(price) for name, (_, price) in others.items()}
+        self.noise = main.noise
+        self.device = getattr(main, "device", None)
+        self.piece: int | None = getattr(main, "piece", None)
+        for name, (denoiser, price) in others.items():
+            if denoiser.noise != main.noise:
+                raise ModelError(f"network {name!r} has another noise schedule than the model's")
+            if not (name and price > 0):
+                raise ModelError(f"network {name!r} at price {price!r}: both must say something")
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        cond: Cond | None = None,
+        guidance: float | Tensor | None = None,
+        network: str = "",
+    ) -> Tensor:
+        """See `Denoiser`; `network` is one of the names."""
+        return self._by_name[network](x, t, cond=cond, guidance=guidance)
 
 
 def fingerprint(module: torch.nn.Module, name: str) -> str:

@@ -383,13 +383,35 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         raise ScheduleError(
             "the schedule sets the guidance scale of every call: pass guidance_scale="
             f"{float(run.program.guidance[0]):g} and callback_on_step_end="
-            "pipe.scheduler.guidance_callback() to the pipeline"
+            "pipe.scheduler.guidance_callback(pipe) to the pipeline"
         )
 
-    def guidance_callback(self) -> GuidanceCallback:
-        """A pipeline's `callback_on_step_end` that sets the schedule's guidance scales."""
+    def guidance_callback(self, pipe: Any = None) -> GuidanceCallback:
+        """A pipeline's `callback_on_step_end` that sets the schedule's guidance scales.
+
+        Args:
+            pipe: the pipeline; needed where the schedule leaves calls unguided.
+
+        Raises:
+            ScheduleError: a pipeline that cannot leave a call unguided.
+        """
+        callback = GuidanceCallback(self, pipe)
         self._armed = True
-        return GuidanceCallback(self)
+        return callback
+
+    @property
+    def leaves_unguided(self) -> bool:
+        """Whether a schedule has guided and unguided calls, or unguided ones alone."""
+        scales = [s.program.guidance for s in self._schedules.values()]
+        return any(w is not None and bool((w == 1).any()) for w in scales)
+
+    @property
+    def unguided_now(self) -> bool:
+        """Whether the next call of a run with the callback is unguided."""
+        scales = self._schedule.program.guidance
+        running = self._run is not None and not self._run.done
+        at = self.step_index if running else self._begin_index or 0
+        return self._armed and scales is not None and bool(scales[at or 0] == 1)
 
     def guided(self, call: int) -> None:
         """Told by the callback: call `call` of this run has the schedule's guidance scale."""

@@ -59,6 +59,10 @@ def facts(schedule: OdeSchedule | ProgramSchedule, network: NetworkFacts) -> lis
         scales = ", ".join(f"{w:g}" for w in guidance.tolist())
         line = f"the file sets the guidance scale of every call ({scales}): the caller must, too"
         found.append(Fact("guidance", "converted", line))
+    if schedule.program.network is not None:
+        named = ", ".join(sorted({repr(name) for name in schedule.program.network if name}))
+        line = f"the file asks network {named} at some calls: run it with samplers.sample"
+        found.append(Fact("networks", "refused", line))
     if "time_shift" in schedule.options:
         line = "options.time_shift compiles rows as it samples: run it with samplers.sample"
         found.append(Fact("options", "refused", line))

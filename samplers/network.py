@@ -31,6 +31,9 @@ OUTPUT_KINDS = {
 }
 """diffusers' prediction_type -> ours (`samplers.denoiser.OUTPUTS`)."""
 
+NETWORKS = ("unet", "transformer", "transformer_2", "prior", "decoder", "dit")
+"""Names under which pipelines keep the networks that the sampling loop asks."""
+
 _FLOW = (
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
     *("FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler"),

@@ -8,7 +8,8 @@ Coefficients are float64 and cast once; the state and the history are at least f
 network's dtype, and stay where x_T is: what a call needs besides is there before the loop begins.
 There are no solver classes: a new method is a new way to fill rows. With candidates stacked (a
 leading axis M in the program) the network sees M B images a call, in pieces that its denoiser's
-`piece` names; candidates only share the starting noise.
+`piece` names; candidates only share the starting noise. The calls of a stage (`space.costs`) do
+not use one another's outputs, and are asked together (`samplers.asking`).
 """
 
 from __future__ import annotations
@@ -20,16 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.samplers.asking import ask, prefix_groups, questions, require_networks
 from fewstep.samplers.denoiser import Cond, Denoiser, bcast
 from fewstep.samplers.shift import Shifter
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.options import Threshold
 from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
-
-PIECE = 2**15
-"""Numbers of the states that one network call of stacked candidates holds at most, on a CPU,
-where the denoiser names no `piece` (images)."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,9 @@ def run(
             "the schedule starts from a constant image, which lies beside its file under the "
             "same name with .safetensors: copy it along, or call with_constant(m)"
         )
+    require_networks(program, denoiser)
     groups = prefix_groups(program) if stacked and share else None
-    queries = _Queries(program, groups, batch, x_T)
+    batches = questions(program, groups, batch, x_T, alone=shifter is not None)
     origin = x_T.expand(count, batch, *shape)
     if m is not None and p.uses_m and not _fits(m, shape):
         raise ScheduleError(
@@ -175,34 +174,52 @@ def run(
         y = y + p.at("k0", 0) * constant
     history: list[Tensor] = []
     finite: list[Tensor | None] = []  # read after the last call: no wait on the device in between
-    for c in range(program.nfe):
-        if shifter is not None and program is not (now := shifter.before(c, y.reshape(x_T.shape))):
-            program, p = now, _Coefficients(now, x_T)
-            if program.r.ndim == 2:  # from here on every image is its own candidate
-                count, batch = len(x_T), 1
-            y, origin, *history = (v.reshape(count, batch, *shape) for v in (y, origin, *history))
-            queries = _Queries(program, None, batch, x_T)
-        q = queries.at[c]
-        flat = (y if q.rows is None else y[q.rows]).reshape(q.asked * batch, *shape)
-        scale = guidance if q.guidance is None else q.guidance
-        D = _ask(denoiser, flat, q.t, cond, scale, q.asked if shifter is None else 1)
-        D = D.to(x_T.dtype)
-        if options and "threshold" in options:
-            D = threshold(D, **options["threshold"])
-        finite.append(torch.isfinite(D).all() if check else None)
-        if callback is not None:
-            callback(Progress(c, q.t, flat, D))
-        D = D.reshape(q.asked, batch, *shape)
-        history.append(D if q.back is None else D[q.back])
+
+    def advanced(c: int) -> Tensor:
         fresh = None
         if p.noisy(c):  # one draw, shared by candidates
             fresh = torch.empty_like(x_T).normal_(generator=generator)
             fresh = fresh if shifter is None else fresh.reshape(y.shape)
-        y = p.advance(c, y, origin, constant, history, fresh)
-    for c, good in enumerate(finite):
+        return p.advance(c, y, origin, constant, history, fresh)
+
+    for turn in range(len(batches)):
+        first, *others = batches[turn].calls
+        if shifter is not None:
+            now = shifter.before(first, y.reshape(x_T.shape))
+            if program is not now:
+                program, p = now, _Coefficients(now, x_T)
+                if program.r.ndim == 2:  # from here on every image is its own candidate
+                    count, batch = len(x_T), 1
+                y, origin, *history = (
+                    v.reshape(count, batch, *shape) for v in (y, origin, *history)
+                )
+                batches = questions(program, None, batch, x_T, alone=True)
+        q, states = batches[turn], [y]
+        for c in others:
+            y = advanced(c - 1)
+            states.append(y)
+        flat = y if len(states) == 1 else torch.cat(states)
+        flat = (flat if q.rows is None else flat[q.rows]).reshape(q.asked * batch, *shape)
+        D = ask(denoiser, flat, q, cond, guidance, whole=shifter is not None)
+        D = D.to(x_T.dtype)
+        if options and "threshold" in options:
+            D = threshold(D, **options["threshold"])
+        finite.append(torch.isfinite(D).all() if check else None)
+        if callback is not None and not others:
+            callback(Progress(first, q.t, flat, D))
+        D = D.reshape(q.asked, batch, *shape)
+        outputs = (D if q.back is None else D[q.back]).split(count)
+        history += outputs
+        if callback is not None and others:
+            for k, c in enumerate(q.calls):
+                t = program.t[..., c].reshape(-1).repeat_interleave(batch).to(x_T.device)
+                callback(Progress(c, t, states[k].flatten(0, 1), outputs[k].flatten(0, 1)))
+        y = advanced(q.calls[-1])
+    for q, good in zip(batches, finite, strict=True):
         if good is not None and not bool(good):
             raise ModelError(
-                f"the data prediction of network call {c} (t = {program.t[..., c].tolist()}) is "
+                f"the data prediction of network call {q.calls[0]} "
+                f"(t = {program.t[..., q.calls[0]].tolist()}) is "
                 "not finite: check the model's output kind and noise schedule"
             )
     return y if stacked else y.reshape(x_T.shape)
@@ -213,123 +230,6 @@ def _fits(m: Tensor, shape: torch.Size) -> bool:
     return m.ndim <= len(shape) and all(
         a in (1, b) for a, b in zip(m.shape[::-1], shape[::-1], strict=False)
     )
-
-
-def prefix_groups(program: Program) -> list[list[int]]:
-    """For every call of M stacked programs, the first candidate with the same rows until then.
-
-    Candidates of one group are in the same state and ask the network the same question, bit for
-    bit, because the rows that led there are.
-    """
-    count, calls = program.r.shape
-    guidance = program.r.new_zeros(count, calls) if program.guidance is None else program.guidance
-    columns = torch.stack(
-        [program.t, program.r, program.e, program.k, program.g, guidance], dim=-1
-    )
-    table = torch.cat([columns, program.b], dim=-1).numpy()
-    start = program.init.numpy()
-    found: list[list[int]] = []
-    keys = [start[i].tobytes() for i in range(count)]
-    for c in range(calls):
-        asked = [k + table[i, c, [0, 5]].tobytes() for i, k in enumerate(keys)]
-        first: dict[bytes, int] = {}
-        found.append([first.setdefault(key, i) for i, key in enumerate(asked)])
-        keys = [k + table[i, c].tobytes() for i, k in enumerate(keys)]
-    return found
-
-
-@dataclass(frozen=True)
-class _Query:
-    """What one network call asks: of which candidates, when, with what guidance, for whom."""
-
-    asked: int
-    t: Tensor
-    guidance: float | Tensor | None
-    rows: Tensor | None
-    back: Tensor | None
-
-
-class _Queries:
-    """The queries of every call, on x's device before the loop begins: three copies in all.
-
-    Args:
-        program: one program, or M stacked ones.
-        groups: see `prefix_groups`; None asks for every candidate.
-        batch: images of a candidate.
-        x: a tensor of the state's device.
-    """
-
-    def __init__(
-        self, program: Program, groups: list[list[int]] | None, batch: int, x: Tensor
-    ) -> None:
-        count = program.r.shape[0] if program.r.ndim == 2 else 1
-        every = list(range(count))
-        reps = [every if groups is None else sorted(set(g)) for g in groups or [[]] * program.nfe]
-        self._batch, self._sizes = batch, [len(r) for r in reps]
-        times = self._moved([program.t[..., c].reshape(-1)[r] for c, r in enumerate(reps)], x)
-        scales: list[float | Tensor | None] = [None] * program.nfe
-        if program.guidance is not None:
-            chosen = [program.guidance[..., c].reshape(-1)[r] for c, r in enumerate(reps)]
-            moved = self._moved(chosen, x)
-            for c, (given, there) in enumerate(zip(chosen, moved, strict=True)):
-                same = not given.requires_grad and bool((given == given[0]).all())
-                scales[c] = float(given[0]) if same else there
-        rows: list[Tensor | None] = [None] * program.nfe
-        back: list[Tensor | None] = [None] * program.nfe
-        fewer = [c for c, r in enumerate(reps) if len(r) < count]
-        if groups is not None and fewer:
-            lists = [reps[c] + [reps[c].index(g) for g in groups[c]] for c in fewer]
-            flat = torch.tensor([i for part in lists for i in part]).to(x.device)
-            for c, part in zip(fewer, flat.split([len(part) for part in lists]), strict=True):
-                rows[c], back[c] = part[: len(reps[c])], part[len(reps[c]) :]
-        self.at = [_Query(*q) for q in zip(self._sizes, times, scales, rows, back, strict=True)]
-
-    def _moved(self, values: list[Tensor], x: Tensor) -> list[Tensor]:
-        """One number per candidate asked -> one per image, on x's device."""
-        parts = torch.cat(values).to(x.device).split(self._sizes)
-        return [v[:, None].expand(len(v), self._batch).reshape(-1) for v in parts]
-
-
-def _ask(
-    denoiser: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    cond: Cond | None,
-    guidance: float | Tensor | None,
-    count: int,
-) -> Tensor:
-    """The data predictions of `count` candidates' states, in pieces that suit the processor.
-
-    A piece holds as many whole candidates as fit into the denoiser's `piece` images. Where it
-    names none, all run at once; on a CPU as many as fit into `PIECE` numbers, so that the
-    network's activations stay in its cache.
-    """
-    batch, piece = len(x) // count, getattr(denoiser, "piece", None)
-    where = getattr(denoiser, "device", None) or x.device
-    if piece is not None:
-        most = max(1, piece // batch)
-    else:
-        on_cpu = torch.device(where).type == "cpu"
-        most = max(1, PIECE * count // max(1, x.numel())) if on_cpu else count
-    made = []
-    for at in range(0, count, most):
-        rows = slice(at * batch, (at + most) * batch)
-        part, times = x[rows], min(most, count - at)
-        scale = guidance[rows] if isinstance(guidance, Tensor) else guidance
-        D = denoiser(part, t[rows], cond=_tiled(cond, times), guidance=scale)
-        if D.shape != part.shape:
-            raise ModelError(
-                f"the denoiser returned {tuple(D.shape)} for a state of shape {tuple(part.shape)}"
-            )
-        made.append(D)
-    return made[0] if len(made) == 1 else torch.cat(made)
-
-
-def _tiled(cond: Cond | None, times: int) -> Cond | None:
-    """Conditions of B samples, repeated for every candidate asked."""
-    if not cond or times == 1:
-        return cond
-    return {name: v.repeat(times, *(1,) * (v.ndim - 1)) for name, v in cond.items()}
 
 
 class _Coefficients:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond
 from fewstep.samplers.inner import Asked, Caught, given_state, inner_scheduler
-from fewstep.samplers.network import network_facts
+from fewstep.samplers.network import NETWORKS, network_facts
 from fewstep.samplers.pipeline_call import PipelineCall
 from fewstep.samplers.problems import Problem
 from fewstep.samplers.saved_pipeline import load_pipeline, read_prompts, with_images
@@ -37,9 +37,6 @@ from fewstep.space.noise import RectifiedFlow
 from fewstep.space.program import ProgramSchedule
 
 __all__ = ["PipelineDenoiser", "pipeline_problem"]
-
-NETWORKS = ("unet", "transformer", "transformer_2", "prior", "decoder", "dit")
-"""Names under which pipelines keep the networks that the sampling loop asks."""
 
 _PICTURE = 192
 _DECODED = 4

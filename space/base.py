@@ -23,7 +23,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from fewstep.space.errors import ScheduleError, need
+from fewstep.space.errors import ScheduleError, is_number, need
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
 from fewstep.space.options import require_options
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = "fewstep.schedule"
 VERSION = 1
+TINY = 1e-13
+"""A coefficient below this is rounding, and is stored as 0."""
 
 
 class Frozen(BaseModel):
@@ -218,3 +220,26 @@ def require_nfe(found: object, nfe: int, what: str) -> None:
         isinstance(found, int) and not isinstance(found, bool) and found == nfe,
         f"nfe is {found!r} in the file but its {what} make{'s' * (what[-1] != 's')} {nfe} calls",
     )
+
+
+def read_numbers(value: object, name: str, size: int) -> Tensor:
+    """A list of `size` finite numbers as a float64 tensor; a ScheduleError names what is wrong."""
+    if not isinstance(value, list) or len(value) != size:
+        raise ScheduleError(f"{name} must be a list of {size} numbers")
+    for i, number in enumerate(value):
+        need(is_number(number), f"{name}[{i}] is {_short(number)}: a finite number is needed")
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def twelve_digits(value: object) -> object:
+    """JSON with its numbers written to 12 significant digits, those below `TINY` as 0."""
+    if isinstance(value, list):
+        return [twelve_digits(v) for v in value]
+    if isinstance(value, float):
+        return "0" if abs(value) < TINY else f"{value:.11e}"
+    return value

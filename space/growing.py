@@ -13,12 +13,18 @@ y_{i+1} = r y_i + f, f the part without the state, the two rows
 give y_{i+1} again. The new output gets weight 0 in all later rows. What was fitted stays as it
 is, and a fit that starts from here has only to find what the new call is good for.
 
+A call may also be given company: queries beside it, a stage (`widened`). They are asked ahead of
+it at states that older outputs already say, and share its weights, half and half: the samples stay
+nearly, and a fit has both to move. From weight 0 it would leave them idle.
+
 In steps the same is two steps with the same mix F of outputs, from s to a level u between and from
 u to t, since Psi(s -> t; F) = Psi(u -> t; F) Psi(s -> u; F) for every formulation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import torch
@@ -27,11 +33,11 @@ from torch import Tensor
 from fewstep.space.coefficients import first, step_weights
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
-from fewstep.space.program import Program, ProgramSchedule, at_times
+from fewstep.space.program import Program, ProgramSchedule, at_times, written_out
 from fewstep.space.schedule import OdeSchedule, StepSpec
 from fewstep.space.solve import Choices
 
-__all__ = ["grown"]
+__all__ = ["grown", "widened"]
 
 
 @overload
@@ -122,8 +128,86 @@ def _one_more_call(program: Program, noise: NoiseSchedule, at: int, end: float) 
         guidance=None
         if program.guidance is None
         else rows(program.guidance, program.guidance[at], program.guidance[at]),
+        network=program.network and (*program.network[: at + 1], *program.network[at:]),
     )
     return at_times(grown, noise, grown.t)
+
+
+AHEAD = 1 / 3
+"""How far ahead of a call the furthest query beside it is asked, in steps."""
+
+
+def widened(schedule: ProgramSchedule, widths: Sequence[int]) -> ProgramSchedule:
+    """A program whose call c is a stage of `widths[c]` queries.
+
+    Further queries are `AHEAD` of a step apart in lam; their states are a first-order step from
+    the call's with the newest output before it. The first has half of the call's weight in every
+    row, the others share the rest.
+
+    Args:
+        schedule: a program without fresh noise.
+        widths: queries of each stage, at least 1.
+
+    Raises:
+        ScheduleError: another number of widths than calls, a width below 1, or fresh noise.
+    """
+    program, noise = schedule.program, schedule.noise
+    if len(widths) != program.nfe or min(widths) < 1:
+        raise ScheduleError(f"widened: {list(widths)} are no widths of {program.nfe} calls")
+    if program.stochastic:
+        raise ScheduleError("widened: the program adds fresh noise: no call can be added")
+    if max(widths) == 1:
+        return schedule
+    spread = _spread(widths)
+    p, rest, _ = written_out(program)
+    image, outputs = rest[:, :1], rest[:, 1:] @ spread
+    ends = torch.tensor([*program.t.tolist(), schedule.end], dtype=torch.float64)
+    lam = finite_lam(noise, ends)
+    times, states, source = list[Tensor](), list[Tensor](), list[int]()
+    for c, width in enumerate(widths):
+        here = torch.cat([p[c : c + 1], image[c], outputs[c]])
+        for i in range(width):
+            ahead = AHEAD * i / max(width - 1, 1)
+            t = program.t[c] if i == 0 else noise.t_of_lam(lam[c] + ahead * (lam[c + 1] - lam[c]))
+            keep = noise.sigma(t) / program.sigma[c]
+            state = keep * here
+            newest = torch.cat([state.new_zeros(2), spread[c - 1]]) if c else _image_of(here)
+            times.append(t)
+            states.append(state + (noise.alpha(t) - program.alpha[c] * keep) * newest)
+            source.append(c)
+    states.append(torch.cat([p[-1:], image[-1], outputs[-1]]))
+    rows = torch.stack(states)
+    zero = torch.zeros(len(source), dtype=torch.float64)
+    wide = replace(
+        program,
+        init=rows[0, :2],
+        r=zero,
+        e=rows[1:, 0],
+        k=rows[1:, 1] if program.uses_constant else zero,
+        b=rows[1:, 2:],
+        g=zero,
+        guidance=None if program.guidance is None else program.guidance[source],
+        network=program.network and tuple(program.network[c] for c in source),
+    )
+    return schedule.model_copy(update={"program": at_times(wide, noise, torch.stack(times))})
+
+
+def _spread(widths: Sequence[int]) -> Tensor:
+    """The share that each query has of the output of each call, (C, queries)."""
+    shares = torch.zeros(len(widths), sum(widths), dtype=torch.float64)
+    at = 0
+    for c, width in enumerate(widths):
+        shares[c, at] = 1.0 if width == 1 else 0.5
+        shares[c, at + 1 : at + width] = 0.5 / max(width - 1, 1)
+        at += width
+    return shares
+
+
+def _image_of(state: Tensor) -> Tensor:
+    """The constant image alone, in the form of a state."""
+    found = torch.zeros_like(state)
+    found[1] = 1.0
+    return found
 
 
 def _written_out(schedule: OdeSchedule) -> OdeSchedule:

@@ -23,19 +23,21 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from fewstep.space import costs
 from fewstep.space.base import (
     FORMAT,
+    TINY,
     VERSION,
     Replayable,
+    read_numbers,
     require_nfe,
     require_within,
+    twelve_digits,
 )
-from fewstep.space.errors import ScheduleError, is_number, need
+from fewstep.space.errors import ScheduleError, need
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.solve import Choices, Number, Tape, solve
-
-_TINY = 1e-13  # a coefficient below this is rounding, and is stored as 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,10 @@ class Program:
         k: weights of the constant image m, shape (C,).
         b: weights of the data predictions, lower triangular, shape (C, C).
         g: weights of fresh noise, shape (C,).
-        guidance: guidance scale of each call, shape (C,), or None where the caller's scale holds.
+        guidance: guidance scale of each call, shape (C,), or None where the caller's scale holds;
+            a call at scale 1 is unguided, and asks the network once.
+        network: which network each call asks, out of those that the denoiser offers by name, ""
+            for its own; of stacked programs one tuple each. None is all its own.
     """
 
     t: Tensor
@@ -67,11 +72,21 @@ class Program:
     b: Tensor
     g: Tensor
     guidance: Tensor | None = None
+    network: tuple[Any, ...] | None = None
 
     @property
     def nfe(self) -> int:
         """Number of network calls C."""
         return self.t.shape[-1]
+
+    @property
+    def depth(self) -> int:
+        """Number of stages: calls that must wait for one another (`space.costs`)."""
+        return len(costs.stages(self))
+
+    def cost(self, prices: costs.Prices, *, guided: bool = True) -> float:
+        """Sum of the prices of its calls; `guided` where the program leaves the scale open."""
+        return sum(costs.call_costs(self, prices, guided=guided))
 
     @cached_property
     def stochastic(self) -> bool:
@@ -89,7 +104,9 @@ class Program:
             return NotImplemented
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         return all(
-            a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b)
+            a.shape == b.shape and torch.equal(a, b)
+            if isinstance(a, Tensor) and isinstance(b, Tensor)
+            else a is b or (isinstance(a, tuple) and a == b)
             for a, b in pairs
         )
 
@@ -99,7 +116,7 @@ class Program:
     def digest(self) -> str:
         """Hash over the numbers, 12 significant digits, |x| < 1e-13 taken as 0."""
         text = json.dumps(
-            {name: _canonical(value) for name, value in self.to_dict().items()}, sort_keys=True
+            {name: twelve_digits(value) for name, value in self.to_dict().items()}, sort_keys=True
         )
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
@@ -113,6 +130,8 @@ class Program:
         if self.stochastic:
             data["g"] = self.g.tolist()
         data["guidance"] = None if self.guidance is None else self.guidance.tolist()
+        if self.network is not None and any(self.network):
+            data["network"] = list(self.network)
         return data
 
     @classmethod
@@ -128,7 +147,7 @@ class Program:
         size = len(data["t"]) if isinstance(data.get("t"), list) else 0
         values: dict[str, Tensor] = {}
         for name in ("t", "label", "alpha", "sigma", "init", "r", "e", "k"):
-            values[name] = _numbers(
+            values[name] = read_numbers(
                 data.get(name), f"program.{name}", 2 if name == "init" else size
             )
         rows = data.get("b")
@@ -138,9 +157,9 @@ class Program:
             )
         b = torch.zeros(size, size, dtype=torch.float64)
         for c, row in enumerate(rows):
-            b[c, : c + 1] = _numbers(row, f"program.b[{c}]", c + 1)
+            b[c, : c + 1] = read_numbers(row, f"program.b[{c}]", c + 1)
         g = (
-            _numbers(data["g"], "program.g", size)
+            read_numbers(data["g"], "program.g", size)
             if data.get("g") is not None
             else torch.zeros(size, dtype=torch.float64)
         )
@@ -149,22 +168,33 @@ class Program:
         for name in data:
             if name not in known:
                 raise ScheduleError(f"program.{name} is not a field of a program: remove it")
+        network = data.get("network")
+        if network is not None:
+            need(
+                isinstance(network, list)
+                and len(network) == size
+                and all(isinstance(name, str) for name in network),
+                f'program.network must be a list of {size} names, "" for the model\'s own',
+            )
         return cls(
             **values,
             b=b,
             g=g,
-            guidance=None if guidance is None else _numbers(guidance, "program.guidance", size),
+            guidance=None
+            if guidance is None
+            else read_numbers(guidance, "program.guidance", size),
+            network=tuple(network) if network is not None and any(network) else None,
         )
 
     def require_equal(self, other: Program, tolerance: float = 1e-9) -> None:
         """Raise a ScheduleError naming the first field that differs by > tolerance * (1 + |x|)."""
         for field in fields(self):
             a, b = getattr(self, field.name), getattr(other, field.name)
-            if a is None and b is None:
+            if a is b:
                 continue
             same = (
-                a is not None
-                and b is not None
+                isinstance(a, Tensor)
+                and isinstance(b, Tensor)
                 and a.shape == b.shape
                 and bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
             )
@@ -260,7 +290,7 @@ def _stack(values: Iterable[Tensor]) -> Tensor:
 
 def _clean(x: Tensor) -> Tensor:
     """Zero what is only rounding, keeping the gradient."""
-    return torch.where(x.abs() < _TINY, x - x.detach(), x)
+    return torch.where(x.abs() < TINY, x - x.detach(), x)
 
 
 def _guidance(scales: Sequence[float | Tensor | None]) -> Tensor | None:
@@ -288,7 +318,9 @@ def stack(programs: Sequence[Program]) -> Program:
     parts: dict[str, Any] = {}
     for field in fields(Program):
         values = [getattr(p, field.name) for p in programs]
-        parts[field.name] = None if values[0] is None else torch.stack(values)
+        parts[field.name] = torch.stack(values) if isinstance(values[0], Tensor) else None
+    if any(p.network is not None for p in programs):
+        parts["network"] = tuple(costs.networks_of(p) for p in programs)
     return Program(**parts)
 
 
@@ -414,6 +446,7 @@ class ProgramSchedule(Replayable):
             k=torch.zeros_like(program.k[k:]),
             b=b,
             guidance=None if program.guidance is None else program.guidance[k:],
+            network=None if program.network is None else program.network[k:],
         )
         return self.model_copy(update={"program": folded, "start": float(program.t[k])})
 
@@ -463,24 +496,3 @@ def written_out(program: Program) -> tuple[Tensor, Tensor, Tensor]:
 def at_times(program: Program, noise: NoiseSchedule, t: Tensor) -> Program:
     """A program that asks the network at other times: t, and label, alpha and sigma with it."""
     return replace(program, t=t, label=noise.label(t), alpha=noise.alpha(t), sigma=noise.sigma(t))
-
-
-def _numbers(value: object, name: str, size: int) -> Tensor:
-    if not isinstance(value, list) or len(value) != size:
-        raise ScheduleError(f"{name} must be a list of {size} numbers")
-    for i, number in enumerate(value):
-        need(is_number(number), f"{name}[{i}] is {_short(number)}: a finite number is needed")
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
-def _canonical(value: object) -> object:
-    if isinstance(value, list):
-        return [_canonical(v) for v in value]
-    if isinstance(value, float):
-        return "0" if abs(value) < _TINY else f"{value:.11e}"
-    return value

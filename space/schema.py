@@ -16,7 +16,7 @@ from fewstep.space.schedule import FORMAT, VERSION, OdeSchedule
 NOISES = (VPLinear, VPCosine, VPDiscrete, EDM, RectifiedFlow)
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
 _ROWS = {"type": "array", "items": _NUMBERS, "minItems": 1}
-_OPTIONAL = ("g", "guidance")
+_OPTIONAL = ("g", "guidance", "network")
 
 
 def schema() -> dict[str, Any]:
@@ -96,6 +96,11 @@ def _program() -> dict[str, Any]:
     properties["init"] = {**_NUMBERS, "minItems": 2, "maxItems": 2}
     properties["b"] = _ROWS
     properties["guidance"] = {"anyOf": [_NUMBERS, {"type": "null"}]}
+    names_of = {"type": "array", "items": {"type": "string"}}
+    properties["network"] = {
+        **names_of,
+        "description": 'Asked at each call; "" is the model\'s own.',
+    }
     return _object(properties, required=[name for name in names if name not in _OPTIONAL])
 
 

@@ -378,7 +378,7 @@ class GuidedOnce(Guided):
 
 
 def test_guidance_of_every_call_runs_by_the_callback_and_is_refused_without():
-    steps = (StepSpec(guidance=7.5), StepSpec(guidance=3.0), StepSpec(guidance=1.0))
+    steps = (StepSpec(guidance=7.5), StepSpec(guidance=3.0), StepSpec(guidance=1.5))
     schedule = OdeSchedule(noise=TABLE, times=(999.0, 500.0, 200.0, -1.0), steps=steps)
     scheduler = FewstepScheduler(schedule=schedule.to_dict())
     pipe, x = Guided(scheduler, 7.5), z()
@@ -386,7 +386,7 @@ def test_guidance_of_every_call_runs_by_the_callback_and_is_refused_without():
         pipe(x)
     callback = scheduler.guidance_callback()
     for _ in range(2):
-        assert pipe(x, callback) == pytest.approx([7.5, 3.0, 1.0])
+        assert pipe(x, callback) == pytest.approx([7.5, 3.0, 1.5])
     with pytest.raises(ScheduleError, match=r"first guidance scale is 7\.5: pass guidance_scale"):
         Guided(scheduler, 5.0)(x, scheduler.guidance_callback())
     with pytest.raises(ScheduleError, match="does not read its guidance scale at every call"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fewstep.samplers import sample, start
 from fewstep.samplers.replay import from_call
-from fewstep.space import ProgramSchedule
+from fewstep.space import ProgramSchedule, ScheduleError
 from fewstep.space.baselines import baseline, named
 
 pytest.importorskip("diffusers")
@@ -99,3 +100,56 @@ def test_image_to_image_starts_in_the_middle_as_the_rest_of_the_schedule_does(
     ours = sample(rest, denoiser, given[0])
     assert len(made) == calls
     assert close(made[-1], ours)
+
+
+def counted(pipe):
+    """Images that each network call of a pipeline sees, as a list that fills."""
+    sizes, network = [], getattr(pipe, "unet", None) or pipe.transformer
+    forward = network.forward
+
+    def spy(*args, **kwargs):
+        state = args[0] if args else kwargs["hidden_states"]
+        sizes.append(len(state))
+        return forward(*args, **kwargs)
+
+    network.forward = spy
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "scales", [(1.0, 3.0, 2.5, 1.0), (4.0, 1.0, 1.0, 2.0), (1.0, 1.0, 1.0, 1.0)]
+)
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_calls_left_unguided_ask_the_network_once_and_the_samples_are_our_own(name, scales):
+    pipe, call = build(name)
+    denoiser = PipelineDenoiser(pipe, (), call)
+    config = json.loads(pipe.scheduler.to_json_string())
+    program = ProgramSchedule.of(baseline("unipc2-bh2/logsnr", denoiser.noise, 4))
+    guidance = torch.tensor(scales, dtype=torch.float64)
+    schedule = program.model_copy(update={"program": replace(program.program, guidance=guidance)})
+    pipe.scheduler = FewstepScheduler.from_config(config, schedule=schedule.to_dict())
+    given, made = watched(pipe.scheduler)
+    sizes = counted(pipe)
+    more = {**first(call), "guidance_scale": max(scales[0], 1 + 1e-7), "output_type": "latent"}
+    more |= {"callback_on_step_end": pipe.scheduler.guidance_callback(pipe)}
+    for _ in range(2):  # a pipeline runs again
+        made.clear(), given.clear(), sizes.clear()
+        pipe(num_inference_steps=4, generator=seeded(), **more)
+        assert sizes == [1 if w == 1 else 2 for w in scales]
+        sizes.clear()
+        ours = sample(schedule, denoiser, given[0])
+        assert sizes == [1 if w == 1 else 2 for w in scales]
+        assert close(made[-1], ours)
+
+
+def test_a_pipeline_that_cannot_leave_a_call_unguided_is_refused():
+    pipe, call = build("dit")
+    denoiser = PipelineDenoiser(pipe, (), call)
+    program = ProgramSchedule.of(baseline("ddim/logsnr", denoiser.noise, 2))
+    guidance = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    schedule = program.model_copy(update={"program": replace(program.program, guidance=guidance)})
+    scheduler = FewstepScheduler.from_config(pipe.scheduler.config, schedule=schedule.to_dict())
+    with pytest.raises(ScheduleError, match=r"leaves calls unguided.*: pass the pipeline"):
+        scheduler.guidance_callback()
+    with pytest.raises(ScheduleError, match="DiTPipeline does not ask for both branches"):
+        scheduler.guidance_callback(pipe)

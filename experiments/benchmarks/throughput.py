@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fewstep.samplers import Problem, run
-from fewstep.samplers.ode import prefix_groups
+from fewstep.samplers.asking import prefix_groups
 from fewstep.space import stack
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import FewstepError

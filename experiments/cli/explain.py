@@ -14,7 +14,12 @@ import torch
 from rich.console import RenderableType
 from rich.table import Table
 
-from fewstep.experiments.cli.programs import program_differences, program_table
+from fewstep.experiments.cli.programs import (
+    has_sorts,
+    program_differences,
+    program_table,
+    sorts_line,
+)
 from fewstep.predictors.cpr import CPR
 from fewstep.space.base import Replayable
 from fewstep.space.masked import CallSpec, MaskedSchedule
@@ -66,6 +71,8 @@ def headline(schedule: Loaded) -> list[str]:
             lines.append(f"a reward is weighed by its {schedule.reward_weight}{rise}")
     else:
         lines += _globals(schedule)
+    if isinstance(schedule, OdeSchedule | ProgramSchedule) and has_sorts(schedule.program):
+        lines.append(sorts_line(schedule.program))
     origin = schedule.provenance
     if "baseline" in origin:
         lines.append(f"named solver {origin['baseline']}")

@@ -244,6 +244,8 @@ def _comfy(schedule: Loaded, target: Target) -> list[Path]:
             "--to comfy: the schedule sets the guidance scale of every call, which ComfyUI's "
             "models do not take: use one without guidance of its own"
         )
+    if ode.program.network is not None:
+        raise StudyError("--to comfy: the schedule asks several networks, and a node has one")
     if "time_shift" in ode.options:
         raise StudyError("--to comfy: options.time_shift runs with fewstep.samplers.sample only")
     saved = save_schedule(ode, target.folder / f"{target.stem}.json")
@@ -352,7 +354,8 @@ def _only(
     schedule: OdeSchedule | ProgramSchedule, solvers: tuple[str, ...], form: str, why: str
 ) -> str:
     """The named solver that the program is, one of `solvers`; refused otherwise."""
-    if schedule.program.guidance is not None:
+    program = schedule.program
+    if program.guidance is not None or program.network is not None:
         raise StudyError(f"--to {form}: the list cannot set the guidance of every call")
     found = recognised(schedule)
     if found is None or found[0].partition("/")[0] not in solvers:

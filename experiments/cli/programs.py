@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fewstep.space.baselines import dpm, in_basis, multistep
+from fewstep.space.costs import Prices, call_costs, networks_of, pattern, stages
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import finite_lam
 from fewstep.space.program import Program, ProgramSchedule, written_out
@@ -148,6 +149,7 @@ def program_table(schedule: ProgramSchedule) -> Table:
     """One row per call: what is asked, what the step takes, and which named step it is like."""
     program, (steps, lands) = schedule.program, described(schedule)
     table = Table(box=None, pad_edge=False)
+    asks = asked(program)
     heads = ["call", "t", "lam", "state at lam", "newest", "older (newest first)", "order"]
     extra = [name for name, shown in _extras(program).items() if shown]
     for head in [*heads, *extra, "nearest", "distance"]:
@@ -159,7 +161,7 @@ def program_table(schedule: ProgramSchedule) -> Table:
         values = {
             "image": f"{step.image:.3f}",
             "noise": f"{float(program.g[c]):.4g}",
-            "guidance": "" if program.guidance is None else f"{float(program.guidance[c]):.4g}",
+            "asks": asks[c],
         }
         table.add_row(
             *(str(c), f"{float(program.t[c]):.5g}", f"{step.asked:.3f}"),
@@ -179,8 +181,44 @@ def _extras(program: Program) -> dict[str, bool]:
     return {
         "image": program.uses_constant,
         "noise": program.stochastic,
-        "guidance": program.guidance is not None,
+        "asks": has_sorts(program),
     }
+
+
+def has_sorts(program: Program) -> bool:
+    """Whether its calls differ in sort or run side by side, or it sets their guidance."""
+    return (
+        program.guidance is not None or program.network is not None or program.depth < program.nfe
+    )
+
+
+def asked(program: Program) -> list[str]:
+    """What each call asks, in words."""
+    found = []
+    scales = None if program.guidance is None else program.guidance.tolist()
+    names = networks_of(program)
+    for stage in stages(program):
+        for c in stage:
+            words = [] if scales is None else [f"guided {scales[c]:.4g}"]
+            words = ["unguided"] if scales is not None and scales[c] == 1 else words
+            words += [f"network {names[c]}"] if names[c] else []
+            words += [f"beside call {stage[0]}"] if c != stage[0] else []
+            found.append(", ".join(words) or "–")
+    return found
+
+
+def sorts_line(program: Program) -> str:
+    """The calls of a program in one line: how many of each sort, and what they cost."""
+    line = f"{program.nfe} calls in {program.depth} stages, {pattern(program)}"
+    if program.guidance is not None:
+        once = int((program.guidance == 1).sum())
+        line += (
+            f": {once} unguided (u) ask the network once, {program.nfe - once} guided (G) twice"
+        )
+    if program.network is not None:
+        return f"{line}; a name in brackets is another network than the model's own"
+    evaluations = call_costs(program, Prices())
+    return f"{line}; {sum(evaluations):g} network evaluations with guidance"
 
 
 def program_differences(a: ProgramSchedule, b: ProgramSchedule) -> list[str]:
@@ -207,6 +245,8 @@ def program_differences(a: ProgramSchedule, b: ProgramSchedule) -> list[str]:
         for name, s, t in pairs:
             if abs(s - t) > 1e-9 * (1 + abs(t)):
                 lines.append(f"call {c}, {name}: {s:.5g} and {t:.5g}")
+    if a.program.network != b.program.network or a.program.depth != b.program.depth:
+        lines.append(f"calls: {pattern(a.program)} and {pattern(b.program)}")
     if (guided[0] is None) != (guided[1] is None):
         lines.append(f"guidance of each call: given in {'B' if guided[0] is None else 'A'} only")
     if abs(first_ends - second_ends) > 1e-9:

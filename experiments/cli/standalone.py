@@ -87,10 +87,11 @@ def standalone(schedule: OdeSchedule | ProgramSchedule, scale: float) -> str:
             "cannot: export a schedule without"
         )
     program = schedule.program
-    if program.guidance is not None:
+    if program.guidance is not None or program.network is not None:
+        what = "guidance scale" if program.network is None else "network"
         raise StudyError(
-            "the schedule sets the guidance scale of every call, which a data prediction does not "
-            "take: export a schedule without guidance of its own"
+            f"the schedule sets the {what} of every call, which a data prediction does not "
+            "take: export a schedule without sorts of its own"
         )
     about = " ".join(
         f"{key}: {schedule.provenance[key]}."

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser, run
-from fewstep.samplers.ode import prefix_groups
+from fewstep.samplers.asking import prefix_groups
 from fewstep.search.strategies.levenberg import Quadratic
 from fewstep.space import OdeSchedule, Program, compile, stack
+from fewstep.space.costs import stages
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
 from fewstep.space.program import at_times, written_out
@@ -129,14 +130,17 @@ class FreeProgram:
     Args:
         base: a canonical program (`canonical`).
         noise: its noise schedule; queries stay within its times.
-        guided: the guidance scale of every call is unknown, too; `base` sets it.
+        guided: the guidance scale of every guided call is unknown, too; `base` sets it. A call at
+            scale 1 is unguided and stays so: it costs less.
         constant: so are k_0 and the weights k of a constant image.
+        staged: the zeros that make stages (`space.costs`) stay.
     """
 
     base: Program
     noise: NoiseSchedule
     guided: bool = False
     constant: bool = False
+    staged: bool = False
 
     @property
     def _sizes(self) -> list[int]:
@@ -170,14 +174,26 @@ class FreeProgram:
         lam = reflected(finite_lam(self.noise, base.t) + by_t, low, high)
         t = self.noise.t_of_lam(lam)
         t = torch.where(by_t == 0, t - t.detach() + base.t, t)  # neutral to the bit
+        if self.staged:
+            by_b = by_b * _open(base)[rows, columns]
         b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
         by_init = torch.cat([by_p, by_k[:1] if self.constant else torch.zeros_like(by_p)])
         changes = {"init": base.init + by_init, "e": base.e + by_e, "b": b}
         if self.constant:
             changes["k"] = base.k + by_k[1:]
         if self.guided and base.guidance is not None:
-            changes["guidance"] = base.guidance * torch.exp(by_w)
+            scales = base.guidance * torch.exp(by_w)
+            changes["guidance"] = torch.where(base.guidance == 1, base.guidance, scales)
         return at_times(dataclasses.replace(base, **changes), self.noise, t)
+
+
+def _open(program: Program) -> Tensor:
+    """1 where a weight may move so that the stages of a program stay, else 0."""
+    found = torch.ones_like(program.b)
+    for stage in stages(program):
+        for c in stage[1:]:
+            found[c - 1, stage[0] : c] = 0
+    return found
 
 
 @dataclass(frozen=True)
