@@ -216,10 +216,11 @@ def _padded(program: Program, calls: int) -> Program:
     def filled(values: Tensor, value: float) -> Tensor:
         return torch.cat([values, torch.full((more,), value, dtype=torch.float64)])
 
+    asked = {name: last(getattr(program, name)) for name in ("t", "label", "alpha", "sigma")}
+    rest: dict[str, Any] = {name: filled(getattr(program, name), 0.0) for name in ("e", "k", "g")}
     return replace(
         program,
-        **{name: last(getattr(program, name)) for name in ("t", "label", "alpha", "sigma")},
-        **{name: filled(getattr(program, name), 0.0) for name in ("e", "k", "g")},
+        **asked | rest,
         r=filled(program.r, 1.0),
         b=torch.nn.functional.pad(program.b, (0, more, 0, more)),
     )

@@ -302,7 +302,7 @@ def test_what_calls_need_is_on_the_device_before_the_loop():
     for nfe in (3, 9):
         names = ("ddim/time", "dpmpp2m/time", "unipc2-bh2/edm")
         program = stack([baseline(name, noise, nfe).program for name in names])
-        guided = replace(program, guidance=torch.linspace(1, 2, 3 * nfe).reshape(3, nfe).double())
+        guided = replace(program, guidance=torch.linspace(2, 3, 3 * nfe).reshape(3, nfe).double())
         moves, inside = _Moves(), []
 
         class Meta:

@@ -272,7 +272,8 @@ def perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:
                 moved[index] = noise.t_of_lam(finite_lam(noise, value[index]) + _DIFFERENCE)
                 return at_times(program, noise, moved)
             moved.view(-1)[index] += _DIFFERENCE
-            return dataclasses.replace(program, **{name: moved})
+            changed: dict[str, Any] = {name: moved}
+            return dataclasses.replace(program, **changed)
         index -= value.numel()
     raise IndexError(index)
 
