@@ -6,6 +6,7 @@ The commands are in `experiments/cli/`.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -13,34 +14,56 @@ from typing import Any
 
 import typer
 
-from fewstep.experiments.cli import schema, search, show, write
+from fewstep.experiments.cli import schema, search, show, submit, write
 from fewstep.experiments.cli.app import app
 from fewstep.space.errors import FewstepError
 
-__all__ = ["app", "main", "schema", "search", "show", "write"]
+__all__ = ["app", "main", "schema", "search", "show", "submit", "write"]
 
 # Newer typers carry their own copy of click: its root error is found through what typer exports.
 _USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+_INTERRUPTED, _TERMINATED = 130, 143
+_received: list[int] = []
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """A job is told to stop by SIGTERM: its runs and workers end as Ctrl-C ends them."""
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> None:
+    word, code = ("terminated", _TERMINATED) if _received else ("interrupted", _INTERRUPTED)
+    _fail(f"{word}; a search goes on with --resume", code)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; one-line errors."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A stopped job is told so by SIGTERM: end its MLflow runs and workers as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code: Any = app(arguments, standalone_mode=False)
     except FewstepError as error:
         _fail(str(error), 2)
-    except typer.Abort:
-        _fail("interrupted; a search goes on with --resume", 130)
     except _USAGE as error:
         _fail(error.format_message(), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; a search goes on with --resume", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        _interrupted()
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror}{where}: make room; a search goes on with --resume", 2)
     else:
+        if code == _INTERRUPTED:  # typer's own answer to a KeyboardInterrupt
+            _interrupted()
         sys.exit(code if isinstance(code, int) else 0)
 
 

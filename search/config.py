@@ -16,7 +16,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fewstep.search.tables import CompensationTable, CprTable, RefineTable, Table
+from fewstep.search.tables import (
+    CompensationTable,
+    CprTable,
+    RefineTable,
+    Table,
+    TrackingTable,
+)
 from fewstep.search.yardstick import Statistic
 from fewstep.space.errors import StudyError
 
@@ -25,7 +31,12 @@ RUN_ONLY = (
     "search.storage",
     "search.timeout",
     "search.retries",
+    "search.cpus",
     "search.gpus",
+    "search.files",
+    "refine.timeout",
+    "compensation.timeout",
+    "description",
     "teacher.cache",
     "tracking",
 )
@@ -147,11 +158,16 @@ class SearchTable(Table):
         race: smaller numbers of samples, ascending, at which the losers of a paired test against
             the best are stopped (`search.racing`); none scores every candidate on all samples.
         block: (candidates, samples) that run as one batch; scores belong to it to the last bit.
-        workers: evaluator processes; 0 evaluates in this process; None is one per CPU core.
+        workers: evaluator processes; 0 evaluates in this process; [least, most] begins when the
+            least are there and takes in more as they come; None is one per CPU core.
         storage: Optuna storage URL; None is the journal file in the output folder.
-        timeout: seconds after which one block counts as hung; None never.
+        timeout: seconds after which one block of candidates counts as hung; None never.
         retries: how often a block is tried again after its worker died.
-        gpus: GPUs per worker; the factory's own argument decides whether the model uses one.
+        cpus: CPUs per worker, or a part of one.
+        gpus: GPUs per worker, or a part of one; the factory's own argument decides whether the
+            model uses one.
+        files: further files and folders beside the study file that its module reads: they are
+            sent to a cluster too.
     """
 
     nfe: tuple[Annotated[int, Field(ge=1, le=1000)], ...]
@@ -166,14 +182,22 @@ class SearchTable(Table):
     samples: Annotated[int, Field(ge=2)] = 256
     race: tuple[Annotated[int, Field(ge=8)], ...] = ()
     block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (8, 64)
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: (
+        Annotated[int, Field(ge=0)]
+        | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+        | None
+    ) = None
     storage: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
     retries: Annotated[int, Field(ge=0)] = 2
+    cpus: Annotated[float, Field(ge=0)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0
+    files: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers {list(self.workers)}: the least comes first")
         if not self.nfe:
             raise ValueError("nfe is empty: name at least one number of network calls")
         if len(set(self.nfe)) != len(self.nfe):
@@ -192,6 +216,13 @@ class SearchTable(Table):
     def levels(self) -> tuple[int, ...]:
         """Numbers of samples that candidates are scored on, ascending; the last is all."""
         return (*self.race, self.samples)
+
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """The least and the most workers; None is as many as the cluster has room for."""
+        if isinstance(self.workers, tuple):
+            return self.workers
+        return 1, self.workers
 
 
 class TeacherTable(Table):
@@ -255,30 +286,18 @@ class FinalTable(Table):
         return 16 * self.samples if self.most is None else self.most
 
 
-class TrackingTable(Table):
-    """[tracking]: MLflow.
-
-    Args:
-        enabled: whether to record runs.
-        uri: tracking URI; None is MLFLOW_TRACKING_URI, or else sqlite:///runs/mlflow.db.
-        experiment: name of the MLflow experiment.
-    """
-
-    enabled: bool = True
-    uri: str | None = None
-    experiment: str = "fewstep"
-
-
 class StudyConfig(Table):
     """A whole study file.
 
     Args:
         name: name of the study; default the file's.
         folder: folder of the study file, where the factory's module may lie; "" if there is none.
+        description: what MLflow shows beside the runs.
     """
 
     name: str = "study"
     folder: str = Field(default="", exclude=True)
+    description: str = ""
     model: ModelTable
     budget: BudgetTable
     search: SearchTable
@@ -405,7 +424,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
     """Read and check a study file.
 
     Args:
-        path: the TOML file.
+        path: the TOML file, or the resolved form that a search writes (study.json).
         overrides: "table.key=value" strings; the value is read as TOML, or else as text.
 
     Raises:
@@ -413,13 +432,16 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise StudyError(f"{path}: no such study file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path}: not valid TOML: {error}") from None
+    except ValueError as error:
+        raise StudyError(f"{path}: not valid JSON: {error}") from None
     for override in overrides:
         _override(data, override)
     data.setdefault("name", path.stem)

@@ -1,22 +1,23 @@
 """Where work runs: in this process, or on Ray actors that each hold the model.
 
 `map(works)` sends all of them out at once and yields their results in the order given, so the
-number of workers cannot change a result; several maps may be open at a time. Ray restarts an actor
-that dies and tries its work again; work that keeps killing its worker, or hangs, is divided into
-its parts, so that only the guilty one is given up (`Work.failed`). An exception that work raises
-is raised here. Actors need not fit on the cluster at once: they wait to be placed, as an
-autoscaling cluster grows, and work goes to those that are there.
+number of workers cannot change a result; several maps may be open at a time. Short works travel
+together, so that sending them costs little.
+
+The pool is elastic: a search starts when the least number of workers is there and goes on with
+those that are left; in place of one that died another is asked for, which Ray places when there is
+room, on machines that join later too. Work whose worker died is tried again on another one; work
+that keeps killing its worker, or hangs, is divided into its parts, so that only the guilty one is
+given up (`Work.failed`). An exception that work raises is raised here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.search.cluster import connect, differing, one_line, versions
+from fewstep.search.config import SearchTable
+from fewstep.search.display import Display
 from fewstep.search.problem import leave_checkout
 from fewstep.search.work import Evaluator, EvaluatorSpec, Work
 from fewstep.space.errors import FewstepError, StudyError
+
+_TOGETHER = 0.1  # seconds of work that are sent at once
+_LOOK = 10.0  # seconds between looks at how large the cluster is
+_FAILED_STARTS = 5  # in a row, after which the search ends
 
 
 class SerialPool:
@@ -74,18 +82,19 @@ class Worker:
         self._evaluator: Evaluator | None = None
         self._shared: dict[str, Any] = {}
 
-    def ready(self) -> None:
-        """Load the model."""
+    def ready(self) -> dict[str, str]:
+        """Load the model; the versions here."""
         self._loaded()
+        return versions()
 
-    def run(self, work: Work, shared: dict[str, Any]) -> Any:
-        """Do work; `shared` names the teacher's end points in the object store by stream."""
-        evaluator = self._loaded()
+    def run(self, works: Sequence[Work], shared: dict[str, Any]) -> tuple[list[Any], float]:
+        """Do works, and the seconds they took; `shared` names end points in the object store."""
+        evaluator, begun = self._loaded(), time.perf_counter()
         for stream, reference in shared.items():
             if self._shared.get(stream) != reference:  # new, or of more samples than before
                 evaluator.share(stream, _fetcher(reference))
         self._shared = dict(shared)
-        return work.run(evaluator)
+        return [work.run(evaluator) for work in works], time.perf_counter() - begun
 
     def _loaded(self) -> Evaluator:
         if self._evaluator is None:
@@ -110,6 +119,8 @@ class _Job:
     parts: list[_Job] = field(default_factory=list)
     result: Any = None
     done: bool = False
+    alone: bool = False
+    deaths: int = 0
 
     def settle(self) -> bool:
         """Whether the result is there, joined from those of the parts if need be."""
@@ -123,47 +134,53 @@ class RayPool:
 
     Args:
         spec: what each worker evaluates.
-        workers: number of actors; None is one per CPU of the cluster now.
-        address: cluster to join ("auto", "host:port", "ray://..."); None joins RAY_ADDRESS or
-            starts one on loopback.
-        timeout: seconds after which work counts as hung; None never.
-        retries: attempts after the first for work whose worker died.
-        gpus: GPUs per worker.
-        on_progress: called with how many workers are there, as they come.
+        settings: workers, time limit, retries, CPUs and GPUs of each.
+        address: cluster to join ("auto", "host:port", "ray://..."); None starts one on loopback.
+        folder: what the cluster's machines get as their working directory.
+        display: told how many workers are there, as they come and go.
     """
 
     def __init__(
         self,
         spec: EvaluatorSpec,
-        *,
-        workers: int | None = None,
+        settings: SearchTable,
         address: str | None = None,
-        timeout: float | None = None,
-        retries: int = 2,
-        gpus: float = 0,
-        on_progress: Callable[[str], None] | None = None,
+        folder: Path | None = None,
+        display: Display | None = None,
     ) -> None:
-        self._spec, self._timeout = spec, timeout
-        self._on_progress = on_progress or (lambda text: None)
-        self._staged: str | None = None
+        self._spec, self._settings, self._display = spec, settings, display or Display()
+        self._least, self._most = settings.bounds
         self._shared: dict[str, Any] = {}
         self._queue: deque[_Job] = deque()
-        self._flying: dict[Any, tuple[_Job, Any, float]] = {}
+        self._flying: dict[Any, tuple[list[_Job], Any, float]] = {}
         self._coming: dict[Any, Any] = {}
         self._idle: list[Any] = []
-        self._ray, self._owned = _connect(spec, workers, address, self)
-        self.workers = workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
-        self._actor = self._ray.remote(
-            max_restarts=-1, max_task_retries=retries, num_cpus=1, num_gpus=gpus
-        )(Worker)
+        self._each = _TOGETHER  # seconds of one work, as measured
+        self._failed, self._stillborn, self._lost = 0, "", 0
+        self._versions = versions()
+        self._looked, self._differ = -math.inf, set[str]()
+        self._ray, self._owned = connect(address, self._most or 0, folder)
+        self._actor = self._ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(Worker)
         try:
-            for _ in range(self.workers):
-                self._start()
-            while not self._idle:
+            self._start()
+            begun, said = time.monotonic(), False
+            while self._there < min(self._least, self._most or self._least):
                 self._step()
+                if not said and time.monotonic() - begun > 30:
+                    said = True
+                    self._display.note(self._room())
         except BaseException:
             self.close()
             raise
+
+    @property
+    def workers(self) -> int:
+        """Workers there and asked for."""
+        return self._there + len(self._coming)
+
+    @property
+    def _there(self) -> int:
+        return len(self._idle) + len(self._flying)
 
     def share(self, stream: str, reference: Tensor) -> None:
         """See `SerialPool`."""
@@ -181,185 +198,172 @@ class RayPool:
             while not job.settle():
                 self._step()
             yield job.result
+            job.result = None
 
     def close(self) -> None:
         """See `SerialPool`."""
         if self._owned:
             self._ray.shutdown()
-        else:
-            flying = [actor for _, actor, _ in self._flying.values()]
-            for actor in [*self._idle, *flying, *self._coming.values()]:
-                with contextlib.suppress(Exception):
-                    self._ray.kill(actor)
-        if self._staged:
-            shutil.rmtree(self._staged, ignore_errors=True)
+            return
+        flying = [actor for _, actor, _ in self._flying.values()]
+        for actor in [*self._idle, *flying, *self._coming.values()]:
+            self._kill(actor)
+
+    def _kill(self, actor: Any) -> None:
+        with contextlib.suppress(Exception):
+            self._ray.kill(actor)
 
     def _start(self) -> None:
-        actor = self._actor.remote(self._spec)
+        """Ask for the workers that are missing; Ray places them when there is room."""
+        self._looked = time.monotonic()
+        wanted = self._most
+        if wanted is None:
+            whole, settings = self._ray.cluster_resources(), self._settings
+            wanted = int(whole.get("CPU", 1) / (settings.cpus or 1))
+            if settings.gpus:
+                wanted = min(wanted, int(whole.get("GPU", 0) / settings.gpus))
+        for _ in range(max(wanted, 1) - self.workers):
+            self._await(self._actor.remote(self._spec))
+
+    def _await(self, actor: Any) -> None:
         self._coming[actor.ready.remote()] = actor
 
     def _step(self) -> None:
         """Wait for something to happen, a second at most, and see to it."""
         self._feed()
         waiting = [*self._flying, *self._coming]
-        patience = 1.0 if self._timeout is None else min(1.0, self._timeout)
-        ready, _ = self._ray.wait(waiting, num_returns=1, timeout=patience)
+        limit = self._settings.timeout
+        patience = 1.0 if limit is None else min(1.0, limit)
+        ready, rest = self._ray.wait(waiting, num_returns=1, timeout=patience)
+        if rest:
+            ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for ref in ready:
             if ref in self._coming:
                 self._welcome(ref)
-            else:
+            elif ref in self._flying:
                 self._land(ref)
         self._expire()
+        if self._lost:
+            self._replace()
+        elif time.monotonic() - self._looked > _LOOK:
+            self._start()
         self._feed()
 
     def _feed(self) -> None:
+        """Send the next works to idle workers, short ones together."""
         while self._queue and self._idle:
-            job, actor = self._queue.popleft(), self._idle.pop()
-            ref = actor.run.remote(job.work, self._shared)
-            self._flying[ref] = (job, actor, time.monotonic())
+            share = math.ceil(len(self._queue) / (2 * max(self._there, 1)))
+            size = max(1, min(share, int(_TOGETHER / max(self._each, 1e-6))))
+            jobs = [self._queue.popleft()]
+            while len(jobs) < size and not jobs[0].alone and self._queue:
+                if self._queue[0].alone or self._limit(self._queue[0]) != self._limit(jobs[0]):
+                    break
+                jobs.append(self._queue.popleft())
+            actor = self._idle.pop()
+            ref = actor.run.remote([job.work for job in jobs], self._shared)
+            self._flying[ref] = (jobs, actor, time.monotonic())
+
+    def _limit(self, job: _Job) -> float | None:
+        return job.work.limit(self._settings.timeout)
 
     def _welcome(self, ref: Any) -> None:
         """An actor has loaded its model."""
         actor = self._coming.pop(ref)
         try:
-            self._ray.get(ref)
+            there = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             line = " ".join(str(cause).split())
             raise StudyError(f"a worker could not load the model: {line}") from error
         except self._ray.exceptions.RayError as error:
-            raise StudyError(f"a worker could not start: {str(error).splitlines()[0]}") from error
+            self._stillborn, self._lost = one_line(error), self._lost + 1
+            return
+        self._failed = 0
         self._idle.append(actor)
+        line = differing(self._versions, there)
+        if line and line not in self._differ:
+            self._differ.add(line)
+            self._display.note(f"a worker has {line}: scores may differ in their last digits")
         if self._coming:
-            there = self.workers - len(self._coming)
-            self._on_progress(f"{there} of {self.workers} workers are there")
+            self._display.stage(f"{self._there} of {self.workers} workers are there")
 
     def _land(self, ref: Any) -> None:
-        job, actor, _ = self._flying.pop(ref)
-        self._idle.append(actor)  # Ray restarts it where it died
+        jobs, actor, _ = self._flying.pop(ref)
         try:
-            job.result, job.done = self._ray.get(ref), True
+            results, seconds = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FewstepError):
                 raise error.cause from None
             raise
         except self._ray.exceptions.RayError as error:
+            self._lost += 1
             memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
             memory = memory or "memory" in str(error).lower()
-            self._give_up(job, "oom" if memory else "error", "its worker died")
+            self._again(jobs, "oom" if memory else "error", "its worker died")
+            return
+        self._idle.append(actor)
+        self._each += 0.3 * (seconds / len(jobs) - self._each)
+        for job, result in zip(jobs, results, strict=True):
+            job.result, job.done = result, True
+
+    def _again(self, jobs: list[_Job], status: str, message: str) -> None:
+        """Works whose worker died: each alone, and a worker's third victim is divided."""
+        for job in reversed(jobs):
+            job.deaths += len(jobs) == 1
+            job.alone = True
+            if job.deaths > self._settings.retries:
+                self._give_up(job, status, message)
+            else:
+                self._queue.appendleft(job)
+
+    def _replace(self) -> None:
+        """After deaths: look whether the idle ones live, and ask for as many as are missing.
+
+        Raises:
+            StudyError: workers die as they start, again and again.
+        """
+        self._failed += bool(self._stillborn)
+        if self._failed >= _FAILED_STARTS:
+            raise StudyError(f"workers do not start: {self._stillborn}")
+        self._stillborn = ""
+        for actor in self._idle:  # others of a machine that is gone would be found one by one
+            self._await(actor)
+        lost, self._idle, self._lost = self._lost, [], 0
+        self._start()
+        self._display.note(
+            f"{lost} worker{'s' * (lost > 1)} died: the search goes on with those left, "
+            "replacements are on their way"
+        )
 
     def _expire(self) -> None:
-        if self._timeout is None:
-            return
         now = time.monotonic()
-        for ref, (job, actor, begun) in list(self._flying.items()):
-            if now - begun > self._timeout:
-                del self._flying[ref]
-                with contextlib.suppress(Exception):
-                    self._ray.kill(actor)  # for good: a restarted one would try again
-                self._start()
-                self._give_up(job, "timeout", f"took longer than {self._timeout:g} s")
+        for ref, (jobs, actor, begun) in list(self._flying.items()):
+            limit = self._limit(jobs[0])
+            if limit is None or now - begun <= limit * len(jobs):
+                continue
+            del self._flying[ref]
+            self._kill(actor)
+            self._start()
+            if len(jobs) > 1:
+                self._again(jobs, "", "")
+            else:
+                self._give_up(jobs[0], "timeout", f"took longer than {limit:g} s")
 
     def _give_up(self, job: _Job, status: str, message: str) -> None:
-        job.parts = [_Job(part) for part in job.work.parts()]
+        job.parts = [_Job(part, alone=True) for part in job.work.parts()]
         self._queue.extendleft(reversed(job.parts))
         if not job.parts:
             job.result, job.done = job.work.failed(status, message), True
 
+    def _room(self) -> str:
+        """Why workers are not there, as far as it can be seen."""
+        whole, free = self._ray.cluster_resources(), self._ray.available_resources()
+        kinds = [f"{free.get(k, 0):g} of {whole.get(k, 0):g} {k}s free" for k in ("CPU", "GPU")]
+        asked = f"{self._settings.cpus:g} CPUs and {self._settings.gpus:g} GPUs"
+        return (
+            f"waiting for {self._least} worker{'s' * (self._least > 1)} of {asked} each; the "
+            f"cluster has {', '.join(kinds)}"
+        )
+
 
 Pool = SerialPool | RayPool
-
-
-def cpus() -> int:
-    """CPU cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
-_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-
-
-def start_local(workers: int) -> None:
-    """Start Ray on this machine, for this process alone and without its dashboard."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=workers,
-        include_dashboard=False,
-        object_store_memory=256 * 2**20,
-        _node_ip_address="127.0.0.1",
-        **_QUIET,
-    )
-
-
-def _connect(
-    spec: EvaluatorSpec, workers: int | None, address: str | None, pool: RayPool
-) -> tuple[Any, bool]:
-    """Ray, connected, and whether the cluster was started here."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    try:
-        import ray
-    except ImportError:
-        raise StudyError(
-            "searching on workers needs Ray: pip install 'fewstep[search]', or set search.workers "
-            "= 0"
-        ) from None
-    if ray.is_initialized():
-        return ray, False
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        start_local(max(workers or 0, cpus()))
-        return ray, True
-    environment = _runtime_env(spec, pool) if address.startswith("ray://") else {}
-    try:
-        ray.init(address=address, runtime_env=environment or None, **_QUIET)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StudyError(
-            f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
-        ) from None
-    return ray, True
-
-
-def _runtime_env(spec: EvaluatorSpec, pool: RayPool) -> dict[str, Any]:
-    """What a remote cluster needs: the factory's module, nothing else of the study's folder."""
-    top = spec.model.factory.split(":")[0].split(".")[0]
-    folder = Path(spec.model.folder)
-    module = folder / f"{top}.py"
-    package = folder / top
-    if not spec.model.folder or not (module.is_file() or package.is_dir()):
-        return {}
-    pool._staged = tempfile.mkdtemp(prefix="fewstep-")
-    if module.is_file():
-        shutil.copy(module, pool._staged)
-    else:
-        shutil.copytree(package, Path(pool._staged) / top)
-    return {"working_dir": pool._staged}
-
-
-def make_pool(
-    spec: EvaluatorSpec,
-    *,
-    workers: int | None,
-    address: str | None = None,
-    timeout: float | None = None,
-    retries: int = 2,
-    gpus: float = 0,
-    evaluator: Evaluator | None = None,
-    on_progress: Callable[[str], None] | None = None,
-) -> Pool:
-    """The pool a study asks for: `workers = 0` runs here; anything else on Ray."""
-    if workers == 0 and address is None:
-        return SerialPool(spec, evaluator)
-    return RayPool(
-        spec,
-        workers=workers or None,
-        address=address,
-        timeout=timeout,
-        retries=retries,
-        gpus=gpus,
-        on_progress=on_progress,
-    )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from fewstep.search.cluster import cpus, pack, sent_already
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, count, duration
 from fewstep.search.family import Family, OdeFamily
-from fewstep.search.pool import Pool, cpus, make_pool, one_thread
+from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
 from fewstep.search.problem import ModelSpec
 from fewstep.search.stages.cpr import cpr_cost, wanted
 from fewstep.search.stages.improve import finish_cost, named_bases
+from fewstep.search.storage import shown_url
 from fewstep.search.strategies import Evaluated, Proposer
+from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import final_cost
 from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Want, cut
 from fewstep.space.baselines import baseline
@@ -47,17 +55,25 @@ def open_pool(
     address: str | None,
     display: Display,
 ) -> Pool:
-    """The pool a study asks for."""
-    return make_pool(
-        spec,
-        workers=config.search.workers,
-        address=address,
-        timeout=config.search.timeout,
-        retries=config.search.retries,
-        gpus=config.search.gpus,
-        evaluator=evaluator,
-        on_progress=display.stage,
-    )
+    """The pool a study asks for: `workers = 0` runs here, anything else on Ray.
+
+    Workers of another machine get the study's files, and find them in the folder they start in.
+    """
+    if config.search.workers == 0 and address is None:
+        return SerialPool(spec, evaluator)
+    if config.search.workers == 0:
+        config = config.model_copy(
+            update={"search": config.search.model_copy(update={"workers": None})}
+        )
+    if address is None:
+        return RayPool(spec, config.search, display=display)
+    if sent_already():
+        there = config.model_copy(update={"folder": os.path.relpath(config.folder or ".")})
+        model = evaluator_spec(there).model
+        return RayPool(replace(spec, model=model), config.search, address, display=display)
+    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
+        model = evaluator_spec(pack(config, Path(folder), display.note)).model
+        return RayPool(replace(spec, model=model), config.search, address, Path(folder), display)
 
 
 def make_proposer(
@@ -200,6 +216,18 @@ def announce(run: Search, per_call: float) -> None:
         each = f"about {duration(total * per_call / at_once)} {each}"
     run.display.total(total)
     run.display.note(f"{config.name}: {text}, {each}; {own}")
+    run.display.note(places(config, run.out, run.store.name))
+
+
+def places(config: StudyConfig, out: Path, name: str) -> str:
+    """Where a search leaves what it finds, in one line."""
+    storage = config.search.storage
+    kept = out.resolve() / "study.journal" if storage is None else f"{shown_url(storage)} ({name})"
+    said = f"on {socket.gethostname()}: results {out.resolve()}, trials {kept}"
+    if not config.tracking.enabled:
+        return f"{said}, no MLflow"
+    uri, experiment = tracking_uri(config), config.tracking.experiment
+    return f"{said}, MLflow {shown_url(uri)} (experiment {experiment})"
 
 
 def _around(run: Search) -> tuple[int, int, int]:

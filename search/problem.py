@@ -184,7 +184,7 @@ def add_folder(folder: str, module_name: str) -> None:
     place = Path(folder) if folder else None
     if place is None or not ((place / f"{top}.py").is_file() or (place / top).is_dir()):
         return
-    if _is_checkout(place):
+    if is_checkout(place):
         raise StudyError(
             f"model.factory {module_name}: move it out of {place}, whose folder names would "
             "become imports"
@@ -195,10 +195,11 @@ def add_folder(folder: str, module_name: str) -> None:
 
 def leave_checkout() -> None:
     """Drop a checkout of ours from the import path (workers inherit their driver's folder)."""
-    sys.path[:] = [entry for entry in sys.path if not _is_checkout(Path(entry or "."))]
+    sys.path[:] = [entry for entry in sys.path if not is_checkout(Path(entry or "."))]
 
 
-def _is_checkout(folder: Path) -> bool:
+def is_checkout(folder: Path) -> bool:
+    """Whether a folder is a checkout of this project."""
     return (folder / "space" / "program.py").is_file() and (
         folder / "samplers" / "ode.py"
     ).is_file()

@@ -53,6 +53,7 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
     notes += [
         f"NFE {row.nfe}: nothing gained, use {row.use}" for row in rows if row.use != "found"
     ]
+    notes += [f"NFE {row.nfe}: {row.failed_stage}" for row in rows if row.failed_stage]
     table.caption = "\n".join(notes) or None
     for row in rows:
         cells = [cell(row) for _, cell in columns]

@@ -34,7 +34,6 @@ def write_results(
     family: Family,
     pool: Pool,
     tracker: Tracker,
-    runs: Mapping[str, str],
     verdicts: list[Verdict],
     *,
     found: Mapping[int, list[Evaluated]],
@@ -50,7 +49,6 @@ def write_results(
         family: its kind of schedules.
         pool: draws the picture's samples.
         tracker: gets every file and number.
-        runs: MLflow run ids by NFE.
         verdicts: one per NFE.
         found: all trials by NFE, in the order told.
         named: how many of them are named solvers.
@@ -63,11 +61,16 @@ def write_results(
     statistic = config.objective.statistic or "mean"
     for verdict in verdicts:
         nfe = verdict.row.nfe
-        provenance = _provenance(config, verdict.row, problem, runs)
+        provenance = _provenance(config, verdict.row, problem, tracker.runs)
         schedule = verdict.kept.model_copy(update={"provenance": provenance})
         path = save_schedule(schedule, schedule_path(out, nfe, config.scale))
-        tracker.file(nfe, path, "schedules")
-        tracker.file(None, path, "schedules")
+        image = path.with_suffix(".safetensors")
+        for file in (path, image) if image.exists() else (path,):
+            tracker.file(nfe, file, "schedules")
+            tracker.file(None, file, "schedules")
+        tracker.tag(
+            nfe, **{"fewstep.digest": schedule.digest, "fewstep.source": verdict.row.source}
+        )
     results = {
         "study": config.name,
         "objective": objective,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.search.cluster import check_address
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
 from fewstep.search.family import family_of
@@ -44,10 +45,11 @@ from fewstep.search.scoring import SEARCH, Scorer
 from fewstep.search.stages.cpr import regress, wanted
 from fewstep.search.stages.improve import finish_rungs
 from fewstep.search.stages.refine import HELD, TRAIN
-from fewstep.search.store import Store, open_storage
+from fewstep.search.storage import open_storage
+from fewstep.search.store import Store
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.search.teacher import Teacher
-from fewstep.search.tracking import MlflowTracker, Tracker
+from fewstep.search.tracking import MlflowTracker, Tracker, beginning, tracking_uri
 from fewstep.search.verdict import FRESH, Judge, Row, Verdict, with_frechet
 from fewstep.search.warm import load_warm, warm_start
 from fewstep.search.work import Evaluator
@@ -90,9 +92,16 @@ def search(
         FewstepError: a study, a model or a folder that cannot be used.
     """
     display = display or Display()
+    if config.search.workers != 0 or address is not None:
+        address = check_address(address)
     with held(out, resume=resume, overwrite=overwrite):
         if len(config.search.guidance or ()) < 2:
-            return Search(config, out, display, address).run(resume)
+            one = Search(config, out, display, address)
+            try:
+                return one.run(resume)
+            finally:
+                if hasattr(one, "store"):
+                    one.store.close()
         begun = time.monotonic()
         store = Store(
             open_storage(config.search.storage, out),
@@ -104,7 +113,7 @@ def search(
         write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
         objective, again = "", store.resumed
 
-        def one(part: StudyConfig, folder: Path) -> Sequence[Row]:
+        def part_of(part: StudyConfig, folder: Path) -> Sequence[Row]:
             nonlocal objective
             found = search(
                 part,
@@ -117,7 +126,10 @@ def search(
             objective = found.objective
             return found.rows
 
-        rows = search_each(config, out, one, display)
+        try:
+            rows = search_each(config, out, part_of, display)
+        finally:
+            store.close(keep=any(out.glob("w*/study.json")))
         if wanted(config):
             regress_all(config, out, rows, address, display)
         return Outcome(objective, tuple(rows), out, time.monotonic() - begun)
@@ -153,7 +165,6 @@ class Search:
         self.rungs: dict[int, Rung] = {}
         self.references: dict[str, Array] = {}
         self._endpoints: dict[str, Tensor] = {}
-        self._runs: Mapping[str, str] = {}
 
     def run(self, resume: bool) -> Outcome:
         """From the study to its files."""
@@ -170,7 +181,7 @@ class Search:
                 spec = replace(self._spec, piece=self.evaluator.piece)
                 more = (self.evaluator, self.address, self.display)
                 self.pool = open_pool(self.config, spec, *more)
-                self._runs = opening.result()
+                opening.result()
                 announce(self, per_call)
                 outcome = self._work()
                 status = "FINISHED"
@@ -221,20 +232,13 @@ class Search:
         files = load_warm(config, self.family) if todo else {}
         self.warm = {n: warm_start(files, self.domains[n], self.solvers[n].values()) for n in todo}
 
-    def _open_tracker(self) -> dict[str, str]:
-        config = self.config
-        if not config.tracking.enabled:
-            return {}
-        self.tracker = MlflowTracker(
-            config.tracking.uri,
-            config.tracking.experiment,
-            config.search.nfe,
-            self.display.note,
-        )
-        known = self.store.notes.get("mlflow", {})
-        runs = self.tracker.open(config.name, config.identity(), known)
-        self.store.note(mlflow=runs)
-        return runs
+    def _open_tracker(self) -> None:
+        config, out = self.config, self.out
+        if config.tracking.enabled:
+            begin = beginning(config, self.store.id, out)
+            tracker = MlflowTracker(tracking_uri(config), begin, out, self.display.note)
+            tracker.open()
+            self.tracker = tracker
 
     def clock(self) -> float:
         """Seconds the search has run, earlier sessions included."""
@@ -269,7 +273,6 @@ class Search:
             self.family,
             self.pool,
             self.tracker,
-            self._runs,
             verdicts,
             found={nfe: rung.known for nfe, rung in self.rungs.items()},
             named={nfe: len(rung.named_known()) for nfe, rung in self.rungs.items()},
@@ -340,7 +343,8 @@ class Search:
             )
             if verdict.row.note:
                 self.display.note(f"NFE {nfe}: {verdict.row.note}")
-            row = replace(verdict.row, guidance=config.scale)
+            failed = "; ".join(rung.failures)
+            row = replace(verdict.row, guidance=config.scale, failed_stage=failed)
             verdicts.append(self._with_features(replace(verdict, row=row)))
         return verdicts
 

@@ -94,6 +94,7 @@ class Rung:
         self._seen: set[str] = set()
         self._proposed = self._named_count = 0
         self.known: list[Evaluated] = []
+        self.failures: list[str] = []
         self.costs: list[int] = []
 
     def run(self) -> list[Evaluated]:

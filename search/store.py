@@ -18,9 +18,14 @@ float32, base64 of their little-endian bytes. Nothing here is executed when it i
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-import logging
+import os
 import re
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.search.storage import reached
 from fewstep.search.strategies import Evaluated
 from fewstep.search.work import Result
 from fewstep.search.yardstick import Array
@@ -55,59 +61,18 @@ _OWN = (
 )
 
 
-def open_storage(url: str | None, out: Path) -> Any:
-    """The storage a study asks for: an Optuna URL, or the journal in the output folder.
+_BEAT = 20.0  # seconds between signs of life in a storage that others use too
+_WHO = (socket.gethostname(), os.getpid())
 
-    Raises:
-        StudyError: Optuna is not installed, or the storage cannot be opened; a damaged journal,
-            with the number of the line.
-    """
+
+def _lives(process: int) -> bool:
     try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise StudyError("searching needs Optuna: pip install 'fewstep[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    try:
-        if url is not None:
-            return optuna.storages.get_storage(url)
-        path = out / "study.journal"
-        _mend(path)
-
-        class Journal(JournalFileBackend):
-            def append_logs(self, logs: list[dict[str, Any]]) -> None:
-                """Append without Optuna's lock (the folder's is ours) and wait for the disk."""
-                lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
-                with path.open("ab") as file:  # in one write: whole, or torn at its end
-                    file.write("".join(lines).encode())
-
-        return JournalStorage(Journal(str(path)))
-    except StudyError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise StudyError(f"search.storage {url or out}: {line}") from None
-
-
-def _mend(path: Path) -> None:
-    """Cut a line torn by a kill, and check the rest."""
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
-        try:
-            json.loads(line)
-        except ValueError:
-            raise StudyError(
-                f"{path}: line {number} is damaged: the journal was edited; put the line right, "
-                "or start anew with --overwrite"
-            ) from None
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return process != os.getpid()
 
 
 @dataclass(frozen=True)
@@ -137,7 +102,7 @@ class Store:
     """One search in a storage.
 
     Args:
-        storage: see `open_storage`.
+        storage: see `storage.open_storage`.
         name: the study's name.
         resume: whether to go on with a search that is there.
         folder: the output folder: of several searches of one name it tells which.
@@ -153,7 +118,8 @@ class Store:
         import optuna
 
         self._optuna, self._storage = optuna, storage
-        self._alone = isinstance(storage, optuna.storages.JournalStorage)
+        self._alone = isinstance(storage, optuna.storages.JournalStorage)  # the folder's own
+        self._closed = threading.Event()
         self._studies: dict[str, Trials] = {}
         asked = json.loads(json.dumps(identity))
         held = self._held(name)
@@ -161,10 +127,17 @@ class Store:
         if self.resumed:
             self.name = self._choose(held, str(folder.resolve()), asked)
             self._study = optuna.load_study(study_name=self.name, storage=storage)
+            self._check_owner()
         else:
             self._study = self._begin(name)
             self.name = self._study.study_name
             self.note(identity=asked, folder=str(folder.resolve()))
+        self._folder = folder
+        if "id" not in self.notes:
+            self.note(id=uuid.uuid4().hex)
+        self.id: str = self.notes["id"]
+        if not self._alone:
+            threading.Thread(target=self._own, daemon=True).start()
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -173,10 +146,11 @@ class Store:
 
     def note(self, **values: Any) -> None:
         """Keep JSON values by name; what is kept already is not written again."""
-        kept = self.notes
-        for name, value in values.items():
-            if name not in kept or kept[name] != value:
-                self._study.set_user_attr(name, value)
+        with reached(self.name):
+            kept = self.notes
+            for name, value in values.items():
+                if name not in kept or kept[name] != value:
+                    self._study.set_user_attr(name, value)
 
     def trials(self, nfe: int, stream: str = "", domain: Domain | None = None) -> Trials:
         """The trials of a number of calls, on the search's noise or another stream's."""
@@ -189,6 +163,37 @@ class Store:
                 study.set_user_attr("search", self.name)
             self._studies[name] = Trials(study, domain)
         return self._studies[name]
+
+    def _own(self) -> None:
+        """Say, as long as the search runs, that it does: nobody else goes on with it then."""
+        while not self._closed.is_set():
+            with contextlib.suppress(Exception):  # `reached` says that a storage is away
+                self._study.set_user_attr("owner", [*_WHO, time.time()])
+            self._closed.wait(_BEAT)
+
+    def _check_owner(self) -> None:
+        host, process, beat = self.notes.get("owner") or ("", 0, 0)
+        away = time.time() - beat
+        if away > 3 * _BEAT or (host == _WHO[0] and not _lives(process)):
+            return
+        raise StudyError(
+            f"the search {self.name} is running (process {process} on {host}): wait for it, or if "
+            f"that machine is gone, try again in {3 * _BEAT - away:.0f} s"
+        )
+
+    def close(self, *, keep: bool = False) -> None:
+        """Let go of the search; one that has no trial yet is taken back, unless `keep`."""
+        self._closed.set()
+        with contextlib.suppress(Exception):
+            if not self._alone:
+                self._study.set_user_attr("owner", None)
+            if keep or self.resumed or any(trials.count for trials in self._studies.values()):
+                return
+            for name in (*self._studies, self.name):
+                self._optuna.delete_study(study_name=name, storage=self._storage)
+            (self._folder / "study.json").unlink(missing_ok=True)
+            if self._alone:
+                (self._folder / "study.journal").unlink(missing_ok=True)
 
     def _held(self, name: str) -> dict[str, dict[str, Any]]:
         """The notes of the searches of this name, the latest last."""
@@ -248,7 +253,7 @@ class Trials:
 
         self._optuna, self.study, self._domain = optuna, study, domain
         self._distributions: dict[str, Any] = {} if domain is None else domain.distributions()
-        self._count = len(study.get_trials(deepcopy=False))
+        self.count = len(study.get_trials(deepcopy=False))
         self._results: dict[tuple[str, int], Result] | None = None
 
     def add(self, kept: Kept, params: Mapping[str, Any] | None = None) -> None:
@@ -271,13 +276,15 @@ class Trials:
             user_attrs=_attributes(kept),
         )
         storage = self.study._storage
-        made = storage.create_new_trial(self.study._study_id, template_trial=trial)
-        if storage.get_trial(made).number != self._count:
+        with reached(self.study.study_name):
+            made = storage.create_new_trial(self.study._study_id, template_trial=trial)
+            number = storage.get_trial(made).number
+        if number != self.count:
             raise StudyError(
                 f"{self.study.study_name}: another process adds trials to it: let one of the two "
                 "finish"
             )
-        self._count += 1
+        self.count += 1
         if self._results is not None:
             self._results[evaluated.schedule.digest, result.samples] = result
 

@@ -1,4 +1,4 @@
-"""Tables of the study file that belong to one stage; the rest of the file is `config`."""
+"""Tables of the study file that belong to one stage, or to MLflow; the rest is `config`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class RefineTable(Table):
             their distance, or "mean", by its square.
         rounds: Gauss-Newton rounds on `batch` samples, at most; a third as many on more.
         batch: samples that a fit begins on, and that run as one piece.
+        timeout: seconds after which the refinement of one NFE counts as hung; None never.
         knobs: what may move: "times" and "weights" (all numbers of the program), and "guidance"
             (of every call); "times" alone keeps the start's other choices and its steps.
     """
@@ -44,6 +45,7 @@ class RefineTable(Table):
     loss: Literal["huber", "mean"] = "huber"
     rounds: Annotated[int, Field(ge=1)] = 12
     batch: Annotated[int, Field(ge=1)] = 64
+    timeout: Annotated[float, Field(gt=0)] | None = None
     knobs: tuple[Literal["times", "weights", "guidance"], ...] = ("times", "weights")
 
     @model_validator(mode="after")
@@ -71,6 +73,7 @@ class CompensationTable(Table):
         high: largest ratio.
         held: share of the samples that only check.
         polish: Gauss-Newton rounds on the end point.
+        timeout: seconds after which one base counts as hung; None never.
     """
 
     base: tuple[str, ...] = ()
@@ -83,6 +86,7 @@ class CompensationTable(Table):
     high: Annotated[float, Field(gt=1)] = 1.6
     held: Annotated[float, Field(ge=0, lt=1)] = 0.4
     polish: Annotated[int, Field(ge=0)] = 4
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     @field_validator("base", mode="before")
     @classmethod
@@ -113,3 +117,19 @@ class CprTable(Table):
     samples: Annotated[int, Field(ge=8)] = 64
     held: Annotated[int, Field(ge=8)] = 64
     rounds: Annotated[int, Field(ge=1)] = 6
+
+
+class TrackingTable(Table):
+    """[tracking]: MLflow.
+
+    Args:
+        enabled: whether to record runs.
+        tags: of every run, to find them by.
+        uri: tracking URI; None is MLFLOW_TRACKING_URI, or else sqlite:///runs/mlflow.db.
+        experiment: name of the MLflow experiment.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "fewstep"
+    tags: dict[str, str] = Field(default_factory=dict)

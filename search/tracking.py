@@ -1,47 +1,64 @@
 """MLflow: one parent run per search, one child run per NFE, written from one background thread.
 
-Nothing is sent anywhere but to the tracking URI. A server that does not answer is said at once and
-tried again with the next report; it never stops a search. Metrics go in batches; a resumed search
-continues its runs. The module is the only one that imports MLflow, and only when tracking is on.
+Nothing is sent anywhere but to the tracking URI. Reports wait in order where the server does not
+answer, which is said at once and tried again; what still waits when a search ends is kept in
+OUT/mlflow.jsonl, and `fewstep report OUT --log` sends it. A search never waits for its server. A
+resumed search finds its runs by their tag and continues them. The module is the only one that
+imports MLflow, and only when tracking is on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import getpass
+import json
 import logging
 import os
+import sys
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fewstep.search.cluster import in_job, versions
+from fewstep.search.config import StudyConfig
+from fewstep.search.record import write_text
 from fewstep.space.errors import StudyError
 
 DEFAULT_URI = "sqlite:///runs/mlflow.db"
-_BATCH = 900
-_PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+SPOOL = "mlflow.jsonl"
+_BATCH, _PARAMS = 900, 90
+_PROBE, _AGAIN = 3.0, 15.0  # seconds: for an answer, and between tries
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "DO_NOT_TRACK": "true",
 }
+Report = list[Any]
+"""What is reported, as JSON: its kind, then its facts."""
 
 
 class Tracker:
     """Where a search reports; this one, nowhere."""
 
-    def open(
-        self, name: str, settings: Mapping[str, Any], runs: Mapping[str, str]
-    ) -> dict[str, str]:
-        """Start, or continue, the runs: {"parent": id, "5": id, ...}."""
-        return {}
+    runs: Mapping[str, str] = {}
+    """Run ids, as far as they are known: {"parent": id, "5": id, ...}."""
 
     def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
         """Add (trial, value) points of a metric; points already there are skipped."""
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
         """Final numbers of an NFE, or of the whole search."""
+
+    def tag(self, nfe: int | None, **tags: str) -> None:
+        """Words to find a run by."""
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """Keep a file as an artifact."""
@@ -50,192 +67,329 @@ class Tracker:
         """End the runs: FINISHED, FAILED or KILLED."""
 
 
+def tracking_uri(config: StudyConfig) -> str:
+    """Where a study's runs are recorded."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
 class MlflowTracker(Tracker):
     """Reports to MLflow.
 
     Args:
-        uri: tracking URI; None is MLFLOW_TRACKING_URI, or else `DEFAULT_URI`.
-        experiment: name of the experiment.
-        nfes: the NFEs that get a child run.
+        uri: tracking URI.
+        begin: what the runs are: see `beginning`.
+        out: the search's folder, where reports are kept that could not be sent.
         say: called with a line where something is not as it should be.
     """
 
     def __init__(
         self,
-        uri: str | None,
-        experiment: str,
-        nfes: Sequence[int],
+        uri: str,
+        begin: Mapping[str, Any],
+        out: Path,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        self._experiment, self._nfes, self._say = experiment, nfes, say
-        self._runs: dict[str, str] = {}
+        self.uri, self._begin, self._out, self._say = uri, dict(begin), out, say
+        self.runs = {}
         self._points: dict[tuple[str, str], int] = {}
         self._client: Any = None
         self._thread = ThreadPoolExecutor(1)
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._away = False
+        self._waiting: deque[Report] = deque()
+        self._aside: list[Report] = []
+        self._away = 0.0
+        self._monitor: Any = None
 
-    def open(
-        self, name: str, settings: Mapping[str, Any], runs: Mapping[str, str]
-    ) -> dict[str, str]:
-        """See `Tracker`.
+    def open(self) -> None:
+        """Start, or continue, the runs; a server that is away is said, and they start later.
 
         Raises:
-            StudyError: the URI cannot be used, or does not answer for the runs of a resumed
-                search.
+            StudyError: MLflow is not installed, or the URI is none that it can use.
         """
-        client, known = self._connect(), dict(runs)
-        if known and not self._holds(client, known):
-            self._say(f"MLflow at {self.uri} does not hold the runs this search began: new ones")
-            known = {}
-        if not known:
-            known = self._start(client, name, settings)
-        self._runs = known
-        return known
-
-    def _holds(self, client: Any, runs: Mapping[str, str]) -> bool:
-        """Whether the runs are there; they go on."""
-        from mlflow.exceptions import MlflowException
-
+        self._client = client_of(self.uri)
+        if not self._answers():
+            self._go_away("nobody answers")
+            return
         try:
-            for run_id in runs.values():
-                client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise StudyError(
-                f"tracking.uri {self.uri}: {' '.join(str(error).split())[:200]}"
-            ) from None
-        return True
-
-    def _connect(self) -> Any:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-        for logger in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(logger).setLevel(logging.ERROR)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                from mlflow.tracking import MlflowClient
-        except ImportError:
-            raise StudyError(
-                "tracking needs MLflow: pip install 'fewstep[search]', or set tracking.enabled = "
-                "false"
-            ) from None
-        for logger in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(logger).setLevel(logging.ERROR)
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._client = MlflowClient(tracking_uri=self.uri)
-            self._experiment_id = self._find_experiment()
+            self._start()
         except Exception as error:
-            raise StudyError(
-                f"tracking.uri {self.uri}: {' '.join(str(error).split())[:200]}"
-            ) from None
-        return self._client
+            status = getattr(error, "get_http_status_code", lambda: 0)()
+            if self.uri.startswith("http") and status >= 500:
+                self._go_away(_line(error))
+                return
+            raise StudyError(f"tracking.uri {self.uri}: {_line(error)}") from None
+
+    def _start(self) -> None:
+        """Find the runs of this search by their tag, or make them."""
+        begin, client = self._begin, self._client
+        experiment = self._find_experiment()
+        mine = f"tags.`fewstep.search` = '{begin['search']}'"
+        for run in client.search_runs([experiment], mine, max_results=1000):
+            key = run.data.tags.get("fewstep.nfe", "parent")
+            self.runs = {**self.runs, key: str(run.info.run_id)}
+            client.update_run(run.info.run_id, status="RUNNING")
+        for key in ("parent", *map(str, begin["nfes"])):
+            if key in self.runs:
+                continue
+            tags = {**begin["tags"], "fewstep.search": begin["search"], "fewstep.kind": "search"}
+            name, params = begin["name"], dict(begin["params"])
+            if key != "parent":
+                tags |= {"fewstep.kind": "nfe", "fewstep.nfe": key}
+                tags["mlflow.parentRunId"] = self.runs["parent"]
+                name, params["nfe"] = f"{name} NFE {key}", key
+            made = client.create_run(experiment, begin["time"], tags=tags, run_name=name)
+            self._describe(made.info.run_id, params)
+            self.runs = {**self.runs, key: str(made.info.run_id)}
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "true":
+            with contextlib.suppress(Exception):
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                self._monitor = SystemMetricsMonitor(self.runs["parent"], tracking_uri=self.uri)
+                self._monitor.start()
+
+    def _describe(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        listed = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(listed), _PARAMS):
+            self._client.log_batch(run_id, params=listed[start : start + _PARAMS])
 
     def _find_experiment(self) -> str:
-        found = self._client.get_experiment_by_name(self._experiment)
+        name = self._begin["experiment"]
+        found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         location = None
-        if self.uri.startswith(
-            "sqlite:///"
-        ):  # beside the database, not in whatever folder one stands
+        if self.uri.startswith("sqlite:///"):
+            # beside the database, not in whatever folder one stands
             database = Path(self.uri.removeprefix("sqlite:///")).resolve()
-            location = (database.parent / "mlartifacts" / self._experiment).as_uri()
-        return str(self._client.create_experiment(self._experiment, artifact_location=location))
-
-    def _start(self, client: Any, name: str, settings: Mapping[str, Any]) -> dict[str, str]:
-        parent = client.create_run(
-            self._experiment_id, run_name=name, tags={"fewstep.kind": "search"}
-        )
-        runs = {"parent": str(parent.info.run_id)}
-        for nfe in self._nfes:
-            tags = {
-                "mlflow.parentRunId": runs["parent"],
-                "fewstep.kind": "nfe",
-                "fewstep.nfe": str(nfe),
-            }
-            child = client.create_run(self._experiment_id, run_name=f"{name} NFE {nfe}", tags=tags)
-            runs[str(nfe)] = str(child.info.run_id)
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)[:500]) for key, value in settings.items()]
-        for start in range(0, len(params), 90):
-            client.log_batch(runs["parent"], params=params[start : start + 90])
-        return runs
+            location = (database.parent / "mlartifacts" / name).as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # its page under training
+        return str(self._client.create_experiment(name, artifact_location=location, tags=kind))
 
     def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
         """See `Tracker`."""
-        run_id = self._runs.get(str(nfe), "")
-        if not run_id:
-            return
-
-        def write() -> None:
-            from mlflow.entities import Metric
-
-            last = self._points.get((run_id, metric))
-            now = int(time.time() * 1000)
-            if last is None:
-                history = self._client.get_metric_history(run_id, metric)
-                last = max((m.step for m in history), default=-1)
-            fresh = [Metric(metric, value, now, step) for step, value in points if step > last]
-            for start in range(0, len(fresh), _BATCH):
-                self._client.log_batch(run_id, metrics=fresh[start : start + _BATCH])
-            self._points[run_id, metric] = max([last, *(step for step, _ in points)])
-
-        self._send(write)
+        now = int(time.time() * 1000)
+        self._send(["curve", str(nfe), metric, now, [list(point) for point in points]])
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
+        now = int(time.time() * 1000)
+        self._send(["numbers", _key(nfe), now, {k: float(v) for k, v in values.items()}])
 
-        def write() -> None:
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            metrics = [Metric(name, float(value), now, 0) for name, value in values.items()]
-            if metrics:
-                self._client.log_batch(self._id(nfe), metrics=metrics)
-
-        self._send(write)
+    def tag(self, nfe: int | None, **tags: str) -> None:
+        """See `Tracker`."""
+        self._send(["tags", _key(nfe), tags])
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """See `Tracker`."""
-        self._send(lambda: self._client.log_artifact(self._id(nfe), str(path), folder or None))
+        self._send(["file", _key(nfe), str(path.resolve()), folder])
 
     def close(self, status: str) -> None:
-        """See `Tracker`; waits until everything is written, or the server does not answer."""
-        for run_id in self._runs.values():
-            self._send(partial(self._client.set_terminated, run_id, status=status))
+        """See `Tracker`; what is not written by then is kept in the search's folder."""
+        if self._monitor is not None:
+            self._monitor.finish()
+        self._send(["end", status, int(time.time() * 1000)])
+        self._thread.submit(self._drain, last=True)
         self._thread.shutdown(wait=True)
-        if self._waiting:
-            self._say(
-                f"MLflow at {self.uri}: {len(self._waiting)} reports are not written: --resume "
-                "the search to write them"
-            )
+        left = [*self._aside, *self._waiting]
+        spool = self._out / SPOOL
+        if not left:
+            spool.unlink(missing_ok=True)
+            return
+        head = {"uri": self.uri, "begin": self._begin}
+        write_text(spool, "".join(json.dumps(line) + "\n" for line in [head, *left]))
+        self._say(
+            f"MLflow at {self.uri} does not have everything: {len(left)} reports are kept; send "
+            f"them with: fewstep report {self._out} --log"
+        )
 
-    def _send(self, report: Callable[[], None]) -> None:
+    def _send(self, report: Report) -> None:
         """Write a report from the background, after those that wait."""
-        self._thread.submit(self._write, report)
-
-    def _write(self, report: Callable[[], None]) -> None:
         self._waiting.append(report)
-        try:
-            while self._waiting:
-                self._waiting[0]()
-                self._waiting.popleft()
-            self._away = False
-        except Exception as error:  # whatever a client of a service may raise
-            if not self._away:
-                line = " ".join(str(error).split())[:200]
-                self._say(f"MLflow at {self.uri} does not answer ({line}): tried again later")
-            self._away = True
+        self._thread.submit(self._drain)
 
-    def _id(self, nfe: int | None) -> str:
-        return self._runs["parent" if nfe is None else str(nfe)]
+    def _drain(self, last: bool = False) -> None:
+        """Write what waits, in order; stop where the server is away."""
+        if last:
+            self._waiting.extendleft(reversed(self._aside))
+            self._aside = []
+        if self._away:
+            if not last and time.monotonic() < self._away + _AGAIN:
+                return
+            if not self._answers():
+                self._away = time.monotonic()
+                return
+        while True:
+            try:
+                if not self._complete:
+                    self._start()
+                if self._away:
+                    self._say(f"MLflow at {self.uri} answers again")
+                    self._away = 0.0
+                while self._waiting:
+                    self._write(self._waiting[0])
+                    self._waiting.popleft()
+                return
+            except Exception as error:  # whatever a client of a service may raise
+                if not (self._complete and self._answers()):
+                    self._go_away(_line(error))
+                    return
+                if not (self._aside or last):
+                    self._say(f"MLflow at {self.uri}: {_line(error)}; tried again at the end")
+                self._aside.append(self._waiting.popleft())  # the rest can be written
+
+    @property
+    def _complete(self) -> bool:
+        """Whether every run is there."""
+        return len(self.runs) > len(self._begin["nfes"])
+
+    def _go_away(self, why: str) -> None:
+        if not self._away:
+            self._say(
+                f"MLflow at {self.uri} does not answer ({why}): the search goes on, and reports "
+                "wait for it"
+            )
+        self._away = time.monotonic()
+
+    def _answers(self) -> bool:
+        """Whether the server is there, found out in seconds; a database is opened at once."""
+        if not self.uri.startswith(("http://", "https://")):
+            return True
+        try:
+            urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_PROBE).close()
+        except urllib.error.HTTPError:
+            return True  # it answers
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _write(self, report: Report) -> None:
+        kind, *facts = report
+        if kind == "end":
+            for run_id in self.runs.values():
+                self._client.set_terminated(run_id, status=facts[0], end_time=facts[1])
+            return
+        run_id = self.runs[facts[0]]
+        if kind == "curve":
+            self._write_curve(run_id, *facts[1:])
+        elif kind == "numbers":
+            self._metrics(run_id, [(name, value, facts[1], 0) for name, value in facts[2].items()])
+        elif kind == "tags":
+            for name, value in facts[1].items():
+                self._client.set_tag(run_id, name, value)
+        else:
+            self._client.log_artifact(run_id, facts[1], facts[2] or None)
+
+    def _write_curve(
+        self, run_id: str, metric: str, now: int, points: Sequence[tuple[int, float]]
+    ) -> None:
+        """The points that are not there yet."""
+        last = self._points.get((run_id, metric))
+        if last is None:
+            history = self._client.get_metric_history(run_id, metric)
+            last = max((m.step for m in history), default=-1)
+        self._metrics(run_id, [(metric, v, now, step) for step, v in points if step > last])
+        self._points[run_id, metric] = max([last, *(step for step, _ in points)])
+
+    def _metrics(self, run_id: str, values: Sequence[tuple[str, float, int, int]]) -> None:
+        from mlflow.entities import Metric
+
+        listed = [Metric(*value) for value in values]
+        for start in range(0, len(listed), _BATCH):
+            self._client.log_batch(run_id, metrics=listed[start : start + _BATCH])
+
+
+def client_of(uri: str) -> Any:
+    """A client of MLflow, quiet and quick to give up.
+
+    Raises:
+        StudyError: MLflow is not installed, or the URI is none that it can use.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    _hush()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from mlflow.tracking import MlflowClient
+    except ImportError:
+        raise StudyError(
+            "tracking needs MLflow: pip install 'fewstep[search]', or set tracking.enabled = false"
+        ) from None
+    _hush()  # the import has set levels of its own
+    try:
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(tracking_uri=uri)
+    except Exception as error:
+        raise StudyError(f"tracking.uri {uri}: {_line(error)}") from None
+
+
+def _hush() -> None:
+    for logger in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def beginning(config: StudyConfig, search: str, out: Path) -> dict[str, Any]:
+    """What the runs of a search are, as JSON.
+
+    Args:
+        config: the study.
+        search: the search's id, by which its runs are found.
+        out: its folder.
+    """
+    model = config.model.factory or str(config.model.pipeline)
+    told = config.description or f"fewstep: schedules for {model}, {config.search.strategy}"
+    tags = {
+        "fewstep.study": config.name,
+        "fewstep.model": model,
+        "fewstep.strategy": config.search.strategy,
+        "fewstep.objective": config.objective.name or "",
+        "fewstep.out": str(out.resolve()),
+        "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500],
+        "mlflow.source.type": "JOB" if in_job() else "LOCAL",
+        "mlflow.note.content": told,
+        **{f"version.{name}": number for name, number in versions().items()},
+        **config.tracking.tags,
+    }
+    with contextlib.suppress(Exception):  # a user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    return {
+        "search": search,
+        "name": config.name,
+        "experiment": config.tracking.experiment,
+        "nfes": list(config.search.nfe),
+        "params": {key: str(value)[:500] for key, value in config.identity().items()},
+        "tags": tags,
+        "time": int(time.time() * 1000),
+    }
+
+
+def send_kept(out: Path, say: Callable[[str], None]) -> int:
+    """Send the reports that a search kept in its folder; how many there were.
+
+    Raises:
+        StudyError: the server does not answer, or the file is damaged.
+    """
+    try:
+        head, *reports = map(json.loads, (out / SPOOL).read_text(encoding="utf-8").splitlines())
+        tracker = MlflowTracker(head["uri"], head["begin"], out, say)
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{out / SPOOL} is damaged ({error}): --resume the search") from None
+    tracker.open()
+    for report in reports[:-1]:
+        tracker._send(report)
+    tracker.close(reports[-1][1])
+    if (out / SPOOL).exists():
+        raise StudyError(f"MLflow at {tracker.uri} did not take everything: try again later")
+    return len(reports)
+
+
+def _key(nfe: int | None) -> str:
+    return "parent" if nfe is None else str(nfe)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

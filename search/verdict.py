@@ -79,6 +79,7 @@ class Row:
         named: every named solver on its best grid, best first.
         facts: further numbers by name, (found, best named); empty where the objective has none.
         guidance: the scale, where the study lists scales.
+        failed_stage: why the last stage did not do all it should; "" if it did.
     """
 
     nfe: int
@@ -106,6 +107,7 @@ class Row:
     named: tuple[Scored, ...] = field(default=())
     facts: dict[str, tuple[float, float]] = field(default_factory=dict)
     guidance: float | None = None
+    failed_stage: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

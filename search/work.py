@@ -12,12 +12,9 @@ A `Work` is a small picklable value with four methods:
 `Block` is the work of scoring: M schedules on samples start..stop-1 of a stream of noise that all
 of them share. Stages (refinement, compensation, CPR) send works of their own.
 What goes wrong with one candidate of a block is its status, found by running it alone: numbers
-that are not finite, memory, and whatever the user's model or measure raises (`ModelError`).
-Any other exception is a fault of ours and ends the search.
-
-Blocks are cut from a list of schedules by the study's settings alone (`cut`, `Block.cover`):
-candidates in the order given, M at a time, samples in index order, B at a time. A score belongs to
-its block; the number of workers decides only where and when it runs.
+that are not finite, memory, what the user's model or measure raises (`ModelError`). Any other
+exception is a fault of ours and ends the search. Blocks are cut by the study's settings alone
+(`cut`, `Block.cover`), so the number of workers decides only where and when a block runs.
 """
 
 from __future__ import annotations
@@ -86,6 +83,10 @@ class Work(ABC):
     def join(self, results: Sequence[Any]) -> Any:
         """The result of the whole from those of its parts."""
         raise NotImplementedError
+
+    def limit(self, block: float | None) -> float | None:
+        """Seconds after which it counts as hung, given those of a block; None never."""
+        return None
 
     def failed(self, status: str, message: str) -> Any:
         """The result of work that was given up; by default the search cannot go on without it."""
@@ -173,6 +174,10 @@ class Block(Work):
         if len(self.schedules) == 1:
             return []
         return [replace(self, schedules=(schedule,)) for schedule in self.schedules]
+
+    def limit(self, block: float | None) -> float | None:
+        """See `Work`; the teacher's blocks, of many more calls, have none."""
+        return None if self.strict else block
 
     def join(self, results: Sequence[BlockResult]) -> BlockResult:
         """See `Work`."""

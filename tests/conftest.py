@@ -24,7 +24,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local Ray for every test that uses a pool: starting one takes seconds."""
     import ray
 
-    from fewstep.search.pool import start_local
+    from fewstep.search.cluster import start_local
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("ray")))

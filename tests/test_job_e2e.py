@@ -1,155 +1,180 @@
-"""The main job as a submitted job: a head on loopback, the wheel by py_modules, another folder."""
+"""Searches on a cluster that lacks fewstep and reaches no index, sent from somewhere else."""
 
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 
 from fewstep.space import load_schedule
+from tests.clusters import free_ports, head
+from tests.studies import STUDY, trial_table, write_study
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
-SETTINGS = (
-    "search.nfe=[4]",
-    "search.workers=2",
-    "budget.candidates=40",
-    "search.samples=16",
-    "search.race=[]",
-    "final.samples=16",
-    "final.resamples=200",
-    "teacher.nfe=16",
-    "refine.rounds=2",
-    "refine.samples=16",
-    "refine.held=16",
-)
-
-
-def _free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The built wheel, from a copy of the tree, so that no build folder is left in it."""
-    base = tmp_path_factory.mktemp("build")
-    ignore = shutil.ignore_patterns(
-        ".*", "build", "dist", "runs", "assets", "*.egg-info", "__pycache__"
-    )
-    shutil.copytree(ROOT, base / "source", ignore=ignore)
-    command = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation"]
-    subprocess.run(
-        [*command, "--outdir", str(base), str(base / "source")], check=True, capture_output=True
-    )
-    (built,) = base.glob("fewstep-*.whl")
-    return built
+SMALL = """
+[model]
+pipeline = "pipe"
+[budget]
+candidates = 6
+[search]
+nfe = [3]
+strategy = "random"
+samples = 4
+block = [2, 4]
+workers = 2
+[teacher]
+nfe = 6
+check = 0
+[final]
+samples = 4
+most = 4
+top = 1
+pictures = 2
+resamples = 100
+"""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A Ray head on loopback with a job server; (environment, job address)."""
-    home = tmp_path_factory.mktemp("home")
-    port, dashboard, client, agent = _free_ports(4)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    environment = kept | {
-        "HOME": str(home),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONSAFEPATH": "1",
-    }
-    environment.pop("PYTHONPATH", None)
-    ray = str(Path(sys.executable).with_name("ray"))
-    start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    start += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=3"]
-    start += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-    start += ["--object-store-memory=200000000", f"--temp-dir=/tmp/r{port}", "--block"]
-    head = subprocess.Popen(
-        start,
-        env=environment,
-        cwd=home,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        address = f"http://127.0.0.1:{dashboard}"
-        _wait_for_jobs(address, ray, environment, home, head)
-        yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, address, ray
-    finally:
-        head.terminate()
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            head.kill()
-            head.wait(30)
-        head.stdout.close()
-        shutil.rmtree(f"/tmp/r{port}", ignore_errors=True)
+    with head(tmp_path_factory.mktemp("home")) as started:
+        yield started
 
 
-def _wait_for_jobs(address, ray, environment, home, head):
-    import time
-
-    for _ in range(60):
-        assert head.poll() is None, head.stdout.read()
-        asked = [ray, "job", "list", "--address", address]
-        if subprocess.run(asked, env=environment, cwd=home, capture_output=True).returncode == 0:
-            return
-        time.sleep(1)
-    raise AssertionError("the job server did not answer")
+def _fewstep(*words, cwd, env, **options):
+    command = [sys.executable, "-P", "-m", "fewstep.experiments", *map(str, words)]
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
+    return subprocess.run(command, cwd=cwd, env=env, check=False, **options)
 
 
-def test_the_digits_study_runs_as_a_submitted_job(tmp_path, wheel, cluster):
-    environment, address, ray = cluster
-    folder = tmp_path / "study"
-    folder.mkdir()
-    shutil.copy(ROOT / "experiments" / "studies" / "digits.toml", folder)
-    out, database = tmp_path / "out", tmp_path / "ml" / "mlflow.db"
-    settings = [*SETTINGS, f"tracking.uri=sqlite:///{database}"]
-    runtime = {"working_dir": str(folder), "py_modules": [str(wheel)]}
-    submit = [
-        ray,
-        "job",
-        "submit",
-        "--address",
-        address,
-        "--runtime-env-json",
-        json.dumps(runtime),
-    ]
-    code = "python -P -m fewstep.experiments.search_job".split()
-    entry = [sys.executable, *code[1:], "digits.toml", "--out", str(out)]
-    for setting in settings:
-        entry += ["--set", setting]
-    done = subprocess.run(
-        [*submit, "--", *entry],
-        cwd=tmp_path,
-        env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+def _own(env):
+    """The submitting machine's environment: it has fewstep, the cluster need not."""
+    import os
+
+    return env | {k: os.environ[k] for k in ("PYTHONPATH",) if k in os.environ}
+
+
+def _digest(out):
+    return load_schedule(out / "schedules" / "nfe03.json").digest
+
+
+def test_a_study_with_its_own_module_is_sent_and_gives_the_schedules_of_this_machine(
+    tmp_path, cluster
+):
+    study = write_study(tmp_path / "home", STUDY.replace("enabled = false", ""))
+    (tmp_path / "home" / "far.txt").write_text("1")
+    out, env = tmp_path / "shared" / "out", _own(cluster.environment)
+    words = ("submit", study, "--address", cluster.jobs, "--out", out)
+    done = _fewstep(*words, "--set", "search.workers=2", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (source,) = (line for line in done.stdout.splitlines() if line.startswith("fewstep 0"))
-    assert str(ROOT) not in source, "the job ran the checkout, not the wheel it was sent"
-    assert load_schedule(out / "schedules" / "nfe04.json").nfe == 4
-    (row,) = json.loads((out / "results.json").read_text())["rows"]
-    assert row["trials"] == 40 + 1  # and the refined one
+    assert "working_dir" in source, "the job ran another fewstep than the one sent"
+    assert f"results {out}, trials {out}/study.journal, MLflow sqlite:///{out.parent}" in (
+        done.stdout
+    )
+    assert "scores may differ" not in done.stdout
+    here = _fewstep("search", study, "--out", tmp_path / "here", cwd=tmp_path, env=env)
+    assert here.returncode == 0, here.stderr
+    assert trial_table(out) == trial_table(tmp_path / "here")
+    assert _digest(out) == _digest(tmp_path / "here")
 
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{database}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{out.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("fewstep")
     runs = client.search_runs([experiment.experiment_id])
-    assert {r.info.status for r in runs} == {"FINISHED"}
-    assert len(runs) == 2
+    assert [r.info.status for r in runs] == ["FINISHED", "FINISHED"]
+    assert {r.data.tags["mlflow.source.type"] for r in runs} == {"JOB"}
+    assert all(r.data.params["search.samples"] == "8" for r in runs)
+
+
+def test_a_study_of_a_pipeline_is_sent_with_its_folder(tmp_path, cluster):
+    pytest.importorskip("diffusers")
+    from tests.tiny_pipelines import build
+
+    build("ddpm")[0].save_pretrained(tmp_path / "home" / "pipe")
+    study = tmp_path / "home" / "study.toml"
+    study.write_text(SMALL)
+    env, out = _own(cluster.environment), tmp_path / "out"
+    words = ("submit", study, "--address", cluster.jobs, "--out", out)
+    done = _fewstep(*words, cwd="/", env=env)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    words = ("search", study, "--out", tmp_path / "here", "--set", "search.workers=0")
+    here = _fewstep(*words, cwd=tmp_path, env=env)
+    assert here.returncode == 0, here.stderr
+    assert _digest(out) == _digest(tmp_path / "here")
+
+
+def test_a_job_is_stopped_and_gone_on_with_by_its_studys_name(tmp_path, cluster):
+    text = STUDY.replace("candidates = 104", "seconds = 600")
+    study = write_study(tmp_path / "home", text)
+    env, out, at = _own(cluster.environment), tmp_path / "out", ("--address", cluster.jobs)
+    sent = _fewstep("submit", study, *at, "--out", out, "--no-wait", cwd=tmp_path, env=env)
+    assert sent.returncode == 0, sent.stderr
+    twice = _fewstep("submit", study, *at, "--out", out, "--no-wait", cwd=tmp_path, env=env)
+    assert "a job of the study tiny is running" in twice.stderr
+    journal, limit = out / "study.journal", time.monotonic() + 120
+    while time.monotonic() < limit:
+        if journal.exists() and journal.read_bytes().count(b'"generation":1') > 3:
+            break
+        time.sleep(0.2)
+    stopped = _fewstep("submit", "tiny", *at, "--stop", cwd=tmp_path, env=env)
+    assert "tiny-" in stopped.stdout, stopped.stderr
+    log = _fewstep("submit", "tiny", *at, "--follow", cwd=tmp_path, env=env)
+    assert "terminated; a search goes on with --resume" in log.stdout
+    told = len(trial_table(out))
+    more = ("--resume", "--set", f"budget.candidates={told + 5}")
+    done = _fewstep("submit", "tiny", *at, *more, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert len(trial_table(out)) == told + 5
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert row["trials"] == told + 5
+
+
+@pytest.mark.parametrize("kind", ["gcs", "client"])
+def test_a_search_here_on_workers_there_sends_them_what_they_need(tmp_path, cluster, kind):
+    study = write_study(tmp_path / "home")
+    env = _own(cluster.environment)
+    words = ("search", study, "--set", "budget.candidates=20", "--out")
+    done = _fewstep(
+        *words, tmp_path / "there", "--address", getattr(cluster, kind), cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    here = _fewstep(*words, tmp_path / "here", cwd=tmp_path, env=env)
+    assert here.returncode == 0, here.stderr
+    assert trial_table(tmp_path / "there") == trial_table(tmp_path / "here")
+
+
+def test_wrong_addresses_are_a_line_within_seconds_and_leave_nothing(tmp_path, cluster):
+    study, env = write_study(tmp_path / "home"), _own(cluster.environment)
+    (nobody,) = free_ports(1)
+    wrong = {
+        cluster.jobs: "is that of a dashboard, which takes jobs",
+        cluster.jobs.removeprefix("http://"): "is that of a dashboard, which takes jobs",
+        f"127.0.0.1:{nobody}": "no Ray cluster answers there",
+        f"ray://127.0.0.1:{nobody}": "no Ray cluster answers there",
+        "head": "write auto, host:port or ray://host:port",
+    }
+    for address, line in wrong.items():
+        begun = time.monotonic()
+        words = ("search", study, "--out", tmp_path / "out", "--address", address)
+        done = _fewstep(*words, cwd=tmp_path, env=env)
+        assert done.returncode == 2
+        assert line in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert time.monotonic() - begun < 30
+        assert not (tmp_path / "out").exists()
+    refused = {
+        ("--address", f"http://127.0.0.1:{nobody}"): "no dashboard answers there",
+        ("--address", cluster.gcs): "jobs go to the cluster's dashboard",
+        ("--address", cluster.jobs): "--out is missing",
+        ("--address", cluster.jobs, "--out", "runs/a"): "--out runs/a: a job's own folder",
+        ("--address", cluster.jobs, "--out", "/r", "--set", "tracking.uri=sqlite:///a.db"): (
+            "tracking.uri = 'sqlite:///a.db' is relative"
+        ),
+    }
+    for options, line in refused.items():
+        done = _fewstep("submit", study, *options, cwd=tmp_path, env=env)
+        assert done.returncode == 2
+        assert line in done.stderr

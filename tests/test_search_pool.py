@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fewstep.search.config import load_study
+from fewstep.search.config import SearchTable, load_study
 from fewstep.search.pool import RayPool, SerialPool
 from fewstep.search.preparing import evaluator_spec
 from fewstep.search.run import search
@@ -24,6 +24,10 @@ def _run(pool, evaluator_noise, samples=8, size=4, count=10):
     return {i: r for i, r in enumerate(pool.map(blocks))}
 
 
+def _pool(spec, workers=2, display=None, **settings):
+    return RayPool(spec, SearchTable(nfe=(3,), workers=workers, **settings), display=display)
+
+
 def _setup(tmp_path, **arguments):
     path = write_study(tmp_path)
     config = load_study(path, [f"model.{k}={v}" for k, v in arguments.items()])
@@ -34,7 +38,7 @@ def _setup(tmp_path, **arguments):
 def test_workers_give_the_same_numbers_as_one_process(tmp_path):
     spec, serial, noise = _setup(tmp_path)
     expected = _run(serial, noise)
-    pool = RayPool(spec, workers=2)
+    pool = _pool(spec)
     try:
         found = _run(pool, noise)
     finally:
@@ -48,7 +52,7 @@ def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path):
     trap = tmp_path / "trap"
     trap.touch()
     spec, _, noise = _setup(tmp_path, broken=f"die of {trap}")
-    pool = RayPool(spec, workers=2, retries=1)
+    pool = _pool(spec, retries=1)
     try:
         found = _run(pool, noise)
     finally:
@@ -59,7 +63,7 @@ def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path):
 
 def test_a_block_that_hangs_is_a_status_not_a_hang(tmp_path):
     spec, _, noise = _setup(tmp_path, broken="hang")
-    pool = RayPool(spec, workers=2, timeout=1.0)
+    pool = _pool(spec, timeout=1.0)
     try:
         found = _run(pool, noise, samples=4, size=2, count=2)
     finally:

@@ -14,8 +14,8 @@ import pytest
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
 from fewstep.search.record import held
-from fewstep.search.store import Store, Trials, open_storage
-from fewstep.search.tracking import MlflowTracker
+from fewstep.search.storage import open_storage
+from fewstep.search.store import Store, Trials
 from fewstep.search.yardstick import level
 from fewstep.space import StudyError, load_schedule
 from tests.studies import STUDY, command, environment, fewstep, table, trial_table, write_study
@@ -196,7 +196,7 @@ def test_a_search_stopped_at_any_trials_ends_as_if_it_had_not_been(tmp_path, mon
         folder = tmp_path / ("out" if kind == "journal" else f"out{k}")
 
         def add(trials, kept, at=at):
-            if trials._count == at:
+            if trials.count == at:
                 raise KeyboardInterrupt
             plain(trials, kept)
 
@@ -364,30 +364,6 @@ def test_frechet_searches_too(tmp_path):
     assert row.interval[0] <= row.interval[1]
 
 
-def test_mlflow_holds_the_runs_and_a_resumed_search_continues_them(tmp_path):
-    from mlflow.tracking import MlflowClient
-
-    uri = f"sqlite:///{tmp_path}/ml/mlflow.db"
-    settings = ("tracking.enabled=true", f"tracking.uri={uri}")
-    out = tmp_path / "out"
-    _search(tmp_path, out, *settings)
-    _search(tmp_path, out, *settings, resume=True)
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("fewstep")
-    runs = client.search_runs([experiment.experiment_id])
-    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
-    (child,) = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
-    assert len(parents) == 1
-    assert all(r.info.status == "FINISHED" for r in runs)
-    assert child.data.tags["fewstep.nfe"] == "3"
-    curve = client.get_metric_history(child.info.run_id, "best_endpoint_mse")
-    assert [m.step for m in curve] == sorted({m.step for m in curve})
-    names = {f.path for f in client.list_artifacts(parents[0].info.run_id)}
-    assert names >= {"results.json", "curves.png", "report.html", "schedules"}
-    schedule = load_schedule(out / "schedules" / "nfe03.json")
-    assert schedule.provenance["mlflow_run"] == child.info.run_id
-
-
 def test_one_run_fills_a_ladder_and_names_its_pareto_front(tmp_path):
     settings = ("search.nfe=[3, 4, 6]", "search.strategy=random", "budget.candidates=30")
     out = _search(tmp_path, tmp_path / "out", *settings).out
@@ -412,80 +388,3 @@ def test_a_row_that_fewer_calls_match_is_off_the_front(finished):
     rows = [replace(row, nfe=n, found_score=s) for n, s in ((8, 3.0), (4, 5.0), (6, 2.0))]
     assert [r.nfe for r in pareto(rows)] == [4, 6]
     assert list(results_table(rows, "score").columns[0].cells) == ["8*", "4", "6"]
-
-
-def test_a_terminated_search_ends_its_mlflow_runs(tmp_path):
-    """`ray job stop` and cluster managers send SIGTERM."""
-    from mlflow.tracking import MlflowClient
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    text = STUDY.replace("candidates = 104", "seconds = 600")
-    study = write_study(tmp_path, text.replace("enabled = false", f'uri = "{uri}"'))
-    process = subprocess.Popen(
-        command("search", str(study), "--out", "out", "-q"), cwd=tmp_path, env=environment()
-    )
-    log, limit = tmp_path / "out" / "study.journal", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < limit:
-        if log.exists() and b'"generation":1' in log.read_bytes():
-            break
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == 130
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("fewstep")
-    runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.status for run in runs} == {"KILLED"}
-
-
-def test_an_interrupted_search_writes_what_it_has_reported(tmp_path):
-    """Reports are written by one thread, which no signal interrupts inside a transaction."""
-    tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", "fewstep", [5])
-    runs = tracker.open("study", {}, {})
-    client = tracker._client
-    write = client.log_batch
-
-    def slow(run_id, **values):
-        time.sleep(0.3)
-        write(run_id, **values)
-
-    client.log_batch = slow
-    tracker.curve(5, "best", [(0, 1.0)])
-    tracker.close("KILLED")  # as the search does when a signal has ended it
-    assert [m.value for m in client.get_metric_history(runs["5"], "best")] == [1.0]
-    assert {client.get_run(run).info.status for run in runs.values()} == {"KILLED"}
-
-
-def test_a_tracking_server_that_is_away_is_said_once_and_gets_its_reports_later(tmp_path):
-    said = []
-    tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", "fewstep", [5], said.append)
-    runs = tracker.open("study", {}, {})
-    client = tracker._client
-    write, away = client.log_batch, [True, True]
-
-    def sometimes(run_id, **values):
-        if away and away.pop():
-            raise ConnectionError("nobody there")
-        write(run_id, **values)
-
-    client.log_batch = sometimes
-    for step in range(3):
-        tracker.curve(5, "best", [(k, 1.0 / (k + 1)) for k in range(step + 1)])
-    tracker.close("FINISHED")
-    assert [m.step for m in client.get_metric_history(runs["5"], "best")] == [0, 1, 2]
-    assert len(said) == 1
-    assert "nobody there" in said[0]
-
-
-def test_a_resumed_search_starts_new_runs_only_where_its_own_are_not_and_says_so(tmp_path):
-    said = []
-    first = MlflowTracker(f"sqlite:///{tmp_path}/a.db", "fewstep", [5])
-    runs = first.open("study", {}, {})
-    first.close("KILLED")
-    other = MlflowTracker(f"sqlite:///{tmp_path}/b.db", "fewstep", [5], said.append)
-    assert other.open("study", {}, runs) != runs
-    assert "does not hold the runs" in said[0]
-    again = MlflowTracker(f"sqlite:///{tmp_path}/a.db", "fewstep", [5], said.append)
-    assert again.open("study", {}, runs) == runs
-    assert len(said) == 1
-    for tracker in (other, again):
-        tracker.close("FINISHED")

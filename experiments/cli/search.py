@@ -86,6 +86,7 @@ def search(
     ] = False,
 ) -> None:
     """Find schedules for the model of a study, and the evidence that they are better."""
+    from fewstep.search.cluster import in_job, lasting
     from fewstep.search.config import load_study
 
     overrides = list(settings or [])
@@ -103,9 +104,12 @@ def search(
         raise StudyError("--prompts and --nfe go with --pipeline: a study file has its own")
     assert study is not None
     config = load_study(study, overrides)
+    if in_job():
+        config = lasting(config, out)
     from fewstep.experiments.cli import explain
     from fewstep.search import run
     from fewstep.search.display import Display, Terminal, duration
+    from fewstep.search.preparing import places
 
     folder = out or Path("runs") / config.name
     display = Display() if quiet else Terminal()
@@ -117,8 +121,10 @@ def search(
     screen.print(*closing, sep="\n", highlight=False)
     each = len(config.search.guidance or ()) > 1
     where = f"in {outcome.out}{' and its folder of each scale' if each else ''}"
-    screen.print(
-        f"{duration(outcome.seconds)}; schedules, pictures and report.html are {where}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    more = {"highlight": False, "soft_wrap": True}
+    said = f"{duration(outcome.seconds)}; schedules, pictures and report.html are {where}"
+    screen.print(said, **more)
+    if in_job():
+        screen.print(places(config, folder, config.name), **more)
+    if any(row.failed_stage for row in outcome.rows):
+        raise typer.Exit(3)

@@ -193,8 +193,17 @@ def report(
         bool, typer.Option("--decisions/--no-decisions", help="Score decisions, or only tables.")
     ] = True,
     settings: Settings = None,
+    log: Annotated[
+        bool, typer.Option("--log", help="Send MLflow what a search could not send, and leave.")
+    ] = False,
 ) -> None:
     """Say what a search found, and which decisions of its schedules mattered at which step."""
+    if log:
+        from fewstep.search.tracking import send_kept
+
+        sent = send_kept(what, print)
+        print(f"{sent} reports sent" if sent else f"{what}: nothing waits for MLflow")
+        return
     from fewstep.experiments.cli import decisions, explain, reporting
     from fewstep.search.display import Terminal
 

@@ -34,6 +34,10 @@ class CompensationTask(Work):
     schedule: OdeSchedule
     table: CompensationTable
 
+    def limit(self, block: float | None) -> float | None:
+        """See `Work`."""
+        return self.table.timeout
+
     def failed(self, status: str, message: str) -> Improved:
         """See `Work`: a base that fails is said and left out."""
         return Improved(message=f"{message} ({status})")

@@ -93,8 +93,9 @@ def _improve(
             display.saved(_cost(config, nfe, len(group)) - result.evaluations)
             done += 1
             if result.schedule is None:
-                source = group[0].source
-                display.note(f"NFE {nfe}: {stage} of {source} failed ({result.message})")
+                line = f"{stage} of {group[0].source} failed ({result.message})"
+                display.note(f"NFE {nfe}: {line}")
+                rung.failures.append(line)
                 continue
             source = f"{stage}:{group[result.start_used].source}"
             tried = {f"{stage}_starts": [start.source for start in group]}

@@ -60,6 +60,10 @@ class RefineTask(Work):
     table: RefineTable
     featured: bool
 
+    def limit(self, block: float | None) -> float | None:
+        """See `Work`."""
+        return self.table.timeout
+
     def failed(self, status: str, message: str) -> Improved:
         """See `Work`: a stage that fails is said and left out."""
         return Improved(message=f"{message} ({status})")

@@ -1,0 +1,359 @@
+"""A Ray cluster: its address checked, the connection, and what is sent to its machines.
+
+A cluster has its own Python with torch, Ray and the rest; a search sends fewstep itself (a copy of
+the package that runs here), the study and the files that it names, as Ray's working directory.
+Nothing is installed there. Versions that differ are said (`differing`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fewstep.search.config import StudyConfig
+from fewstep.search.problem import is_checkout
+from fewstep.space.errors import StudyError
+
+_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+_PATIENCE = 3.0
+_LAYERS = ("space", "samplers", "predictors", "search", "experiments")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "benchmarks", "results", ".*")
+LIMIT = 90 * 2**20
+"""Bytes that can be sent: a job server takes 100 MiB."""
+
+
+def cpus() -> int:
+    """CPU cores this process may use."""
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+
+
+def in_job() -> bool:
+    """Whether this process is the driver of a submitted job."""
+    return bool({"RAY_JOB_CONFIG_JSON_ENV_VAR", "FEWSTEP_JOB"} & set(os.environ))
+
+
+def sent_already() -> bool:
+    """Whether Ray put this process into a working directory that its workers have too."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+# --- the connection --------------------------------------------------------------------------
+
+
+def start_local(workers: int) -> None:
+    """Start Ray on this machine, for this process alone and without its dashboard."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=workers,
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        _node_ip_address="127.0.0.1",
+        **_QUIET,
+    )
+
+
+def connect(address: str | None, workers: int, folder: Path | None = None) -> tuple[Any, bool]:
+    """Ray, and whether it was connected here, which then is to be shut down here.
+
+    Args:
+        address: cluster to join; None starts one on loopback.
+        workers: of a cluster that is started, at least.
+        folder: what every machine gets as its working directory.
+
+    Raises:
+        StudyError: Ray is not installed, or the cluster does not let us in.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    try:
+        import ray
+    except ImportError:
+        raise StudyError(
+            "searching on workers needs Ray: pip install 'fewstep[search]', or set search.workers "
+            "= 0"
+        ) from None
+    if ray.is_initialized():
+        return ray, False
+    with _signals_kept():
+        if address is None:
+            start_local(max(workers, cpus()))
+            return ray, True
+        environment = {"working_dir": str(folder)} if folder is not None else None
+        try:
+            ray.init(address=address, runtime_env=environment, **_QUIET)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise StudyError(f"--address {address}: no Ray cluster ({one_line(error)})") from None
+        except Exception as error:  # whatever a client of another version raises
+            raise StudyError(f"--address {address}: {one_line(error)}") from None
+    return ray, True
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one that leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def check_address(address: str | None) -> str | None:
+    """The address to join, None where a cluster is to be started; refused within seconds.
+
+    Raises:
+        StudyError: nobody answers there, or a dashboard does.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "local"):
+        return None
+    assert address is not None
+    place = address
+    if address == "auto":
+        place = os.environ.get("RAY_ADDRESS") or _current_cluster()
+    plain = place.removeprefix("ray://")
+    if plain.startswith(("http://", "https://")) or _answers_http(address, plain):
+        raise StudyError(
+            f"--address {address} is that of a dashboard, which takes jobs: fewstep submit STUDY "
+            f"--address http://{plain.partition('://')[2] or plain}; a search joins host:6379 or "
+            "ray://host:10001"
+        )
+    return address
+
+
+def _current_cluster() -> str:
+    """Where `ray start` on this machine noted its address."""
+    folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    try:
+        return (folder / "ray_current_cluster").read_text().strip()
+    except OSError:
+        raise StudyError(
+            "--address auto: no Ray cluster was started on this machine (ray start --head); name "
+            "its address, or leave --address out"
+        ) from None
+
+
+def _answers_http(address: str, place: str) -> bool:
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        raise StudyError(f"--address {address}: write auto, host:port or ray://host:port")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as talk:
+            talk.settimeout(_PATIENCE)
+            talk.sendall(b"GET /api/version HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(OSError):
+                return talk.recv(8).startswith(b"HTTP/")
+    except OSError as error:
+        raise StudyError(
+            f"--address {address}: no Ray cluster answers there ({error.strerror or error}): is "
+            "it running, and the port reachable from here?"
+        ) from None
+    return False
+
+
+def versions() -> dict[str, str]:
+    """What scores may depend on."""
+    import torch
+
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    for name in ("fewstep", "numpy", "safetensors", "pydantic"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def differing(here: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """What differs between the versions of two machines, in one line; "" if nothing does."""
+    return ", ".join(
+        f"{name} {there.get(name, 'missing')} (here {value})"
+        for name, value in here.items()
+        if there.get(name) != value
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a foreign exception that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+# --- what is sent ----------------------------------------------------------------------------
+
+
+def pack(
+    config: StudyConfig, folder: Path, say: Callable[[str], None] = lambda line: None
+) -> StudyConfig:
+    """Put into `folder` what other machines need, and nothing else.
+
+    Args:
+        config: the study.
+        folder: an empty folder.
+        say: called with a line on what stays where it is.
+
+    Returns:
+        The study as it reads there, paths relative to the folder.
+
+    Raises:
+        StudyError: a file that is not there, or too much to send; the setting is named.
+    """
+    _copy_package(folder)
+    base, model = Path(config.folder or "."), config.model
+    changes: dict[str, Any] = {"folder": "."}
+    if model.factory is not None or config.objective.features is not None:
+        _copy_modules(base, folder)
+    taken = _Taker(base, folder, say)
+    for name in config.search.files:
+        taken.beside(name)
+    extra = dict(model.model_extra or {})
+    if model.factory is not None:
+        for value in extra.values():  # the module finds its files beside itself
+            if isinstance(value, str) and value and (base / value).exists():
+                taken.beside(value)
+    else:
+        extra["pipeline"] = taken.file(str(model.pipeline), "model.pipeline")
+        if "prompts" in extra:
+            extra["prompts"] = taken.file(extra["prompts"], "model.prompts")
+        extra["call"] = {
+            k: taken.file(v, f"model.call.{k}") if "image" in k and isinstance(v, str) else v
+            for k, v in extra.get("call", {}).items()
+        }
+        changes["model"] = type(model)(**extra)
+    warm = tuple(taken.file(name, "search.warm") for name in config.search.warm)
+    changes["search"] = config.search.model_copy(update={"warm": warm})
+    if taken.size > LIMIT:
+        raise StudyError(
+            f"the study's files are {taken.size / 2**20:.0f} MiB, and {LIMIT / 2**20:.0f} can be "
+            f"sent ({taken.largest} is the largest): put it where every machine sees it, and name "
+            "its absolute path"
+        )
+    return config.model_copy(update=changes)
+
+
+def _copy_package(folder: Path) -> None:
+    """The fewstep that runs here, as it would lie in site-packages."""
+    for layer in _LAYERS:
+        spec = importlib.util.find_spec(f"fewstep.{layer}")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        source = next(iter(spec.submodule_search_locations))
+        shutil.copytree(source, folder / "fewstep" / layer, ignore=_LEFT_OUT)
+    number = version("fewstep")
+    info = folder / f"fewstep-{number}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fewstep\nVersion: {number}\n")
+
+
+def _copy_modules(base: Path, folder: Path) -> None:
+    """Python files beside the study: its module imports them at home too."""
+    if is_checkout(base):
+        return
+    for path in base.iterdir():
+        if path.suffix == ".py" and path.is_file():
+            shutil.copy(path, folder)
+        elif (path / "__init__.py").is_file() and path.name != "fewstep":
+            shutil.copytree(path, folder / path.name, ignore=_LEFT_OUT)
+
+
+class _Taker:
+    """Copies files of a study; counts their bytes."""
+
+    def __init__(self, base: Path, folder: Path, say: Callable[[str], None]) -> None:
+        self._base, self._folder, self._say = base, folder, say
+        self.size, self.largest, self._most = 0, "", 0
+        self._count = 0
+
+    def beside(self, name: str) -> None:
+        """A file that keeps its place beside the study."""
+        if not (self._base / name).exists():
+            raise StudyError(f"search.files: {self._base / name}: no such file")
+        inside = (self._base / name).resolve().is_relative_to(self._base.resolve())
+        if not Path(name).is_absolute() and inside:
+            self._copy(self._base / name, self._folder / name)
+
+    def file(self, name: str, what: str) -> str:
+        """A file or folder that the study names; where it will lie."""
+        source = self._base / name
+        if not source.exists():
+            raise StudyError(f"{what}: {source}: no such file")
+        if Path(name).is_absolute() and _bytes(source) > LIMIT:
+            self._say(f"{what}: {name} is too large to send: every machine must have it there")
+            return name
+        self._count += 1
+        target = Path("files") / f"{self._count}" / source.name
+        self._copy(source, self._folder / target)
+        image = source.with_suffix(".safetensors")
+        if source.suffix == ".json" and image.is_file():
+            self._copy(image, (self._folder / target).with_suffix(".safetensors"))
+        return str(target)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        size = _bytes(source)
+        self.size += size
+        if size > self._most:
+            self.largest, self._most = str(source), size
+        if self.size > LIMIT or target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
+
+
+def lasting(config: StudyConfig, out: Path | None) -> StudyConfig:
+    """The study of a job, whose folder goes with it: everything must lie somewhere that stays.
+
+    The MLflow database of a study that names none lies beside the output folder.
+
+    Raises:
+        StudyError: a relative path; the setting is named.
+    """
+    if out is None or not out.is_absolute():
+        raise StudyError(
+            f"--out {out or 'is missing'}: a job's own folder is deleted with it; name an "
+            f"absolute one that all machines share, e.g. --out /shared/runs/{config.name}"
+        )
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    for what, uri in (("search.storage", config.search.storage), ("tracking.uri", given)):
+        if uri is not None and _relative(uri):
+            raise StudyError(
+                f"{what} = {uri!r} is relative, and a job's own folder is deleted with it: name "
+                "an absolute path, or a server"
+            )
+    if config.teacher.cache is not None and not Path(config.teacher.cache).is_absolute():
+        raise StudyError("teacher.cache is relative: name an absolute path, or leave it out")
+    tracking = config.tracking.model_copy(
+        update={"uri": given or f"sqlite:///{out.parent / 'mlflow.db'}"}
+    )
+    return config.model_copy(update={"tracking": tracking})
+
+
+def _relative(uri: str) -> bool:
+    """Whether a URI names a file by a relative path."""
+    scheme, found, rest = uri.partition("://")
+    if not found:
+        return not uri.startswith(("/", "databricks"))
+    return scheme == "sqlite" and not rest.startswith("//")
