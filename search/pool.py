@@ -298,7 +298,7 @@ class RayPool:
         except self._ray.exceptions.RayError as error:
             self._lost += 1
             memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
-            memory = memory or "memory" in str(error).lower()
+            memory = memory or "low on memory" in str(error)
             self._again(jobs, "oom" if memory else "error", "its worker died")
             return
         self._idle.append(actor)

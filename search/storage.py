@@ -7,7 +7,8 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def open_storage(url: str | None, out: Path) -> Any:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         if url is not None:
-            return optuna.storages.get_storage(_with_driver(url))
+            return _of_url(optuna.storages.get_storage, _with_driver(url))
         path = out / "study.journal"
         _mend(path)
 
@@ -48,6 +49,17 @@ def open_storage(url: str | None, out: Path) -> Any:
     except Exception as error:
         line = " ".join(str(error.__cause__ or error).split())[:200]
         raise StudyError(f"search.storage {shown_url(url or str(out))}: {line}") from None
+
+
+def _of_url(opened: Callable[[str], Any], url: str) -> Any:
+    """The storage; tried again where another search makes its tables just now."""
+    try:
+        return opened(url)
+    except Exception as error:
+        if "already exists" not in str(error):
+            raise
+        time.sleep(1.0)
+        return opened(url)
 
 
 def shown_url(url: str) -> str:

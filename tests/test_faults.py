@@ -1,0 +1,244 @@
+"""What goes wrong, with real processes: the trials at the end are those of a quiet search."""
+
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import optuna
+import pytest
+import torch
+
+from fewstep.space.noise import VPLinear
+from tests.clusters import plain_environment
+from tests.studies import MODEL, STUDY, command, fewstep, table, trial_table, write_study
+
+pytestmark = pytest.mark.slow
+
+SLOW = '''
+
+_plain = Mixture.__call__
+_seen = set()
+
+
+def _call(self, x, t, *, cond=None, guidance=None):
+    """Slow where FAULTS names a folder; there files named after times say what happens to them."""
+    import pathlib
+    import signal
+    import sys
+
+    folder = pathlib.Path(FAULTS)
+    if not folder.is_dir():
+        with open(folder, "a") as file:
+            file.writelines(f"{value!r}\\n" for value in set(t.tolist()) - _seen)
+        _seen.update(t.tolist())
+        return _plain(self, x, t, cond=cond, guidance=guidance)
+    time.sleep(0.03)
+    if "default_worker" in sys.argv[0] and (folder / "die").exists():
+        (folder / "die").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    for value in set(t.tolist()):
+        for what in ("hang", "exit", "memory"):
+            if (folder / f"{what}{value!r}").exists():
+                if what == "hang":
+                    time.sleep(600)
+                if what == "exit":
+                    os._exit(0)
+                raise MemoryError("as large as it gets")
+    return _plain(self, x, t, cond=cond, guidance=guidance)
+
+
+Mixture.__call__ = _call
+'''
+SEARCH = STUDY.replace("evolution", "random").replace("candidates = 104", "candidates = 112")
+_SHORT = ("-q", "--set", "budget.candidates=40")
+
+
+def _study(folder, faults):
+    path = write_study(folder, SEARCH)
+    (folder / "tiny_model.py").write_text(MODEL + f"\nFAULTS = {str(faults)!r}\n" + SLOW)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The trials where nothing happens, and times at which single candidates ask the network."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    study = _study(folder / "study", folder / "times")
+    done = fewstep("search", str(study), "--out", "out", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    times = [float(line) for line in (folder / "times").read_text().split()]
+    found = trial_table(folder / "out")
+    return found, times
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head without room for workers, and two machines of one CPU."""
+    from ray.cluster_utils import Cluster
+
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in plain_environment(home).items():
+            patch.setenv(name, value)
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+        yield made, nodes
+        made.shutdown()
+
+
+def _start(study, out, cluster, *settings):
+    words = ["search", str(study), "--out", str(out), "--address", cluster[0].address]
+    for setting in ("search.workers=2", *settings):
+        words += ["--set", setting]
+    return subprocess.Popen(command(*words), cwd=study.parent, stderr=subprocess.PIPE, text=True)
+
+
+def _trials(out):
+    journal = out / "study.journal"
+    return journal.read_bytes().count(b'"digest"') if journal.exists() else 0
+
+
+def _until(process, met):
+    limit = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        if met():
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[1] if process.poll() is not None else "too slow")
+
+
+def test_dead_hanging_leaving_and_large_candidates_cost_themselves_alone(
+    tmp_path, cluster, undisturbed
+):
+    plain, times = undisturbed
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    (faults / "die").touch()  # one evaluator is killed at its first call
+    study = _study(tmp_path / "study", faults)
+    guilty = {}
+    candidates = [row for row in plain if row[-1]["generation"] > 0]
+    for row, what in zip(candidates[2:], ("hang", "exit", "memory"), strict=False):
+        own = _times_of(row)
+        value = min(times, key=lambda t: abs(t - own))
+        assert abs(value - own) < 1e-6
+        (faults / f"{what}{value!r}").touch()
+        guilty[row[0]] = {"hang": "timeout", "exit": "error", "memory": "oom"}[what]
+    process = _start(study, tmp_path / "out", cluster, "search.timeout=2", "search.retries=1")
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "died: the search goes on with those left" in said
+    found = trial_table(tmp_path / "out")
+    assert {r[0]: r[-1]["status"] for r in found if r[1] == "FAIL"} == guilty
+    kept = [[_without_cost(r) for r in rows if r[0] not in guilty] for rows in (found, plain)]
+    assert kept[0] == kept[1]
+    proposed = [[r[3] for r in rows] for rows in (found, plain)]
+    assert proposed[0] == proposed[1]
+
+
+def _without_cost(row):
+    """Candidates that run beside a guilty one do so alone, and share no calls with it."""
+    return *row[:-1], {k: v for k, v in row[-1].items() if k != "calls"}
+
+
+def _times_of(row):
+    lam = torch.tensor(row[3]["lam_1"], dtype=torch.float64)
+    return float(VPLinear().t_of_lam(lam))
+
+
+def test_a_machine_that_dies_and_one_that_joins(tmp_path, cluster, undisturbed):
+    made, nodes = cluster
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    out = tmp_path / "out"
+    process = _start(_study(tmp_path / "study", faults), out, cluster, "search.samples=8")
+    _until(process, lambda: _trials(out) > 10)
+    before, begun = _trials(out), time.monotonic()
+    made.remove_node(nodes[1], allow_graceful=False)
+    _until(process, lambda: _trials(out) > before + 24)
+    assert time.monotonic() - begun < 30
+    made.add_node(num_cpus=1)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "died: the search goes on with those left" in said
+    assert trial_table(out) == undisturbed[0]
+
+
+def test_ctrl_c_after_workers_have_started_and_on_again(tmp_path, cluster, undisturbed):
+    faults, out = tmp_path / "faults", tmp_path / "out"
+    faults.mkdir()
+    study = _study(tmp_path / "study", faults)
+    process = _start(study, out, cluster)
+    _until(process, lambda: _trials(out) > 10)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.endswith("interrupted; a search goes on with --resume\n")
+    words = ("search", str(study), "--out", str(out), "--resume", "-q")
+    done = fewstep(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert trial_table(out) == undisturbed[0]
+
+
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_a_full_disk_ends_a_search_in_one_line_and_it_goes_on_when_there_is_room(
+    tmp_path, undisturbed, kind
+):
+    faults, out = tmp_path / "faults", tmp_path / "out"
+    study = _study(tmp_path / "study", faults)
+    words = ["search", str(study), "--out", str(out), *_SHORT]
+    url = f"sqlite:///{tmp_path}/trials.db"
+    if kind == "database":
+        words += ["--set", f"search.storage={url}"]
+    limit = 20_000 if kind == "journal" else 200_000
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    full = subprocess.run(
+        command(*words),
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=little_room,
+        timeout=200,
+        check=False,
+    )
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.count("\n") == 1
+    assert "everything before is kept; put it right, and go on with --resume" in full.stderr
+    done = fewstep(*words, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    if kind == "journal":
+        found = trial_table(out)
+    else:
+        found = table(optuna.load_study(study_name="tiny-nfe03", storage=url))
+    assert found == undisturbed[0][:40]
+
+
+def test_two_searches_of_one_name_at_once_do_not_mix_and_one_is_not_gone_on_with_twice(
+    tmp_path, undisturbed
+):
+    study, url = _study(tmp_path / "study", tmp_path / "times"), f"sqlite:///{tmp_path}/trials.db"
+    words = ["search", str(study), *_SHORT, "--set", f"search.storage={url}", "--out"]
+    both = [
+        subprocess.Popen(
+            command(*words, out), cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE
+        )
+        for out in ("one", "two")
+    ]
+    for process in both:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for name in ("tiny", "tiny.2"):
+        found = table(optuna.load_study(study_name=f"{name}-nfe03", storage=url))
+        assert found == undisturbed[0][:40]
+    optuna.load_study(study_name="tiny.2", storage=url).set_user_attr(
+        "owner", ["another machine", 1, time.time()]
+    )
+    third = fewstep(*words, "three", "--resume", cwd=tmp_path)
+    assert third.returncode == 2
+    assert "is running (process 1 on another machine): wait for it" in third.stderr
