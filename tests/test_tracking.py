@@ -1,9 +1,14 @@
 """MLflow: what it is told, and that a server that goes away costs nothing but its reports."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -196,3 +201,61 @@ def test_a_uri_that_cannot_be_used_is_refused_before_anything_runs(tmp_path, uri
         _search(tmp_path, tmp_path / "out", "tracking.enabled=true", f"tracking.uri={uri}")
     assert not list((tmp_path / "out").glob("study.*"))
     assert _search(tmp_path, tmp_path / "out").rows  # the corrected command
+
+
+@contextlib.contextmanager
+def _server(folder, port):
+    words = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    words += ["--artifacts-destination", str(folder / "kept")]
+    with (folder / "server.log").open("a") as log:
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, process_group=0)
+    try:
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield lambda number: os.killpg(process.pid, number)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_server_that_stands_still_and_comes_back_has_every_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewstep.search.tracking._AGAIN", 0.5)
+    (port,), said = free_ports(1), []
+    tracker = _tracker(tmp_path, uri=f"http://127.0.0.1:{port}", say=said.append)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"png")
+    with _server(tmp_path, port) as send:
+        tracker.open()
+        tracker.curve(5, "best", [(0, 3.0)])
+        tracker.file(None, picture)
+        tracker._thread.submit(int).result()  # all of it is written
+        send(signal.SIGSTOP)
+        begun = time.monotonic()
+        tracker.curve(5, "best", [(0, 3.0), (1, 2.0)])
+        tracker.tag(5, **{"fewstep.digest": "abc"})
+        assert time.monotonic() - begun < 1
+        tracker._thread.submit(int).result()
+        (line,) = said
+        assert line.startswith(f"MLflow at {tracker.uri} does not answer (")
+        send(signal.SIGCONT)
+        time.sleep(0.5)
+        tracker.curve(5, "best", [(0, 3.0), (1, 2.0), (2, 1.0)])
+        tracker.close("FINISHED")
+        client = tracker._client
+        history = client.get_metric_history(tracker.runs["5"], "best")
+        child, parent = (client.get_run(tracker.runs[key]) for key in ("5", "parent"))
+        files = [f.path for f in client.list_artifacts(tracker.runs["parent"])]
+        experiment = client.get_experiment_by_name("fewstep")
+    assert [(m.step, m.value) for m in history] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert child.data.tags["fewstep.digest"] == "abc"
+    assert {child.info.status, parent.info.status} == {"FINISHED"}
+    assert files == ["picture.png"]
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert said[1:] == [f"MLflow at {tracker.uri} answers again"]
