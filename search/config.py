@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fewstep.search.tables import (
     CompensationTable,
     CprTable,
+    ObjectiveTable,
     RefineTable,
     Table,
     TrackingTable,
 )
-from fewstep.search.yardstick import Statistic
 from fewstep.space.errors import StudyError
 
 RUN_ONLY = (
@@ -166,6 +166,10 @@ class SearchTable(Table):
         cpus: CPUs per worker, or a part of one.
         gpus: GPUs per worker, or a part of one; the factory's own argument decides whether the
             model uses one.
+        autocast: dtype that the network runs in, "bfloat16" or "float16"; None is its own. The
+            state stays float32. A pipeline has its own [model] dtype.
+        compile: backend of torch.compile for the network's calls, such as "inductor"; None does
+            not compile.
         files: further files and folders beside the study file that its module reads: they are
             sent to a cluster too.
     """
@@ -192,6 +196,8 @@ class SearchTable(Table):
     retries: Annotated[int, Field(ge=0)] = 2
     cpus: Annotated[float, Field(ge=0)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0
+    autocast: Literal["bfloat16", "float16"] | None = None
+    compile: str | None = None
     files: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -240,23 +246,6 @@ class TeacherTable(Table):
     solver: str = "dpmpp3m/logsnr"
     check: Annotated[int, Field(ge=0)] = 64
     cache: str | None = None
-
-
-class ObjectiveTable(Table):
-    """[objective]: what is minimised.
-
-    Args:
-        name: "endpoint_mse" (the default) or "frechet"; a problem whose samples are drawn brings
-            its own, and this is left out.
-        statistic: of a schedule's per-sample errors, its score (`search.yardstick`): "geometric"
-            (the default of endpoint_mse), "mean", "median", "trimmed" or "backward".
-        features: for frechet: "module.path:function", images (B, *shape) -> (B, F); None takes the
-            problem's own.
-    """
-
-    name: str | None = None
-    statistic: Statistic | None = None
-    features: str | None = None
 
 
 class FinalTable(Table):

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
     """What workers need to know of a study."""
-    model = ModelSpec(*config.model.built_by(config.folder), config.folder, config.scale)
+    built, search = config.model.built_by(config.folder), config.search
+    model = ModelSpec(*built, config.folder, config.scale, search.autocast, search.compile)
     return EvaluatorSpec(
         model,
         config.objective.name,

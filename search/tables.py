@@ -1,10 +1,12 @@
-"""Tables of the study file that belong to one stage, or to MLflow; the rest is `config`."""
+"""Tables of the study file for stages, the objective and MLflow; the rest is `config`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fewstep.search.yardstick import Statistic
 
 Decision = Literal["gap", "query", "start", "land", "compensation", "guidance"]
 
@@ -133,3 +135,20 @@ class TrackingTable(Table):
     uri: str | None = None
     experiment: str = "fewstep"
     tags: dict[str, str] = Field(default_factory=dict)
+
+
+class ObjectiveTable(Table):
+    """[objective]: what is minimised.
+
+    Args:
+        name: "endpoint_mse" (the default) or "frechet"; a problem whose samples are drawn brings
+            its own, and this is left out.
+        statistic: of a schedule's per-sample errors, its score (`search.yardstick`): "geometric"
+            (the default of endpoint_mse), "mean", "median", "trimmed" or "backward".
+        features: for frechet: "module.path:function", images (B, *shape) -> (B, F); None takes the
+            problem's own.
+    """
+
+    name: str | None = None
+    statistic: Statistic | None = None
+    features: str | None = None

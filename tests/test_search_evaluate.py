@@ -188,3 +188,39 @@ def test_a_schedule_for_another_noise_schedule_is_refused(make):
     schedule = baseline("ddim/time", other.problem.denoiser.noise, 3)
     with pytest.raises(ModelError, match="was made for noise schedule edm"):
         family.check(schedule, "mine.json")
+
+
+def test_a_network_in_a_lower_precision_and_compiled_is_the_same_search_to_that_precision(
+    tmp_path,
+):
+    import torch
+
+    from fewstep.search.config import load_study
+    from fewstep.search.preparing import evaluator_spec
+    from fewstep.space import StudyError
+    from tests.studies import write_study
+
+    model = tmp_path / "dense.py"
+    model.write_text(
+        "import torch\nfrom fewstep.samplers import Problem, from_model\n"
+        "from fewstep.space.noise import VPLinear\n\n"
+        "def problem():\n"
+        "    torch.manual_seed(0)\n    net = torch.nn.Linear(2, 2)\n"
+        "    net.requires_grad_(False)\n"
+        "    return Problem(from_model(lambda x, t: net(x), VPLinear(), output='x0'), (2,))\n"
+    )
+    study = write_study(tmp_path)
+    factory = "model.factory=dense:problem"
+    x, t = torch.randn(4, 2), torch.full((4,), 0.5, dtype=torch.float64)
+
+    def answer(*settings):
+        spec = evaluator_spec(load_study(study, [factory, *settings]))
+        return spec.model.load().denoiser(x, t)
+
+    plain = answer()
+    assert torch.equal(answer("search.compile=eager"), plain)
+    low = answer("search.autocast=bfloat16")
+    assert low.dtype == plain.dtype
+    assert 0 < (low - plain).abs().max() < 0.05
+    with pytest.raises(StudyError, match="compile"):
+        answer("search.compile=nobackend")
