@@ -29,13 +29,12 @@ from torch import Tensor
 from fewstep.predictors.gaussian import GaussianProcess
 from fewstep.predictors.sequence import Rows, SequenceRanker
 from fewstep.space.errors import FewstepError
+from fewstep.space.tokens import OWN
 
 CUT, COMPRESSION = 0.6, 0.3
 FOLDS = 5
 LEAST_ROWS = 8  # fewer results at an NFE predict nothing
 _WIDEST = 6.0
-# Tokens' columns that are not functions of the others: level, shift, weights, e, k, guidance.
-_OWN = (0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14)
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
@@ -56,7 +55,7 @@ def targets(scores: Tensor) -> Tensor:
 
 def flatten(tokens: Tensor) -> Tensor:
     """Tokens (n, calls, F) as the process's features (n, calls * 11 + 1), none twice."""
-    return torch.cat([tokens[..., _OWN].flatten(1), tokens[:, -1, 1:2]], dim=1)
+    return torch.cat([tokens[..., OWN].flatten(1), tokens[:, -1, 1:2]], dim=1)
 
 
 @dataclass

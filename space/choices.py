@@ -28,6 +28,16 @@ Value = str | float | int
 CORRECTOR_RELAXATIONS = ("none", "bh1", "bh2")
 _INTERPOLATING = ("t", "rho", "power")  # not through a point at alpha = 0
 _SHARE = 0.1  # of an option that a prior does not name
+EXTRAS = {
+    "compensation": None,
+    "dt_query": 1,
+    "dt_start": 1,
+    "dt_land": 0,
+    "power": 0,
+    "guidance": 0,
+}
+"""Numbers of a step that a search may open within bounds, and the first step at which each does
+something (x_T has the level of the start time); None: where there are points enough."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,6 @@ class Parameter:
     choices: tuple[Value, ...] = ()
     neutral: Value = 0.0
     shares: tuple[float, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """Columns in the flat encoding."""
-        return len(self.choices) if self.kind == "choice" else 1
 
     @property
     def options(self) -> tuple[Value, ...]:
@@ -416,8 +421,8 @@ def _extra(name: str, low: float, high: float) -> Decision:
     neutral = 0.5 * (low + high) if default is None else _clip(default, low, high)
 
     def first(c: StepChoices) -> int:
-        """The first step at which it does something: x_T has the level of the start time."""
-        return {"compensation": c.compensation_order, "dt_query": 1, "dt_start": 1}.get(name, 0)
+        at = EXTRAS[name]
+        return c.compensation_order if at is None else at
 
     def parameter(c: StepChoices, i: int) -> Parameter | None:
         if i < first(c):

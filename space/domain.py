@@ -5,40 +5,31 @@ start to the end level with at least `min_gap` in lam between neighbours, and wh
 `nfe` calls. Times are searched, proposed and measured in lam = log(alpha/sigma), half the log-SNR:
 uniform proposals there, not in sigma, where 99 % of them would miss the data end.
 
-Three equal views of a canonical member, each an exact inverse of the other two: the schedule, the
-named parameters (`params`, real Optuna distributions; a parameter that does not matter is absent),
-and the flat vector (`encode`). For exactness canonical lam are multiples of 1e-9, far above the
-rounding of every noise schedule's inverse and far below any effect (a schedule made elsewhere
-moves by at most 5e-10 in lam). `from_params` is total: it maps any values to a valid member.
+A canonical member and its named parameters (`params`, real Optuna distributions; a parameter that
+does not matter is absent) are equal views, each the exact inverse of the other. For exactness
+canonical lam are multiples of 1e-9, far above the rounding of every noise schedule's inverse and
+far below any effect (a schedule made elsewhere moves by at most 5e-10 in lam).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.space import moves
+from fewstep.space.choices import Parameter, Place, Value
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule
-from fewstep.space.protocol import distributions, encoded
+from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule, StepSpec
-from fewstep.space.step_choices import (
-    Parameter,
-    Place,
-    StepChoices,
-    Value,
-    heun_as_corrector,
-    step_values,
-)
-from fewstep.space.tokens import tokens
+from fewstep.space.step_choices import StepChoices, heun_as_corrector, step_values
 
 LAM_FLOOR, LAM_CEILING = -7.0, 7.5  # where a level is infinite, times are searched up to here
 FIRST: dict[Value, float] = {"network": 0.3, "zero": 0.3, "mean": 0.4}  # shares proposed
@@ -46,7 +37,7 @@ _DIGITS = 9  # decimals of lam in a canonical member
 
 
 @dataclass(frozen=True)
-class OdeDomain:
+class OdeDomain(Domain):
     """All schedules of `nfe` calls for a noise schedule, with the decisions left open.
 
     Args:
@@ -155,10 +146,6 @@ class OdeDomain:
             found.extend(self.choices.parameters(i))
         return tuple(found)
 
-    def distributions(self) -> dict[str, Any]:
-        """The parameters as Optuna distributions (needs the search extra)."""
-        return distributions(self.parameters)
-
     @cached_property
     def _infinite_ends(self) -> tuple[bool, bool]:
         """Whether all members end on clean data (lam = inf), and start at alpha = 0."""
@@ -228,15 +215,8 @@ class OdeDomain:
         lam = min(max(float(values.get(name, bounds[side])), bounds[0]), bounds[1])
         return lam, self.time([lam])[0]
 
-    def params(self, schedule: OdeSchedule) -> dict[str, Value]:
-        """The parameters that matter for a member; `from_params` inverts them exactly.
-
-        Raises:
-            ScheduleError: the schedule is not a member; says why.
-        """
-        reason = self.contains(schedule)
-        if reason is not None:
-            raise ScheduleError(f"not in the search space: {reason}")
+    def _values(self, schedule: OdeSchedule) -> dict[str, Value]:
+        """See `Domain`."""
         found: dict[str, Value] = {"first": schedule.first} if len(self.first) > 1 else {}
         lam = self.lam(schedule.times)
         if self.start_band is not None:
@@ -251,14 +231,6 @@ class OdeDomain:
             found |= {f"{name}_{i}": value for name, value in self.choices.active(settled, place)}
             place = place.after(settled)
         return found
-
-    def canonical(self, schedule: OdeSchedule) -> OdeSchedule:
-        """The same sampler (to rounding) as a member whose irrelevant fields are neutral.
-
-        Raises:
-            ScheduleError: the schedule is not a member; says why.
-        """
-        return self.from_params(self.params(schedule))
 
     def contains(self, schedule: object) -> str | None:
         """Why a schedule is not a member, or None if it is.
@@ -334,36 +306,6 @@ class OdeDomain:
                     )
         return "its steps have no canonical form that is the same sampler"
 
-    def encode(self, schedule: OdeSchedule) -> np.ndarray:
-        """A member as a flat float64 vector of length `width`.
-
-        Numbers as they are, choices one-hot; absent numbers are neutral, absent choices zero.
-
-        Raises:
-            ScheduleError: the schedule is not a member.
-        """
-        return self.encode_params(self.params(schedule))
-
-    def encode_params(self, values: Mapping[str, Value]) -> np.ndarray:
-        """`encode` from the parameters."""
-        return encoded(self.parameters, values)
-
-    def decode(self, vector: np.ndarray) -> OdeSchedule:
-        """The member of any vector of length `width`; inverts `encode` exactly."""
-        values: dict[str, Value] = {}
-        at = 0
-        for p in self.parameters:
-            part = vector[at : at + p.width]
-            at += p.width
-            if p.kind != "choice":
-                values[p.name] = float(part[0])
-            elif part.any():
-                values[p.name] = p.choices[int(np.argmax(part))]
-        n = self.steps_of(values)
-        return self.from_params(
-            {name: v for name, v in values.items() if not _is_time_beyond(name, n)}
-        )
-
     def steps_of(self, values: Mapping[str, Value]) -> int:
         """How many steps the member of these parameters has."""
         calls = self.nfe + (values.get("first", self.first[0]) != "network")
@@ -374,51 +316,12 @@ class OdeDomain:
             n += 1
         return n
 
-    @cached_property
-    def width(self) -> int:
-        """Length of the flat encoding."""
-        return sum(p.width for p in self.parameters)
-
-    def tokens(self, schedule: OdeSchedule) -> np.ndarray:
-        """Features of each network call, shape (nfe, features), alike for every domain.
-
-        See `space.tokens`.
-        """
-        return tokens(schedule, torch.tensor([schedule.times], dtype=torch.float64))[0].numpy()
-
-    def with_nfe(self, nfe: int) -> OdeDomain:
-        """The same decisions at another number of calls."""
-        return replace(self, nfe=nfe)
-
-    def sample(self, rng: np.random.Generator) -> OdeSchedule:
-        """A random member: times uniform in lam (given the gaps), choices by their shares."""
-        return moves.sample(self, rng)
-
-    def mutate(
-        self,
-        schedule: OdeSchedule,
-        rng: np.random.Generator,
-        *,
-        rates: Mapping[str, float] | None = None,
-        scale: float = 0.05,
-    ) -> OdeSchedule:
-        """A changed copy, never equal to the original; see `moves.mutate`."""
-        return moves.mutate(self, schedule, rng, rates=rates, scale=scale)
-
-    def crossover(self, a: OdeSchedule, b: OdeSchedule, rng: np.random.Generator) -> OdeSchedule:
-        """A child that has each decision from one of two members; see `moves.crossover`."""
-        return moves.crossover(self, a, b, rng)
-
-    def neighbours(self, schedule: OdeSchedule, *, step: float = 0.02) -> list[OdeSchedule]:
-        """Members one decision away; see `moves.neighbours`."""
-        return moves.neighbours(self, schedule, step=step)
-
-    def adopt(self, schedule: OdeSchedule) -> list[OdeSchedule]:
-        """Members made from a schedule of any NFE by inserting or deleting steps.
-
-        A member is returned itself, in canonical form; see `moves.adopt`.
-        """
-        return moves.adopt(self, schedule)
+    # a random member, a changed copy, a child of two, those next to one, those near any schedule
+    sample = moves.sample
+    mutate = moves.mutate
+    crossover = moves.crossover
+    neighbours = moves.neighbours
+    adopt = moves.adopt
 
 
 def _with(step: StepSpec, name: str, value: Any) -> StepSpec | None:
@@ -430,8 +333,3 @@ def _with(step: StepSpec, name: str, value: Any) -> StepSpec | None:
 
 def _calls(step: StepSpec) -> int:
     return 2 if step.corrector == "reeval" else 1
-
-
-def _is_time_beyond(name: str, n: int) -> bool:
-    stem, _, index = name.rpartition("_")
-    return stem == "lam" and index.isdigit() and int(index) >= n

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from fewstep.space.choices import Value
 from fewstep.space.errors import ScheduleError
 from fewstep.space.masked import CallSpec
-from fewstep.space.step_choices import Value
 
 __all__ = ["CHOICES", "NEUTRAL", "MaskedChoice", "require_open", "told"]
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from fewstep.space.choices import Parameter, Value
 from fewstep.space.counts import COUNTS, best_counts, counts_by_name, split
 from fewstep.space.errors import ScheduleError
 from fewstep.space.masked import CallSpec, MaskedNoise, MaskedSchedule, idle
 from fewstep.space.masked_choices import CHOICES, NEUTRAL, MaskedChoice, require_open, told
-from fewstep.space.protocol import distributions
-from fewstep.space.step_choices import Parameter, Value
+from fewstep.space.protocol import Domain
 
 __all__ = ["MaskedDomain"]
 
@@ -32,7 +32,7 @@ _RATE = 0.1
 
 
 @dataclass(frozen=True)
-class MaskedDomain:
+class MaskedDomain(Domain):
     """All schedules of `nfe` calls for `length` positions, with the choices left open.
 
     A list holds the values allowed, the neutral one first; a pair (low, high) is a range, and None
@@ -125,10 +125,6 @@ class MaskedDomain:
         number = round(min(max(float(value), open_[0]), open_[1]), _DIGITS)
         return None if choice.none and number >= open_[1] else number
 
-    def with_nfe(self, nfe: int) -> MaskedDomain:
-        """The same choices at another number of calls."""
-        return replace(self, nfe=nfe)
-
     def baselines(self) -> dict[str, MaskedSchedule]:
         """The named counts, with every allowed mode and rule kept the same at all calls.
 
@@ -184,15 +180,8 @@ class MaskedDomain:
         allowed = [self._meant(choice, told(v)) for v in open_]
         return None if value in allowed else f"{choice.name} {value!r} is not open"
 
-    def params(self, schedule: MaskedSchedule) -> dict[str, Any]:
-        """The parameters of a member: `count_k` and the open choices of every call.
-
-        Raises:
-            ScheduleError: the schedule is not a member; says why.
-        """
-        reason = self.contains(schedule)
-        if reason is not None:
-            raise ScheduleError(f"not in the search space: {reason}")
+    def _values(self, schedule: MaskedSchedule) -> dict[str, Any]:
+        """See `Domain`; `count_k` and the open choices of every call."""
         found: dict[str, Any] = {}
         for k, call in enumerate(schedule.calls):
             found[f"count_{k}"] = call.count
@@ -213,10 +202,6 @@ class MaskedDomain:
             calls.append(data)
         return self._member(calls)
 
-    def canonical(self, schedule: MaskedSchedule) -> MaskedSchedule:
-        """The member equal to `schedule` as a sampler, provenance left out."""
-        return self.from_params(self.params(schedule))
-
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Every parameter of a member, call by call; see `Domain`."""
@@ -233,10 +218,6 @@ class MaskedDomain:
                     values = tuple(told(v) for v in open_)
                     found.append(Parameter(name, "choice", choices=values, neutral=neutral))
         return tuple(found)
-
-    def distributions(self) -> dict[str, Any]:
-        """The parameters as Optuna distributions (needs the search extra)."""
-        return distributions(self.parameters)
 
     def encode(self, schedule: MaskedSchedule) -> np.ndarray:
         """A member as a flat float64 vector: cumulative shares, then the choices as numbers."""
@@ -299,7 +280,7 @@ class MaskedDomain:
             scale: standard deviation of the log temperature of a call, half that of a run's.
         """
         chance = RATES | dict(rates or {})
-        before = self.canonical(schedule)
+        before: MaskedSchedule = self.canonical(schedule)
         for _ in range(100):
             values = self.params(before)
             if self.nfe > 1 and rng.random() < chance["count"]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.space.choices import Parameter, Value
 from fewstep.space.domain import LAM_CEILING, LAM_FLOOR
 from fewstep.space.errors import ScheduleError
 from fewstep.space.moves import fit_times
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.particles import ParticleSchedule, ParticleStep, ramp_share
-from fewstep.space.protocol import distributions, encoded
-from fewstep.space.step_choices import Parameter, Value
+from fewstep.space.protocol import Domain
 
 __all__ = ["ParticleDomain"]
 
@@ -48,7 +48,7 @@ _LAM_DIGITS, _DIGITS = 9, 6
 
 
 @dataclass(frozen=True)
-class ParticleDomain:
+class ParticleDomain(Domain):
     """All schedules of `nfe` steps for a noise schedule, with the choices left open.
 
     Args:
@@ -193,14 +193,6 @@ class ParticleDomain:
                 found.append(Parameter(f"ess_{i}", "float", _LEAST_ESS, 1.0, neutral=0.5))
         return tuple(found)
 
-    def distributions(self) -> dict[str, Any]:
-        """See `Domain`."""
-        return distributions(self.parameters)
-
-    def with_nfe(self, nfe: int) -> ParticleDomain:
-        """The same choices at another number of steps."""
-        return replace(self, nfe=nfe)
-
     def contains(self, schedule: object) -> str | None:
         """Why a schedule is not a member, or None if it is."""
         if not isinstance(schedule, ParticleSchedule):
@@ -242,15 +234,8 @@ class ParticleDomain:
                 return f"step {i}: ess {step.ess} is below {_LEAST_ESS}"
         return None
 
-    def params(self, schedule: ParticleSchedule) -> dict[str, Value]:
-        """The parameters of a member that matter.
-
-        Raises:
-            ScheduleError: the schedule is not a member; says why.
-        """
-        reason = self.contains(schedule)
-        if reason is not None:
-            raise ScheduleError(f"not in the search space: {reason}")
+    def _values(self, schedule: ParticleSchedule) -> dict[str, Value]:
+        """See `Domain`."""
         found: dict[str, Value] = {}
         if len(self._moves) > 1:
             found["integrator"] = schedule.integrator
@@ -322,14 +307,6 @@ class ParticleDomain:
         allowed: tuple[str, ...] = getattr(self, name)
         value = str(values.get(f"{name}_{i}", allowed[0]))
         return value if value in allowed else allowed[0]
-
-    def canonical(self, schedule: ParticleSchedule) -> ParticleSchedule:
-        """The member equal to `schedule` as a sampler, provenance left out."""
-        return self.from_params(self.params(schedule))
-
-    def encode(self, schedule: ParticleSchedule) -> np.ndarray:
-        """A member as a flat float64 vector: numbers as they are, choices one-hot."""
-        return encoded(self.parameters, self.params(schedule))
 
     def sample(self, rng: np.random.Generator) -> ParticleSchedule:
         """A random member: gaps in lam around equal ones, zeta around 1, choices in runs."""

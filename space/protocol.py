@@ -2,57 +2,51 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 
-from fewstep.space.step_choices import Parameter, Value
+from fewstep.space.choices import Parameter, Value
+from fewstep.space.errors import ScheduleError
 
 __all__ = ["Domain", "distributions", "encoded"]
 
 
-class Domain(Protocol):
+class Domain(ABC):
     """All schedules of `nfe` calls with some decisions left open.
 
     Named parameters and members are equal views: `params(from_params(v)) == v` for the parameters
     of any member, and `from_params` is total. A parameter that does not matter is absent.
+    Domains are frozen dataclasses.
     """
 
-    @property
-    def nfe(self) -> int:
-        """Network calls of every member."""
-        ...
+    nfe: int
 
     @property
+    @abstractmethod
     def parameters(self) -> tuple[Parameter, ...]:
-        """Every parameter a member may have, in a fixed order."""
-        ...
+        """Every parameter a member may have, in a fixed order; it has those that matter."""
 
-    def with_nfe(self, nfe: int) -> Self:
-        """The same decisions at another number of calls."""
-        ...
-
+    @abstractmethod
     def contains(self, schedule: object) -> str | None:
         """Why a schedule is not a member, or None if it is."""
-        ...
 
-    def params(self, schedule: Any) -> dict[str, Value]:
-        """The parameters of a member that matter; a ScheduleError for anything else."""
-        ...
+    @abstractmethod
+    def _values(self, schedule: Any) -> dict[str, Any]:
+        """The parameters of a member."""
 
+    @abstractmethod
     def from_params(self, values: Mapping[str, Any]) -> Any:
-        """The member nearest to any values."""
-        ...
+        """The member nearest to any values: missing ones are neutral, impossible ones settled."""
 
-    def encode(self, schedule: Any) -> np.ndarray:
-        """A member as a flat float64 vector."""
-        ...
-
+    @abstractmethod
     def sample(self, rng: np.random.Generator) -> Any:
         """A random member."""
-        ...
 
+    @abstractmethod
     def mutate(
         self,
         schedule: Any,
@@ -62,19 +56,48 @@ class Domain(Protocol):
         scale: float = ...,
     ) -> Any:
         """A changed copy of a member."""
-        ...
 
+    @abstractmethod
     def crossover(self, a: Any, b: Any, rng: np.random.Generator) -> Any:
         """A child of two members."""
-        ...
 
+    @abstractmethod
     def adopt(self, schedule: Any) -> list[Any]:
         """Members made from a schedule of any number of calls; none from one of another model."""
-        ...
+
+    def with_nfe(self, nfe: int) -> Self:
+        """The same decisions at another number of calls."""
+        return replace(self, nfe=nfe)  # type: ignore[type-var]
+
+    def params(self, schedule: Any) -> dict[str, Any]:
+        """The parameters of a member that matter; `from_params` inverts them exactly.
+
+        Raises:
+            ScheduleError: the schedule is not a member; says why.
+        """
+        reason = self.contains(schedule)
+        if reason is not None:
+            raise ScheduleError(f"not in the search space: {reason}")
+        return self._values(schedule)
+
+    def canonical(self, schedule: Any) -> Any:
+        """The same sampler (to rounding) as a member whose irrelevant fields are neutral.
+
+        Raises:
+            ScheduleError: the schedule is not a member; says why.
+        """
+        return self.from_params(self.params(schedule))
 
     def distributions(self) -> dict[str, Any]:
-        """The parameters as Optuna distributions."""
-        ...
+        """The parameters as Optuna distributions (needs the search extra)."""
+        return distributions(self.parameters)
+
+    def encode(self, schedule: Any) -> np.ndarray:
+        """A member as a flat float64 vector: numbers as they are, choices one-hot.
+
+        Absent numbers are neutral, absent choices zero.
+        """
+        return encoded(self.parameters, self.params(schedule))
 
 
 def distributions(parameters: Sequence[Parameter]) -> dict[str, Any]:

@@ -11,29 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
-from fewstep.space.choices import Parameter, Place, Settled, Value, open_at, table
+from fewstep.space.choices import EXTRAS, Parameter, Place, Settled, Value, open_at, table
+from fewstep.space.coefficients import RELAXATIONS
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import StepSpec
 
-__all__ = [
-    "Parameter",
-    "Place",
-    "StepChoices",
-    "Value",
-    "heun_as_corrector",
-    "step_values",
-]
+__all__ = ["StepChoices", "heun_as_corrector", "step_values"]
 
-_BASES = ("lam", "t", "rho", "power", "adams")
-_RELAXATIONS = ("none", "bh1", "bh2", "exp", "minus_exp", "linear", "half_second")
-_OPTIONS = {
+_OPTIONS: dict[str, tuple[Any, ...]] = {
     "orders": (1, 2, 3, 4),
-    "formulations": ("data", "noise", "velocity"),
-    "bases": _BASES,
-    "correctors": ("none", "reuse", "reeval"),
-    "relaxations": _RELAXATIONS,
+    "formulations": get_args(StepSpec.model_fields["formulation"].annotation),
+    "bases": tuple(b for b in get_args(StepSpec.model_fields["basis"].annotation) if b != "label"),
+    "correctors": get_args(StepSpec.model_fields["corrector"].annotation),
+    "relaxations": RELAXATIONS,
 }
 
 
@@ -51,8 +43,8 @@ class StepChoices:
             coefficient.
         coefficient_bound: largest |c| of the linear relaxation 1 + c h.
         slopes: whether the first derivative may use fewer points than the order offers.
-        extras: further continuous fields of `StepSpec` with their bounds, as (name, low, high):
-            "compensation", "dt_query", "dt_start", "dt_land", "power", "guidance".
+        extras: further continuous fields of `StepSpec` with their bounds, as (name, low, high),
+            out of `choices.EXTRAS`.
         weights: number of extra weights on older outputs.
         weights_bound: their largest absolute value.
         compensation_order: older points a compensation other than 1 needs.
@@ -108,11 +100,7 @@ class StepChoices:
         if set(self.formulations) == {"velocity"} and not {"t", "adams"} & set(self.bases):
             raise ScheduleError("domain: formulation velocity needs basis t or adams")
         for name, low, high in self.extras:
-            if (
-                name
-                not in ("compensation", "dt_query", "dt_start", "dt_land", "power", "guidance")
-                or not low < high
-            ):
+            if name not in EXTRAS or not low < high:
                 raise ScheduleError(
                     f"domain: extras holds {(name, low, high)!r}: give (field, low, high)"
                 )

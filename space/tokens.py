@@ -23,6 +23,8 @@ from fewstep.space.solve import Choices, Tape, solve
 
 HISTORY = 5
 FEATURES = 4 + HISTORY + 1 + 2 + 3
+OWN = (0, *range(3, 7 + HISTORY), FEATURES - 1)
+"""Columns that are no functions of the others: level, shift, weights, e, k, guidance."""
 _LAM, _WEIGHT = 8.0, 10.0
 
 

@@ -13,6 +13,7 @@ from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import EDM, RectifiedFlow, VPCosine, VPDiscrete, VPLinear
 from fewstep.space.step_choices import StepChoices
+from fewstep.space.tokens import tokens
 from tests.oracles import REFERENCE
 from tests.replay import singlestep
 
@@ -84,7 +85,6 @@ def test_members_with_every_decision_open_compile_too():
         assert domain.contains(schedule) is None
         assert schedule.program.nfe == 5
         assert domain.from_params(domain.params(schedule)) == schedule
-        assert domain.decode(domain.encode(schedule)) == schedule
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,7 @@ def test_parameters_and_encoding_invert_bit_for_bit(noise, nfe):
     domain = OdeDomain(noise, nfe, first=("network", "zero"))
     for schedule in population(domain, seed=1):
         assert domain.from_params(domain.params(schedule)) == schedule
-        assert domain.decode(domain.encode(schedule)) == schedule
-        assert len(domain.encode(schedule)) == domain.width
+        assert len(domain.encode(schedule)) == len(domain.encode(domain.from_params({})))
 
 
 def test_parameters_lie_in_their_distributions_and_come_in_order():
@@ -144,7 +143,6 @@ def test_any_values_at_all_mean_a_member():
                 )
         assert domain.contains(domain.from_params(values)) is None
     assert domain.contains(domain.from_params({})) is None
-    assert domain.contains(domain.decode(rng.normal(size=domain.width))) is None
 
 
 def test_times_are_proposed_uniformly_in_lam():
@@ -237,21 +235,21 @@ def test_a_schedule_moves_to_the_neighbouring_nfe_and_back():
 
 def test_tokens_have_one_width_for_every_nfe_and_equal_samplers_have_equal_tokens():
     noise = VPLinear()
-    five = OdeDomain(noise, 5).tokens(baseline("heun/edm", noise, 5))
-    eight = OdeDomain(noise, 8).tokens(baseline("ipndm3/edm", noise, 8))
+    five = tokens(baseline("heun/edm", noise, 5))[0]
+    eight = tokens(baseline("ipndm3/edm", noise, 8))[0]
     assert five.shape[0] == 5
     assert eight.shape[0] == 8
     assert five.shape[1] == eight.shape[1]
     domain = OdeDomain(noise, 5)
     heun = baseline("heun/edm", noise, 5)
-    np.testing.assert_allclose(domain.tokens(domain.canonical(heun)), five, atol=1e-7)
+    np.testing.assert_allclose(tokens(domain.canonical(heun))[0], five, atol=1e-7)
 
 
 def test_tokens_hold_the_programs_weights():
     noise = VPLinear()
     schedule = baseline("unipc3-bh1/edm", noise, 5)
     p = schedule.program
-    got = OdeDomain(noise, 5).tokens(schedule)
+    got = tokens(schedule)[0]
     for c in range(4):
         expected = p.b[c, : c + 1].flip(0) / p.alpha[c + 1]
         np.testing.assert_allclose(got[c, 4 : 5 + c], expected, atol=1e-12)
@@ -292,7 +290,6 @@ def test_wider_spaces_keep_every_promise(noise, nfe, space):
         assert schedule.program.nfe == nfe
         params = domain.params(schedule)
         assert domain.from_params(params) == schedule
-        assert domain.decode(domain.encode(schedule)) == schedule
         assert list(params) == [n for n in order if n in params]
         for key, value in params.items():
             assert distributions[key]._contains(distributions[key].to_internal_repr(value))

@@ -23,37 +23,12 @@ from fewstep.space.domain import LAM_CEILING, LAM_FLOOR
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import OdeSchedule, StepSpec
 
-DECISIONS = (
-    "first",
-    "time",
-    "order",
-    "formulation",
-    "basis",
-    "power",
-    "relaxation",
-    "slope_points",
-    "start",
-    "tableau",
-    "corrector",
-    "corrector_order",
-    "corrector_relaxation",
-    "corrector_slope_points",
-    "weights",
-    "compensation",
-    "dt_query",
-    "dt_start",
-    "dt_land",
-    "eta",
-    "guidance",
-)
+_PLAIN = StepSpec()
+_WITH = ("relaxation_coefficient",)  # a number of another decision
+DECISIONS = ("first", "time", *(name for name in StepSpec.model_fields if name not in _WITH))
 """Every decision, in the order of the tables."""
 
-_UNCORRECTED: dict[str, Any] = {
-    "corrector": "none",
-    "corrector_order": None,
-    "corrector_relaxation": "none",
-    "corrector_slope_points": None,
-}
+_UNCORRECTED = {n: getattr(_PLAIN, n) for n in StepSpec.model_fields if n.startswith("corrector")}
 _UNSCALED: dict[str, Any] = {"relaxation": "none", "relaxation_coefficient": 0.0}
 
 
@@ -169,11 +144,10 @@ def _neutral(step: StepSpec) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "relaxation", step.relaxation + c, _UNSCALED
     if corrects:
         yield "corrector", step.corrector, _UNCORRECTED
-    plain = StepSpec()
     for name in DECISIONS[DECISIONS.index("power") :]:
         if name in ("order", "relaxation", "corrector"):
             continue
-        value, neutral = getattr(step, name), getattr(plain, name)
+        value, neutral = getattr(step, name), getattr(_PLAIN, name)
         if value != neutral:
             yield name, _words(value), {name: neutral}
 

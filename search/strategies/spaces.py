@@ -29,6 +29,7 @@ from torch import Tensor
 from fewstep.predictors.gaussian import GaussianProcess
 from fewstep.predictors.quality import LEAST_ROWS, QualityPredictor, targets
 from fewstep.search.strategies import Evaluated
+from fewstep.space.choices import table
 from fewstep.space.domain import OdeDomain
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
@@ -37,23 +38,8 @@ from fewstep.space.tokens import tokens
 PATTERNS, MOVES = 10, 64  # step patterns of a round, choices of times per pattern
 ADOPTED = 3  # results of another NFE that are made members of this one
 ELITE = 20  # parents
-_NOISE = (
-    1e-2  # share of noise in scores of samples drawn: they jump where a schedule changes little
-)
+_NOISE = 1e-2  # share of noise in scores of drawn samples, which jump between near schedules
 _LOOK = 64  # random members that tell which features vary in a space
-_DECISIONS = (
-    "order",
-    "formulation",
-    "basis",
-    "relaxation",
-    "coefficient",
-    "slope",
-    "start",
-    "corrector",
-    "corrector_order",
-    "corrector_slope",
-    "corrector_relaxation",
-)
 
 
 @dataclass(frozen=True)
@@ -306,7 +292,7 @@ class OdeSpace(DomainSpace):
             other = self._built(alive[int(rng.integers(min(len(alive), ELITE)))])
             schedule, source = domain.crossover(schedule, other, rng), "crossover"
         rate = float(rng.choice([0.03, 0.1]))
-        rates = dict.fromkeys([*_DECISIONS, *(n for n, _, _ in domain.choices.extras)], rate)
+        rates = dict.fromkeys(table(domain.choices), rate)
         rates |= {"lam": 0.0, "relocate": 0.0, "first": rate}
         schedule = domain.mutate(schedule, rng, rates=rates)
         return schedule, dict(domain.params(schedule)), source
