@@ -6,9 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fewstep.predictors.cpr_family import Decision
 from fewstep.search.yardstick import Statistic
-
-Decision = Literal["gap", "query", "start", "land", "compensation", "guidance"]
 
 
 class Table(BaseModel):

@@ -95,7 +95,7 @@ def test_a_ddpm_pipeline_runs_the_file_and_counts_its_calls(tmp_path):
 def test_a_refined_digits_schedule_replays_on_the_shipped_model():
     """A fitted program, all of its numbers moved, on the real class-conditional network."""
     from fewstep.experiments.models.digits import load_network, problem
-    from fewstep.search.strategies.gauss_newton import FreeProgram, canonical
+    from fewstep.space.unknowns import FreeProgram, canonical
 
     subject = problem()
     base = baseline("ipndm3/quadratic", subject.denoiser.noise, 6)

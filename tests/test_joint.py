@@ -7,14 +7,10 @@ import pytest
 import torch
 
 from fewstep.predictors.cpr import CPR
+from fewstep.predictors.cpr_family import PolynomialFamily, Setting
 from fewstep.samplers import run, sample
-from fewstep.search.strategies.joint import (
-    Family,
-    Request,
-    Setting,
-    fit_joint,
-    gram,
-)
+from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.strategies.joint import Request, fit_joint, gram
 from fewstep.space import StudyError, stack
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
@@ -39,7 +35,8 @@ class Bench:
         self.ends = [sample(teacher, self.model, x) for x in self.noise]
 
     def gram(self, schedules, k: int) -> np.ndarray:
-        return gram(stack([s.program for s in schedules]), self.model, self.noise[k], self.ends[k])
+        batch = Batch(self.noise[k], self.ends[k])
+        return gram(batch, [s.program for s in schedules], self.model)
 
     def look(self, requests: list[Request]) -> list[np.ndarray]:
         self.requests += len(requests)
@@ -56,7 +53,7 @@ def bench():
 
 @pytest.fixture(scope="module")
 def family():
-    return Family(VP, TEMPLATE, SETTINGS, ("gap", "query", "compensation"))
+    return PolynomialFamily(VP, TEMPLATE, SETTINGS, ("gap", "query", "compensation"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,7 @@ def test_zero_is_the_template_and_parameters_are_recovered_from_their_model(fami
 
 def test_degrees_never_exceed_what_the_settings_can_tell(family):
     assert family.degrees == (4, 0, 2)
-    one = Family(VP, TEMPLATE, [Setting(5, 2.0)], ("gap",))
+    one = PolynomialFamily(VP, TEMPLATE, [Setting(5, 2.0)], ("gap",))
     assert one.degrees == (4, 0, 0)
     assert one.size == 5
 
@@ -157,15 +154,17 @@ def test_a_moved_decision_that_fails_stays_put(bench, family):
 
 
 def test_decisions_that_exist_at_no_setting_are_left_out():
-    tiny = Family(VP, TEMPLATE, [Setting(1, 1.0), Setting(2, 1.0)], ("gap", "compensation"))
+    tiny = PolynomialFamily(
+        VP, TEMPLATE, [Setting(1, 1.0), Setting(2, 1.0)], ("gap", "compensation")
+    )
     assert tiny.names == ("gap",)
     with pytest.raises(StudyError, match="no settings, or no decisions"):
-        Family(VP, TEMPLATE, [Setting(2, 1.0)], ("compensation",))
+        PolynomialFamily(VP, TEMPLATE, [Setting(2, 1.0)], ("compensation",))
 
 
 def test_a_setting_too_short_for_a_decision_leaves_it_to_the_others():
     short, longer = Setting(2, 1.0), Setting(4, 1.0)
-    family = Family(VP, TEMPLATE, [short, longer], ("gap", "compensation"))
+    family = PolynomialFamily(VP, TEMPLATE, [short, longer], ("gap", "compensation"))
     assert [i for name, i in family.free(4) if name == "compensation"] == [2, 3]
     assert all(name == "gap" for name, _ in family.free(2))
     theta = np.random.default_rng(0).normal(0, 0.1, family.size)
@@ -175,6 +174,6 @@ def test_a_setting_too_short_for_a_decision_leaves_it_to_the_others():
 
 def test_unknown_decisions_are_refused():
     with pytest.raises(StudyError, match="'colour' is not one of gap"):
-        Family(VP, TEMPLATE, SETTINGS, ("colour",))
+        PolynomialFamily(VP, TEMPLATE, SETTINGS, ("colour",))
     with pytest.raises(StudyError, match="no settings"):
-        Family(VP, TEMPLATE, [], ("gap",))
+        PolynomialFamily(VP, TEMPLATE, [], ("gap",))

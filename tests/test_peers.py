@@ -16,10 +16,11 @@ from fewstep.experiments.benchmarks.peers_verdict import interval, ratios, write
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.samplers import sample
 from fewstep.search.display import Display
-from fewstep.search.strategies.gauss_newton import Batch, canonical
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import ScheduleError
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline
+from fewstep.space.unknowns import canonical
 from tests.oracles import Mixture, recorded_mixture
 
 VP = noises.VPLinear()

@@ -12,8 +12,7 @@ from fewstep.samplers.denoiser import bcast
 from fewstep.search.stages.fit import refine
 from fewstep.search.stages.refine import best_starts
 from fewstep.search.strategies import Evaluated
-from fewstep.search.strategies.gauss_newton import Batch, Fit, FreeProgram, Retimed, canonical
-from fewstep.search.strategies.levenberg import Quadratic, levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit, Quadratic, levenberg
 from fewstep.search.tables import RefineTable
 from fewstep.space import (
     OdeSchedule,
@@ -25,6 +24,7 @@ from fewstep.space import (
 )
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
+from fewstep.space.unknowns import FreeProgram, Retimed, canonical
 from tests.oracles import Mixture, recorded_mixture
 
 VP = noises.VPLinear()

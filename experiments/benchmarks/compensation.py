@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fewstep.experiments.benchmarks.published_dc import as_published, published_targets
 from fewstep.experiments.models.digits import problem
+from fewstep.predictors.cpr_family import PolynomialFamily, Setting
 from fewstep.samplers import Problem, sample
 from fewstep.search.stages.fit import Startable, refine
 from fewstep.search.strategies.compensation import (
@@ -37,11 +38,10 @@ from fewstep.search.strategies.compensation import (
     compensate,
 )
 from fewstep.search.strategies.gauss_newton import Batch
-from fewstep.search.strategies.joint import Family, Joint, Request, Setting, fit_joint, gram
+from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
 from fewstep.search.strategies.targets import aligned_targets
 from fewstep.search.tables import RefineTable
 from fewstep.search.yardstick import bootstrap_ratio
-from fewstep.space import stack
 from fewstep.space.baselines import baseline
 
 TUNE, SEARCH, ORIGINAL, REFINE, TEST = 1000, 2000, 3000, 4000, 9000  # seeds of the noise
@@ -233,14 +233,15 @@ def fit_cells(cells: Sequence[tuple[int, float]], a: argparse.Namespace) -> tupl
         for r in requests:
             n = a.held if r.held else a.train
             s = stream(REFINE + r.held, n, r.setting.guidance)
-            shared: dict[str, Any] = {"cond": s.cond, "guidance": s.guidance}
-            program = stack([schedule.program for schedule in r.schedules])
-            found.append(gram(program, p.denoiser, s.x_T, s.target, **shared))
+            batch = Batch(s.x_T, s.target, s.cond, s.guidance)
+            found.append(gram(batch, [schedule.program for schedule in r.schedules], p.denoiser))
             spent += len(r.schedules) * n * r.setting.nfe
         return found
 
     settings = [Setting(*cell) for cell in cells]
-    family = Family(p.denoiser.noise, TEMPLATE, settings, ("gap", "query", "compensation"))
+    family = PolynomialFamily(
+        p.denoiser.noise, TEMPLATE, settings, ("gap", "query", "compensation")
+    )
     told = lambda k, e: print(f"round {k}: mean log error {e:.4f}, {spent} calls", flush=True)  # noqa: E731
     return fit_joint(family, look, rounds=a.rounds, on_round=told), spent
 

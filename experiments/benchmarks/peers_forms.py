@@ -18,11 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewstep.search.strategies.gauss_newton import canonical
 from fewstep.space import OdeSchedule, Program, compile
 from fewstep.space.baselines import grid
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
+from fewstep.space.unknowns import canonical
 
 _ADAMS = {
     1: (1.0,),

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from fewstep.experiments.benchmarks.refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.benchmarks.search import Landscape
-from fewstep.search.strategies.gauss_newton import Batch, Fit, FreeProgram, canonical
-from fewstep.search.strategies.levenberg import levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit, levenberg
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
 from fewstep.space.noise import finite_lam
+from fewstep.space.unknowns import FreeProgram, canonical
 
 TRAIN, HELD = 10_000, 15_000
 NEAR = 1.05

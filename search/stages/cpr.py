@@ -12,34 +12,27 @@ schedule found there, and what the regression loses when the setting is left out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fewstep.predictors.cpr import CPR, fit
+from fewstep.predictors.cpr_family import PolynomialFamily, Setting
 from fewstep.samplers import Problem
 from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool
-from fewstep.search.problem import conditions, noise_of
 from fewstep.search.results import schedule_path
-from fewstep.search.strategies.joint import (
-    Family,
-    Joint,
-    Request,
-    Setting,
-    fit_joint,
-    gram,
-)
+from fewstep.search.stages.refine import batch_of
+from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
 from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Counted, Evaluator, Work
 from fewstep.search.yardstick import Array
-from fewstep.space import OdeSchedule, Program, stack
+from fewstep.space import OdeSchedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
@@ -50,45 +43,34 @@ TRAIN, HELD = "cpr", "cpr-held"
 
 @dataclass(frozen=True)
 class GramTask(Work):
-    """Schedules of one setting on the noise of a stream.
+    """Schedules of one setting, constant image and run-time options on the noise of a stream.
 
     Args:
-        program: stacked programs that act on unit noise.
+        schedules: of equal calls.
         stream: which noise, and whose end points: `key`.
         samples: how many.
         guidance: scale; None is the problem's.
-        constant: the schedules' constant image, if they have one.
-        options: their run-time options.
     """
 
-    program: Program
+    schedules: tuple[OdeSchedule, ...]
     stream: str
     samples: int
     guidance: float | None
-    constant: Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
     def failed(self, status: str, message: str) -> tuple[Array, int]:
         """See `Work`: schedules whose errors are not known."""
-        count = len(self.program.r)
+        count = len(self.schedules)
         return np.full((count, count), np.nan), 0
 
     def run(self, evaluator: Evaluator) -> tuple[Array, int]:
         """The Gram matrix of the residuals, (M, M), and network evaluations."""
-        problem = evaluator.ode
-        denoiser = Counted(problem.denoiser)
-        indices = range(self.samples)
-        cond = conditions(problem, indices)
-        found = gram(
-            self.program,
-            denoiser,
-            noise_of(evaluator.seed, self.stream, indices, problem.shape).to(evaluator.device),
-            evaluator.reference(key(self.stream, self.guidance)),
-            cond={k: v.to(evaluator.device) for k, v in (cond or {}).items()},
-            guidance=problem.guidance if self.guidance is None else self.guidance,
-            m=self.constant,
-            options=self.options,
-        )
+        like, name = self.schedules[0], key(self.stream, self.guidance)
+        given: dict[str, Any] = {"constant": like.constant, "options": like.options}
+        if self.guidance is not None:
+            given["guidance"] = self.guidance
+        batch = batch_of(evaluator, self.stream, self.samples, reference=name, **given)
+        denoiser = Counted(evaluator.ode.denoiser)
+        found = gram(batch, [on_unit_noise(s) for s in self.schedules], denoiser)
         return found, denoiser.evaluations
 
 
@@ -145,7 +127,7 @@ class Stage:
                 self._refer(stream, size, guidance)
         template = table.template or self._base() or self._template(found)
         order = self.config.compensation.order
-        family = Family(self.noise, template, settings, table.decisions, order=order)
+        family = PolynomialFamily(self.noise, template, settings, table.decisions, order=order)
         start = self._start(found, template)
         self.display.stage(f"CPR: fitting {template}")
         made = fit_joint(
@@ -186,9 +168,8 @@ class Stage:
             stream, size = (
                 (HELD, self.config.cpr.held) if r.held else (TRAIN, self.config.cpr.samples)
             )
-            program = stack([on_unit_noise(s) for s in r.schedules])
-            like, scale = r.schedules[0], self._scale(r.setting.guidance)
-            tasks.append(GramTask(program, stream, size, scale, like.constant, like.options))
+            scale = self._scale(r.setting.guidance)
+            tasks.append(GramTask(r.schedules, stream, size, scale))
         found = []
         for errors, evaluations in self.pool.map(tasks):
             self._count(evaluations)

@@ -25,18 +25,11 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser
-from fewstep.search.strategies.gauss_newton import (
-    Batch,
-    Fit,
-    FreeProgram,
-    Model,
-    Retimed,
-    canonical,
-)
-from fewstep.search.strategies.levenberg import levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit, Model, levenberg
 from fewstep.search.tables import RefineTable
 from fewstep.space import OdeSchedule, Program, ProgramSchedule
 from fewstep.space.errors import StudyError
+from fewstep.space.unknowns import FreeProgram, Retimed, canonical
 
 _AGREE = 1.1  # held-out over training error below which more noise teaches nothing
 _GROWTH = 4
@@ -248,5 +241,4 @@ class _Run:
 
     def _errors(self, program: Program, batch: Batch) -> Tensor:
         self.calls += program.nfe * len(batch)
-        parts = [p.residuals([program], self.denoiser)[0] for p in batch.pieces()]
-        return torch.cat([r.double().square().mean(-1).cpu() for r in parts])
+        return batch.errors([program], self.denoiser)[0]

@@ -71,8 +71,15 @@ class RefineTask(Work):
     def run(self, evaluator: Evaluator) -> Improved:
         """Refine on the evaluator's problem."""
         table, starts = self.table, self.schedules
-        train = self._batch(evaluator, TRAIN, table.samples)
-        held = self._batch(evaluator, HELD, table.held)
+        shared: dict[str, Any] = {
+            "scale": start_scale(starts[0]),
+            "constant": self.constant,
+            "options": starts[0].options,
+            "features": evaluator.features if self.featured else None,
+            "piece": table.batch,
+        }
+        train = batch_of(evaluator, TRAIN, table.samples, **shared)
+        held = batch_of(evaluator, HELD, table.held, **shared)
         found = refine(starts, evaluator.ode.denoiser, train, held, table)
         note = {
             "refined_from": starts[found.start].digest,
@@ -83,19 +90,31 @@ class RefineTask(Work):
         }
         return Improved(found.schedule, note, found.start, evaluations=found.calls)
 
-    def _batch(self, evaluator: Evaluator, stream: str, size: int) -> Batch:
-        problem, indices, start = evaluator.ode, range(size), self.schedules[0]
-        z = noise_of(evaluator.seed, stream, indices, problem.shape).to(evaluator.device)
-        return Batch(
-            start_scale(start) * z,
-            evaluator.reference(stream)[:size].to(torch.float32),
-            {k: v.to(z.device) for k, v in (conditions(problem, indices) or {}).items()},
-            problem.guidance,
-            self.constant,
-            start.options,
-            evaluator.features if self.featured else None,
-            self.table.batch,
-        )
+
+def batch_of(
+    evaluator: Evaluator,
+    stream: str,
+    size: int,
+    *,
+    reference: str | None = None,
+    scale: float = 1.0,
+    **more: Any,
+) -> Batch:
+    """The first samples of a stream on the model's device, and the teacher's of them.
+
+    Args:
+        evaluator: has the problem, and the teacher's end points.
+        stream: which noise.
+        size: how many samples.
+        reference: name of the end points [the stream's].
+        scale: of x_T.
+        more: further fields of `Batch`; guidance is the problem's where none is given.
+    """
+    problem, indices = evaluator.ode, range(size)
+    z = noise_of(evaluator.seed, stream, indices, problem.shape).to(evaluator.device)
+    target = evaluator.reference(reference or stream)[:size].to(torch.float32)
+    cond = {k: v.to(z.device) for k, v in (conditions(problem, indices) or {}).items()}
+    return Batch(scale * z, target, cond, **({"guidance": problem.guidance} | more))
 
 
 def best_starts(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, Denoiser
-from fewstep.search.strategies.levenberg import Quadratic, levenberg
+from fewstep.search.strategies.gauss_newton import Quadratic, levenberg
 from fewstep.space.errors import StudyError
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.solve import Call, Choices, Number, Tape, solve

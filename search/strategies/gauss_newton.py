@@ -19,6 +19,15 @@ least squares, which a handful of samples that end in another mode of the data c
 
 lets them count by their distance, not its square; it is fitted as least squares with the weights
 rho'(e) = min(1, d / sqrt(e)) (Huber 1964; Holland and Welsch 1977).
+
+All fits share one Levenberg-Marquardt loop (`levenberg`),
+
+    (N + mu diag N + nu I) step = -(slope + nu theta),      N = J^T J, slope = J^T r
+
+A round linearises once, tries several dampings mu at once, and takes the best step if it lowers
+the loss; otherwise it tries again with more damping. `pull` (nu, relative to the mean curvature)
+holds theta towards 0, its start (Levenberg 1944; Marquardt 1963; Nocedal and Wright, Numerical
+Optimization, section 10.3).
 """
 
 from __future__ import annotations
@@ -29,19 +38,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser, run
 from fewstep.samplers.asking import prefix_groups
-from fewstep.search.strategies.levenberg import Quadratic
-from fewstep.space import OdeSchedule, Program, compile, stack
-from fewstep.space.costs import stages
+from fewstep.space import Program, stack
 from fewstep.space.errors import ScheduleError
-from fewstep.space.noise import NoiseSchedule, finite_lam
-from fewstep.space.program import at_times, written_out
+from fewstep.space.noise import NoiseSchedule
+from fewstep.space.unknowns import DIFFERENCE, canonical, numbers, perturbed
 
-_DIFFERENCE = 2e-3  # far above float32 rounding of the samples, far below where samples bend
+_DAMPINGS = (0.1, 1.0, 10.0)
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,11 @@ class Batch:
         found = self.features(x.flatten(0, 1)).reshape(len(programs), len(self), -1)
         return found - self.features(target).reshape(1, len(self), -1)
 
+    def errors(self, programs: Sequence[Program], denoiser: Denoiser) -> Tensor:
+        """Mean squared residual of every sample, (M, n), piece by piece, on the CPU."""
+        parts = [p.residuals(programs, denoiser) for p in self.pieces()]
+        return torch.cat([r.double().square().mean(-1).cpu() for r in parts], dim=1)
+
 
 class Model(Protocol):
     """Numbers theta and the program they mean; theta = 0 is the start."""
@@ -124,158 +138,71 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class FreeProgram:
-    """Every number of a program is its own unknown; theta = 0 is the program itself.
+class Quadratic:
+    """The local model of a sum of squares: its normal matrix (P, P), slope (P,) and value."""
+
+    normal: Tensor
+    slope: Tensor
+    loss: float
+
+
+def levenberg(
+    theta: Tensor,
+    linearise: Callable[[Tensor], Quadratic],
+    losses: Callable[[Sequence[Tensor]], Sequence[float]],
+    *,
+    rounds: int,
+    least_gain: float = 0.003,
+    pull: float = 1e-9,
+    damping: float = 1e-2,
+    on_round: Callable[[int, Tensor], bool] | None = None,
+) -> Tensor:
+    """Minimise from `theta`.
 
     Args:
-        base: a canonical program (`canonical`).
-        noise: its noise schedule; queries stay within its times.
-        guided: the guidance scale of every guided call is unknown, too; `base` sets it. A call at
-            scale 1 is unguided and stays so: it costs less.
-        constant: so are k_0 and the weights k of a constant image.
-        staged: the zeros that make stages (`space.costs`) stay.
+        theta: start, float64, shape (P,); 0 is where `pull` holds it.
+        linearise: the local model at a theta.
+        losses: the loss at several thetas, inf where there is none; comparable with
+            `Quadratic.loss`.
+        rounds: most rounds.
+        least_gain: two rounds in a row that lower the loss by a smaller share end the fit.
+        pull: strength of the hold towards 0, relative to the mean curvature.
+        damping: of the first round.
+        on_round: called after each round with its number and theta; True ends the fit.
+
+    Returns:
+        The theta of the last round.
     """
-
-    base: Program
-    noise: NoiseSchedule
-    guided: bool = False
-    constant: bool = False
-    staged: bool = False
-
-    @property
-    def _sizes(self) -> list[int]:
-        C = self.base.nfe
-        return [C, 1, C, C * (C + 1) // 2, C if self.guided else 0, C + 1 if self.constant else 0]
-
-    @property
-    def size(self) -> int:
-        """How many unknowns."""
-        return sum(self._sizes)
-
-    def nearer(self) -> Tensor:
-        """theta with a first query at pure noise moved to at most 1 in lam before the second.
-
-        Named solvers ask first at pure noise, where the network hardly depends on the time it is
-        told: from there a fit finds no way to the better optimum.
-        """
-        theta = torch.zeros(self.size, dtype=torch.float64)
-        if self.base.nfe > 1 and bool(self.base.t[0] == self.noise.t_range[0]):
-            lam = finite_lam(self.noise, self.base.t)
-            theta[0] = (lam[1] - lam[0] - 1).clamp(min=0)
-        return theta
-
-    def program(self, theta: Tensor) -> Program:
-        """Queries moved in lam, weights of x_T and of the outputs as they are, log guidance."""
-        base, C = self.base, self.base.nfe
-        rows, columns = torch.tril_indices(C, C)
-        by_t, by_p, by_e, by_b, by_w, by_k = theta.split(self._sizes)
-        ends = torch.tensor(self.noise.t_range, dtype=torch.float64)
-        low, high = finite_lam(self.noise, ends)
-        lam = reflected(finite_lam(self.noise, base.t) + by_t, low, high)
-        t = self.noise.t_of_lam(lam)
-        t = torch.where(by_t == 0, t - t.detach() + base.t, t)  # neutral to the bit
-        if self.staged:
-            by_b = by_b * _open(base)[rows, columns]
-        b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
-        by_init = torch.cat([by_p, by_k[:1] if self.constant else torch.zeros_like(by_p)])
-        changes = {"init": base.init + by_init, "e": base.e + by_e, "b": b}
-        if self.constant:
-            changes["k"] = base.k + by_k[1:]
-        if self.guided and base.guidance is not None:
-            scales = base.guidance * torch.exp(by_w)
-            changes["guidance"] = torch.where(base.guidance == 1, base.guidance, scales)
-        return at_times(dataclasses.replace(base, **changes), self.noise, t)
+    tired = 0
+    for turn in range(1, rounds + 1):
+        here, gain = linearise(theta), 0.0
+        for _ in range(_TRIES):
+            options = [theta + damped_step(here, damping * m, theta, pull) for m in _DAMPINGS]
+            found = np.nan_to_num(np.asarray(losses(options), dtype=float), nan=np.inf)
+            at = int(np.argmin(found))
+            if found[at] < here.loss:
+                gain = 1 - float(found[at]) / here.loss
+                theta, damping = options[at], max(damping * _DAMPINGS[at], 1e-7)
+                break
+            damping *= 1e3
+        if on_round is not None and on_round(turn, theta):
+            break
+        tired = 0 if gain >= least_gain else tired + 1
+        if tired == 2:
+            break
+        if tired:
+            damping = min(damping, 1e-2)
+    return theta
 
 
-def _open(program: Program) -> Tensor:
-    """1 where a weight may move so that the stages of a program stay, else 0."""
-    found = torch.ones_like(program.b)
-    for stage in stages(program):
-        for c in stage[1:]:
-            found[c - 1, stage[0] : c] = 0
-    return found
-
-
-@dataclass(frozen=True)
-class Retimed:
-    """The inner times of a schedule are the unknowns, in lam; its choices and ends stay.
-
-    Few numbers, so that little noise can tell them: where a fit of all numbers begins when that
-    alone gains nothing (times as in LD3, arXiv 2405.15506).
-    """
-
-    schedule: OdeSchedule
-
-    @property
-    def size(self) -> int:
-        """How many unknowns."""
-        return self.schedule.n_steps - 1
-
-    def times(self, theta: Tensor) -> Tensor:
-        """The N+1 times at theta.
-
-        Raises:
-            ScheduleError: they would not decrease.
-        """
-        noise = self.schedule.noise
-        times = torch.tensor(self.schedule.times, dtype=torch.float64)
-        lam = finite_lam(noise, times)
-        moved = lam[1:-1] + theta
-        if bool((torch.cat([lam[:1], moved, lam[-1:]]).diff() <= 0).any()):
-            raise ScheduleError("the times do not decrease")
-        return torch.cat([times[:1], noise.t_of_lam(moved), times[-1:]])
-
-    def program(self, theta: Tensor) -> Program:
-        """The schedule's program at theta."""
-        return compile(self.schedule, {"times": self.times(theta)})
-
-    def at(self, theta: Tensor) -> OdeSchedule:
-        """The schedule at theta."""
-        return self.schedule.model_copy(update={"times": tuple(self.times(theta).tolist())})
-
-
-def reflected(lam: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`lam` folded into [low, high]; unlike a clamp it has a slope everywhere, at `low` too."""
-    up = torch.where(lam < low - 1e-9, 2 * low - lam, lam)
-    return torch.where(up > high, torch.maximum(2 * high - up, low), up)
-
-
-def canonical(program: Program) -> Program:
-    """The same sampler with r = 0: every row gives the whole state, y_c = p_c x_T + ...
-
-    A number of a row then acts through the calls after it only, so that perturbed programs keep
-    their prefixes.
-    """
-    p, rest, _ = written_out(program)
-    return dataclasses.replace(
-        program, r=torch.zeros_like(program.r), e=p[1:], k=rest[1:, 0], b=rest[1:, 1:]
-    )
-
-
-def _parts(program: Program) -> dict[str, Tensor]:
-    parts = {"t": program.t, "init": program.init, "e": program.e, "k": program.k, "b": program.b}
-    return parts if program.guidance is None else parts | {"guidance": program.guidance}
-
-
-def numbers(program: Program, noise: NoiseSchedule) -> Tensor:
-    """The numbers of a canonical program in one vector, queries as lam."""
-    parts = _parts(program) | {"t": finite_lam(noise, program.t)}
-    return torch.cat([value.reshape(-1) for value in parts.values()])
-
-
-def perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:
-    """Number `index` of a canonical program moved by the difference."""
-    for name, value in _parts(program).items():
-        if index < value.numel():
-            moved = value.clone()
-            if name == "t":
-                moved[index] = noise.t_of_lam(finite_lam(noise, value[index]) + _DIFFERENCE)
-                return at_times(program, noise, moved)
-            moved.view(-1)[index] += _DIFFERENCE
-            changed: dict[str, Any] = {name: moved}
-            return dataclasses.replace(program, **changed)
-        index -= value.numel()
-    raise IndexError(index)
+def damped_step(here: Quadratic, damping: float, theta: Tensor, pull: float) -> Tensor:
+    """The step of the module docstring, from `theta`."""
+    diagonal = here.normal.diagonal()
+    held = pull * diagonal.mean()
+    floor = 1e-12 * diagonal.max() + 1e-30
+    matrix = here.normal + torch.diag(damping * diagonal + held + floor)
+    step: Tensor = -torch.linalg.solve(matrix, here.slope + held * theta)
+    return step
 
 
 class Fit:
@@ -319,7 +246,7 @@ class Fit:
             e = r[0].double().square().mean(-1)
             total += float(self._rho(e).sum())
             root = torch.clamp(self.delta / e.sqrt(), max=1.0).sqrt().to(r)[:, None]
-            J = ((r[1:] - r[0]) / _DIFFERENCE * root).flatten(1)
+            J = ((r[1:] - r[0]) / DIFFERENCE * root).flatten(1)
             J = (J * torch.isfinite(J).all(dim=1, keepdim=True)).nan_to_num(0.0)  # it stays put
             normal += (J @ J.T).double().cpu()
             slope += (J @ (r[0] * root).flatten()).double().cpu()
@@ -332,26 +259,20 @@ class Fit:
 
     def losses(self, thetas: Sequence[Tensor]) -> list[float]:
         """The loss at several thetas; inf where one diverges or has no program."""
-        found = [math.inf] * len(thetas)
-        for i, e in self._errors(thetas).items():
-            value = float(self._rho(e).mean())
-            found[i] = value if math.isfinite(value) else math.inf
-        return found
-
-    def _errors(self, thetas: Sequence[Tensor]) -> dict[int, Tensor]:
-        programs: dict[int, Program] = {}
+        found, programs = [math.inf] * len(thetas), dict[int, Program]()
         for i, theta in enumerate(thetas):
             try:
                 programs[i] = self.model.program(theta.detach())
             except ScheduleError:
                 continue
-        if not programs:
-            return {}
-        self.calls += sum(p.nfe for p in programs.values()) * len(self.batch)
-        listed = list(programs.values())
-        parts = [p.residuals(listed, self.denoiser) for p in self.batch.pieces()]
-        each = torch.cat([r.double().square().mean(-1).cpu() for r in parts], dim=1)
-        return dict(zip(programs, each, strict=True))
+        if programs:
+            listed = list(programs.values())
+            self.calls += sum(p.nfe for p in listed) * len(self.batch)
+            each = self.batch.errors(listed, self.denoiser)
+            for i, e in zip(programs, each, strict=True):
+                value = float(self._rho(e).mean())
+                found[i] = value if math.isfinite(value) else math.inf
+        return found
 
     def _rho(self, e: Tensor) -> Tensor:
         d = self.delta
