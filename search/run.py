@@ -43,8 +43,8 @@ from fewstep.search.results import drawn, write_results
 from fewstep.search.rung import Progress, Rung, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
 from fewstep.search.stages.cpr import regress, wanted
-from fewstep.search.stages.improve import finish_rungs
-from fewstep.search.stages.refine import HELD, TRAIN
+from fewstep.search.stages.improve import finish_rungs, streams
+from fewstep.search.stages.refine import TRAIN
 from fewstep.search.storage import open_storage
 from fewstep.search.store import Store
 from fewstep.search.strategies import Evaluated, Proposer
@@ -314,11 +314,11 @@ class Search:
         config = self.config
         if config.finish is None:
             return {}
+        for stream, size in streams(config):
+            self._refer(stream, size)
         mean = None
-        if config.finish == "refine":
-            for stream, size in ((TRAIN, config.refine.samples), (HELD, config.refine.held)):
-                self._refer(stream, size)
-            mean = self._endpoints[TRAIN].mean(0) if config.refine.mean else None
+        if config.finish == "refine" and config.refine.mean:
+            mean = self._endpoints[TRAIN].mean(0)
         return finish_rungs(config, self.pool, self.rungs, self.display, mean)
 
     def _judge(self, spent: Mapping[int, int]) -> list[Verdict]:

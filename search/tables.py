@@ -66,21 +66,19 @@ class CompensationTable(Table):
         base: named solvers to compensate, "solver/grid" or "solver/grid/low"; none takes the best
             candidates.
         top: how many of them, per NFE.
-        samples: noise the ratios are found on.
-        teacher: network calls of the states that are matched (the original has 200).
+        samples: noise the ratios are fitted on.
         order: older points that the newest output is interpolated with, beside itself.
         variable: interpolate in "t", as published, or in "lam".
         low: smallest ratio.
         high: largest ratio.
         held: share of the samples that only check.
-        polish: Gauss-Newton rounds on the end point.
+        polish: Gauss-Newton rounds, at most.
         timeout: seconds after which one base counts as hung; None never.
     """
 
     base: tuple[str, ...] = ()
     top: Annotated[int, Field(ge=1)] = 4
     samples: Annotated[int, Field(ge=2)] = 256
-    teacher: Annotated[int, Field(ge=8)] = 100
     order: Annotated[int, Field(ge=1, le=3)] = 2
     variable: Literal["t", "lam"] = "t"
     low: Annotated[float, Field(lt=1)] = 0.5

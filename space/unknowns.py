@@ -1,12 +1,15 @@
 """The numbers of a schedule as unknowns: what a fit may move, and the program that it means.
 
-`FreeProgram` opens every number of a program, `Retimed` the inner times of a schedule; theta = 0
-is the start. `numbers` lists those of a canonical program, and `perturbed` moves one of them.
+`FreeProgram` opens every number of a program, `Retimed` the inner times of a schedule, `Ratios`
+its compensation ratios; theta = 0 is the start. `numbers` lists those of a canonical program, and
+`perturbed` moves one of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +22,50 @@ from fewstep.space.noise import NoiseSchedule, finite_lam
 from fewstep.space.program import Program, at_times, compile, written_out
 from fewstep.space.schedule import OdeSchedule
 
-__all__ = ["DIFFERENCE", "FreeProgram", "Retimed", "canonical", "numbers", "perturbed"]
+__all__ = ["FreeProgram", "Ratios", "Retimed", "Unknowns", "canonical", "with_ratios"]
 
 DIFFERENCE = 2e-3
 """Of forward differences: far above float32 rounding of samples, far below where samples bend."""
 
 
+class Unknowns(ABC):
+    """Numbers theta and the program they mean; theta = 0 is the start."""
+
+    noise: NoiseSchedule
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many numbers."""
+
+    @abstractmethod
+    def program(self, theta: Tensor) -> Program:
+        """The program at theta, differentiable.
+
+        Raises:
+            ScheduleError: there is none.
+        """
+
+    def moved(self, theta: Tensor) -> tuple[list[Program], Tensor]:
+        """What tells how samples move: programs, and a Jacobian (M, size).
+
+        Returns:
+            The program at theta and M with one number moved by `DIFFERENCE` each, and how these
+            numbers depend on theta.
+        """
+
+        def listed(at: Tensor) -> Tensor:
+            return numbers(canonical(self.program(at)), self.noise)
+
+        chain: Tensor = torch.autograd.functional.jacobian(listed, theta, vectorize=True)
+        live = (chain != 0).any(dim=1) & torch.isfinite(chain).all(dim=1)
+        base = canonical(self.program(theta.detach()))
+        moved = [perturbed(base, self.noise, i) for i in live.nonzero()[:, 0].tolist()]
+        return [base, *moved], chain[live]
+
+
 @dataclass(frozen=True)
-class FreeProgram:
+class FreeProgram(Unknowns):
     """Every number of a program is its own unknown; theta = 0 is the program itself.
 
     Args:
@@ -99,7 +138,7 @@ def _open(program: Program) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Retimed:
+class Retimed(Unknowns):
     """The inner times of a schedule are the unknowns, in lam; its choices and ends stay.
 
     Few numbers, so that little noise can tell them: where a fit of all numbers begins when that
@@ -107,6 +146,11 @@ class Retimed:
     """
 
     schedule: OdeSchedule
+
+    @property
+    def noise(self) -> NoiseSchedule:  # type: ignore[override]
+        """The schedule's."""
+        return self.schedule.noise
 
     @property
     def size(self) -> int:
@@ -134,6 +178,58 @@ class Retimed:
     def at(self, theta: Tensor) -> OdeSchedule:
         """The schedule at theta."""
         return self.schedule.model_copy(update={"times": tuple(self.times(theta).tolist())})
+
+
+@dataclass(frozen=True)
+class Ratios(Unknowns):
+    """The compensation ratios of a schedule (DC-Solver, arXiv 2409.03755), within bounds.
+
+    Args:
+        schedule: the base; the ratios it has are the start.
+        low: smallest ratio.
+        high: largest ratio.
+    """
+
+    schedule: OdeSchedule
+    low: float
+    high: float
+
+    @property
+    def noise(self) -> NoiseSchedule:  # type: ignore[override]
+        """The schedule's."""
+        return self.schedule.noise
+
+    @property
+    def size(self) -> int:
+        """How many unknowns: the first steps have too few older points."""
+        return max(0, self.schedule.n_steps - self.schedule.compensation_order)
+
+    def ratios(self, theta: Tensor) -> list[float | Tensor]:
+        """One for each step."""
+        found: list[float | Tensor] = [step.compensation for step in self.schedule.steps]
+        for i, d in enumerate(theta, start=self.schedule.n_steps - self.size):
+            found[i] = (found[i] + d).clamp(self.low, self.high)
+        return found
+
+    def program(self, theta: Tensor) -> Program:
+        """The schedule's program at theta."""
+        return compile(self.schedule, {"compensation": self.ratios(theta)})
+
+    def moved(self, theta: Tensor) -> tuple[list[Program], Tensor]:
+        """See `Unknowns`: ratios are few, and each is moved itself."""
+        each = torch.eye(self.size, dtype=torch.float64)
+        return [self.program(theta), *(self.program(theta + DIFFERENCE * d) for d in each)], each
+
+    def at(self, theta: Tensor) -> OdeSchedule:
+        """The schedule at theta."""
+        return with_ratios(self.schedule, [float(rho) for rho in self.ratios(theta)])
+
+
+def with_ratios(schedule: OdeSchedule, ratios: Sequence[float]) -> OdeSchedule:
+    """The schedule with these compensation ratios, one for each step."""
+    pairs = zip(schedule.steps, ratios, strict=True)
+    steps = tuple(step.model_copy(update={"compensation": rho}) for step, rho in pairs)
+    return schedule.model_copy(update={"steps": steps})
 
 
 def reflected(lam: Tensor, low: Tensor, high: Tensor) -> Tensor:

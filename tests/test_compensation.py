@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 
-from fewstep.experiments.benchmarks.published_dc import as_published, published_indices
+from fewstep.experiments.benchmarks.published_dc import (
+    as_published,
+    published_indices,
+    published_targets,
+)
 from fewstep.samplers import sample
-from fewstep.search.strategies.compensation import (
-    Settings,
-    Trace,
-    compensate,
-    line_search,
-    polynomial_minimum,
-    with_ratios,
-)
-from fewstep.search.strategies.targets import (
-    aligned_grid,
-    aligned_targets,
-)
+from fewstep.search.stages.compensate import compensate
+from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.tables import CompensationTable
 from fewstep.space import OdeSchedule, ScheduleError, StepSpec, StudyError
 from fewstep.space.baselines import baseline, unipc
 from fewstep.space.coefficients import lagrange_at
-from fewstep.space.noise import RectifiedFlow, VPDiscrete, VPLinear
+from fewstep.space.noise import VPLinear
+from fewstep.space.unknowns import with_ratios
 from tests.oracles import f64, recorded_mixture
 
 VP = VPLinear()
@@ -94,104 +88,63 @@ def test_compensation_costs_no_calls_and_runs_twice_alike(name):
     assert torch.equal(first, sample(schedule, model, states(2)))
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_the_trace_reproduces_the_sampler(name):
-    schedule = with_ratios(baseline(name, VP, 5), [1.0, 1.0, 0.8, 1.1, 1.2])
-    model, x_T = recorded_mixture(VP), states(3)
-    trace = Trace(schedule, model, x_T)
-    calls, landed = trace.plan([s.compensation for s in schedule.steps])
-    end = trace.value(landed[-1][0], trace.ask(calls, [], landed[-1][1]))
-    assert torch.allclose(end, sample(schedule, model, x_T), atol=1e-11)
-    assert trace.calls == 5 * len(x_T)
-
-
-@pytest.mark.parametrize("degree", [1, 2, 3])
-def test_the_closed_form_is_the_minimum_a_line_search_finds(degree):
-    generator = torch.Generator().manual_seed(degree)
-    for _ in range(20):
-        rows = torch.randn(degree + 1, 40, generator=generator, dtype=torch.float64)
-
-        def landing(rho, rows=rows):
-            return sum(row * (rho - 1) ** k for k, row in enumerate(rows))
-
-        def loss(rho, landing=landing):
-            value = float(landing(rho).square().mean())
-            return value, value
-
-        rho = polynomial_minimum(landing, degree, 0.5, 1.6)
-        assert 0.5 <= rho <= 1.6
-        searched, _ = line_search(loss, (0.5, 1.6), 1.0, loss(1.0), Settings(coarse=45, fine=40))
-        assert loss(rho)[0] <= loss(searched)[0] + 1e-10
-        assert loss(rho)[0] == pytest.approx(loss(searched)[0], abs=1e-10)
+def teacher(x_T: torch.Tensor, model) -> Batch:
+    """Noise and its end points."""
+    return Batch(x_T, sample(baseline("dpmpp3m/logsnr", VP, 80), model, x_T))
 
 
 def test_a_teacher_equal_to_the_student_leaves_every_ratio_at_one():
     base, model, x_T = baseline("unipc2-bh2/logsnr/low", VP, 6), recorded_mixture(VP), states(8)
-    trace = Trace(base, model, x_T)
-    calls, landed = trace.plan([1.0] * 6)
-    outputs = trace.ask(calls, [], base.nfe)
-    own = [x_T, *(trace.value(vector, outputs) for vector, _ in landed)]
-    result = compensate(base, model, x_T, own)
-    assert result.ratios == (1.0,) * 6
-    assert result.before == result.after == 0.0
-    assert result.schedule.program.digest == base.program.digest
+    batch = Batch(x_T, sample(base, model, x_T))
+    result = compensate(base, model, batch, CompensationTable())
+    assert result.ratios == pytest.approx([1.0] * 6, abs=1e-9)
+    assert result.after <= result.before < 1e-25
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_the_held_out_error_never_rises_and_the_end_point_improves_on_new_noise(name):
     base, model = baseline(name, VP, 5), recorded_mixture(VP)
-    x_T = states(48, 1)
-    result = compensate(base, model, x_T, aligned_targets(base, model, x_T, calls=80))
+    table = CompensationTable(polish=6)
+    result = compensate(base, model, teacher(states(48, 1), model), table)
     assert result.after <= result.before
-    assert all(r.after <= r.before for r in result.steps)
-    assert result.ratios[:2] == (1.0, 1.0)
+    assert result.ratios[:2] == [1.0, 1.0]
     assert all(0.5 <= rho <= 1.6 for rho in result.ratios)
-    fresh = states(64, 2)
-    target = aligned_targets(base, model, fresh, calls=80)[-1]
+    fresh = teacher(states(64, 2), model)
     before, after = (
-        float((sample(s, model, fresh) - target).square().mean()) for s in (base, result.schedule)
+        float((sample(s, model, fresh.x_T) - fresh.target).square().mean())
+        for s in (base, result.schedule)
     )
     assert after < 1.02 * before
+
+
+def test_ratios_stop_at_their_bounds_and_the_fit_finds_the_best_within():
+    base, model = baseline("unipc2-bh2/logsnr/low", VP, 3), recorded_mixture(VP)
+    batch = teacher(states(32, 1), model)
+
+    def error(rho: float) -> float:
+        schedule = with_ratios(base, [1.0, 1.0, rho])
+        return float(batch.errors([schedule.program], model).mean())
+
+    scanned = min((round(0.5 + 0.01 * k, 2) for k in range(111)), key=error)
+    free = compensate(base, model, batch, CompensationTable(held=0.0, polish=8))
+    assert free.ratios[2] == pytest.approx(scanned, abs=0.011)
+    assert scanned != 1.0
+    bounds = {"low": 0.999} if scanned < 1 else {"high": 1.001}
+    tight = compensate(base, model, batch, CompensationTable(held=0.0, polish=8, **bounds))
+    assert tight.ratios[2] == pytest.approx(next(iter(bounds.values())), abs=1e-6)
 
 
 def test_the_original_recipe_goes_through_the_network_and_keeps_its_last_iterate():
     base, model = baseline("unipc2-bh2/logsnr/low", VP, 5), recorded_mixture(VP)
     x_T = states(10, 1)
-    targets = aligned_targets(base, model, x_T, calls=80)
+    targets = published_targets(base, model, x_T, steps=80)
     short, full = (as_published(base, model, x_T, targets, iterations=n) for n in (1, 40))
-    assert [r.method for r in full.steps] == ["adamw"] * 3
+    assert len(full.losses) == 3
     # one AdamW step moves a ratio by its learning rate, after a decay of rate * weight_decay
     for rho in short.ratios[2:]:
         assert min(abs(rho - 0.9), abs(rho - 1.1)) < 0.003
     assert full.ratios[:2] == (1.0, 1.0)
-    assert all(r.after < r.before for r in full.steps)
-    assert full.after < full.before
-
-
-@pytest.mark.parametrize(
-    ("noise", "times"),
-    [
-        (VP, (1.0, 0.7, 0.4, 0.2, 0.05, 1e-3)),
-        (VPDiscrete(), (999.0, 700.0, 300.0, 120.0, 30.0, -1.0)),
-        (RectifiedFlow(t_end=0.0), (1.0, 0.8, 0.5, 0.3, 0.1, 0.0)),
-    ],
-)
-def test_the_five_targets_of_five_steps_are_the_states_at_its_times(noise, times):
-    parts = aligned_grid(noise, times, 60)
-    flat = [t for part in parts for t in part]
-    assert [part[0] for part in parts] == list(times[:-1])
-    assert all(a > b for a, b in pairwise(flat))
-    if noise.type == "rectified_flow":
-        return  # D at pure noise is fine for the grid; the mixture divides by alpha there
-    steps = (StepSpec(),) * 5
-    model, x_T = recorded_mixture(noise), states(2)
-    coarse = OdeSchedule(noise=noise, times=times, steps=steps)
-    targets = aligned_targets(coarse, model, x_T, calls=120)
-    finer = aligned_targets(coarse, model, x_T, calls=480)
-    assert len(targets) == 6
-    assert torch.equal(targets[0], x_T)
-    for a, b in zip(targets, finer, strict=True):
-        assert torch.allclose(a, b, atol=5e-3)
+    assert all(last < first for first, last in full.losses)
 
 
 def test_the_released_targets_repeat_both_slips():
@@ -235,14 +188,14 @@ def test_a_second_order_corrector_is_exact_where_the_fixed_half_is_not():
 
 
 def test_what_cannot_be_compensated_is_refused():
-    base, model, x_T = baseline("dpmpp2m/logsnr", VP, 4), recorded_mixture(VP), states(4)
-    targets = aligned_targets(base, model, x_T, calls=20)
-    with pytest.raises(StudyError, match="4 targets for 5 times"):
-        compensate(base, model, x_T, targets[1:])
-    thresholded = base.model_copy(update={"options": {"threshold": {}}})
-    with pytest.raises(StudyError, match="run-time options"):
-        compensate(thresholded, model, x_T, targets)
-    with pytest.raises(StudyError, match="eta > 0"):
-        compensate(baseline("ddpm/logsnr", VP, 4), model, x_T, targets)
-    with pytest.raises(StudyError, match="must lie around 1"):
-        Settings(low=1.1)
+    base, model = baseline("dpmpp2m/logsnr", VP, 4), recorded_mixture(VP)
+    batch = teacher(states(4), model)
+    shift = {"time_shift": {"rule": "variance", "window": 10, "cutoff": 0.1}}
+    for schedule in (
+        baseline("ddpm/logsnr", VP, 4),
+        base.model_copy(update={"options": shift}),
+    ):
+        with pytest.raises(StudyError, match="no program to fit"):
+            compensate(schedule, model, batch, CompensationTable())
+    short = baseline("ddim/logsnr", VP, 2)  # no step has the older points that a ratio needs
+    assert compensate(short, model, batch, CompensationTable()).schedule == short

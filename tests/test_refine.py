@@ -115,7 +115,7 @@ def test_the_normal_equations_hold_the_gradient_of_the_loss(free, delta):
     model = Retimed(s) if free == "times" else model
     x = torch.randn(16, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     data = Batch(x, torch.zeros_like(x), constant=torch.ones(2, 2, 2, dtype=torch.float64))
-    fit = Fit(model, VP, GUIDED, data, delta)
+    fit = Fit(model, GUIDED, data, delta)
     theta = 0.01 * torch.ones(model.size, dtype=torch.float64)
     here = fit.linearise(theta)
     assert here.loss == pytest.approx(fit.losses([theta])[0], rel=1e-7)

@@ -32,15 +32,11 @@ from fewstep.experiments.benchmarks.published_dc import as_published, published_
 from fewstep.experiments.models.digits import problem
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
 from fewstep.samplers import Problem, sample
+from fewstep.search.stages.compensate import compensate
 from fewstep.search.stages.fit import Startable, refine
-from fewstep.search.strategies.compensation import (
-    Settings,
-    compensate,
-)
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
-from fewstep.search.strategies.targets import aligned_targets
-from fewstep.search.tables import RefineTable
+from fewstep.search.tables import CompensationTable, RefineTable
 from fewstep.search.yardstick import bootstrap_ratio
 from fewstep.space.baselines import baseline
 
@@ -97,11 +93,10 @@ def compensated(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, A
     name = best(p, UNIPC, nfe, stream(TUNE, a.tune, guidance))
     base = baseline(name, p.denoiser.noise, nfe)
     shared: dict[str, Any] = {"guidance": guidance}
-    x_T, cond = stream_only(p, SEARCH, a.search)
     clock = time.perf_counter()
-    targets = aligned_targets(base, p.denoiser, x_T, cond=cond, calls=100, **shared)
-    settings = Settings(coarse=5, fine=6, held=0.4)
-    ours = compensate(base, p.denoiser, x_T, targets, cond=cond, settings=settings, **shared)
+    on = stream(SEARCH, a.search, guidance)
+    batch = Batch(on.x_T, on.target, on.cond, guidance)
+    ours = compensate(base, p.denoiser, batch, CompensationTable(samples=a.search))
     seconds = [time.perf_counter() - clock]
     x_T, cond = stream_only(p, ORIGINAL, 10)
     clock = time.perf_counter()
@@ -117,7 +112,7 @@ def compensated(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, A
         "names": {"unipc": name},
         "calls": {"ours": ours.calls, "original": original.calls},
         "seconds": dict(zip(("ours", "original"), seconds, strict=True)),
-        "ratios": {"ours": list(ours.ratios), "original": list(original.ratios)},
+        "ratios": {"ours": ours.ratios, "original": list(original.ratios)},
     }
 
 

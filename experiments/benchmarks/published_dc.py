@@ -3,30 +3,107 @@
 AdamW through the network, unbounded, last iterate, no held-out check; and targets that repeat two
 slips: a state of the teacher is filed under the time its step STARTED at, so the one taken for
 time t is up to one teacher step past t, and the last step but one is matched to the final image.
-What the library does instead: `search.strategies.compensation`.
+What the library does instead: `search.stages.compensate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, Denoiser
-from fewstep.search.strategies.compensation import (
-    Compensated,
-    RatioSearch,
-    Settings,
-    StepReport,
-    Trace,
-    check_targets,
-    with_ratios,
-)
-from fewstep.search.strategies.targets import states_on_the_way
+from fewstep.samplers.ode import Progress, sample
 from fewstep.space.baselines import dpm, grid, multistep
+from fewstep.space.errors import StudyError
 from fewstep.space.schedule import OdeSchedule
-from fewstep.space.solve import Number
+from fewstep.space.solve import Call, Choices, Number, Tape, solve
+from fewstep.space.unknowns import with_ratios
+
+RATE, DECAY = 0.1, 0.01  # AdamW's learning rate, and its pull of a ratio towards 0
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the released recipe gives.
+
+    Args:
+        schedule: with its ratios.
+        ratios: one per step.
+        losses: per ratio, the loss at its first and its last iterate.
+        calls: network evaluations spent, in samples x calls.
+    """
+
+    schedule: OdeSchedule
+    ratios: tuple[float, ...]
+    losses: tuple[tuple[float, float], ...]
+    calls: int
+
+
+class Trace:
+    """One batch on its way through a schedule whose ratios are being chosen.
+
+    The symbolic states of `space.solve` are combined with the network outputs obtained so far, so
+    a proposal costs only the calls that it changes.
+    """
+
+    def __init__(
+        self,
+        schedule: OdeSchedule,
+        denoiser: Denoiser,
+        x_T: Tensor,
+        *,
+        cond: Cond | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        if any(step.eta != 0 for step in schedule.steps):
+            raise StudyError("compensation: fresh noise (eta > 0) leaves no state to match")
+        if schedule.options:
+            raise StudyError(
+                f"compensation: run-time options {sorted(schedule.options)} make the states "
+                "nonlinear in the outputs: remove them"
+            )
+        self.schedule, self.denoiser = schedule, denoiser
+        self.x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+        self.cond, self.guidance = cond, guidance
+        m = schedule.constant
+        self._m = torch.zeros_like(self.x_T[:1]) if m is None else m.to(self.x_T)[None]
+        self.outputs: list[Tensor] = []
+        self.calls = 0
+
+    def plan(self, ratios: Sequence[Number]) -> tuple[list[Call], list[tuple[Tensor, int]]]:
+        """Network calls, and (landing state, calls before it) per step, as symbolic vectors."""
+        tape = Tape(self.schedule.nfe, noises=False)
+        solve(Choices(self.schedule, {"compensation": list(ratios)}), tape)
+        return tape.calls, tape.landed
+
+    def known(self, landed: Sequence[tuple[Tensor, int]], i: int) -> int:
+        """Calls made by the time the ratio of step i acts."""
+        if i == 0:
+            return int(self.schedule.first == "network")
+        reused = self.schedule.steps[i - 1].corrector == "reuse"
+        return landed[i - 1][1] + (not reused)
+
+    def value(self, vector: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """A symbolic vector as states (B, *shape)."""
+        c = vector.to(self.x_T)
+        x = c[0] * self.x_T + c[1] * self._m
+        for weight, D in zip(c[2:], outputs, strict=False):
+            x = x + weight * D
+        return x
+
+    def ask(self, calls: Sequence[Call], outputs: Sequence[Tensor], n: int) -> list[Tensor]:
+        """The outputs of the first n calls, given some of them."""
+        found = list(outputs)
+        for call in calls[len(found) : n]:
+            x = self.value(call.state, found)
+            t = call.query.t.detach().expand(len(x)).to(x.device)
+            scale = self.guidance if call.guidance is None else float(call.guidance)
+            found.append(self.denoiser(x, t, cond=self.cond, guidance=scale).to(x.dtype))
+            self.calls += len(x)
+        return found
 
 
 def as_published(
@@ -38,9 +115,7 @@ def as_published(
     cond: Cond | None = None,
     guidance: float | None = None,
     iterations: int = 40,
-    rate: float = 0.1,
-    weight_decay: float = 0.01,
-) -> Compensated:
+) -> Published:
     """The original's recipe: AdamW through the network, unbounded, last iterate, no check.
 
     Args:
@@ -51,12 +126,10 @@ def as_published(
         cond: conditioning tensors.
         guidance: guidance scale where the schedule sets none.
         iterations: AdamW steps per ratio.
-        rate: its learning rate.
-        weight_decay: its weight decay, a pull of the ratio towards 0.
     """
-    check_targets(schedule, targets, x_T)
     trace = Trace(schedule, denoiser, x_T, cond=cond, guidance=guidance)
-    ratios, outputs, reports = [1.0] * schedule.n_steps, list[Tensor](), list[StepReport]()
+    ratios, outputs = [1.0] * schedule.n_steps, list[Tensor]()
+    first_and_last: list[tuple[float, float]] = []
     for i in range(schedule.n_steps):
         calls, landed = trace.plan(ratios)
         with torch.no_grad():
@@ -64,7 +137,7 @@ def as_published(
         if i < schedule.compensation_order:
             continue
         rho = torch.ones((), dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.AdamW([rho], lr=rate, weight_decay=weight_decay)
+        optimiser = torch.optim.AdamW([rho], lr=RATE, weight_decay=DECAY)
         losses = []
         for _ in range(iterations):
             mixed: list[Number] = [*ratios[:i], rho, *ratios[i + 1 :]]
@@ -77,15 +150,9 @@ def as_published(
             optimiser.step()
             losses.append(float(loss.detach()))
         ratios[i] = float(rho.detach())
-        reports.append(StepReport(i, ratios[i], "adamw", losses[0], losses[-1]))
-    spent = trace.calls
-    everything = slice(None)
-    search = RatioSearch(trace, targets, (everything, everything), Settings(held=0.0))
-    with torch.no_grad():
-        ends = search.endpoint([1.0] * schedule.n_steps)[0], search.endpoint(ratios)[0]
-    return Compensated(
-        with_ratios(schedule, ratios), tuple(ratios), tuple(reports), *ends, calls=spent
-    )
+        first_and_last.append((losses[0], losses[-1]))
+    made = with_ratios(schedule, ratios)
+    return Published(made, tuple(ratios), tuple(first_and_last), trace.calls)
 
 
 def published_targets(
@@ -115,3 +182,22 @@ def published_indices(student: Sequence[float], teacher: Sequence[float]) -> lis
         label = max(k for k, s in enumerate(teacher) if s >= t - tolerance)
         found.append(min(label + 1, len(teacher) - 1))
     return found
+
+
+def states_on_the_way(
+    teacher: OdeSchedule,
+    denoiser: Denoiser,
+    x_T: Tensor,
+    at: set[int],
+    cond: Cond | None,
+    guidance: float | None,
+) -> list[Tensor]:
+    """States (B, *shape) of a run at the calls `at`, and its end point."""
+    states: list[Tensor] = []
+
+    def keep(progress: Progress) -> None:
+        if progress.call in at:
+            states.append(progress.state)
+
+    end = sample(teacher, denoiser, x_T, cond=cond, guidance=guidance, callback=keep)
+    return [*states, end]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fewstep.experiments.benchmarks.refine import Bench, batch, bench_options, write_json
 from fewstep.experiments.benchmarks.search import Landscape
-from fewstep.search.strategies.gauss_newton import Batch, Fit, levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
@@ -41,7 +41,7 @@ NEAR = 1.05
 """Fits within this factor of the best count as having found the same optimum."""
 
 
-class Family:
+class Starts:
     """Programs of one NFE of one model, and what they are fitted on."""
 
     def __init__(self, bench: Bench, nfe: int) -> None:
@@ -65,23 +65,17 @@ class Family:
     def error(self, program: Program, on: Batch) -> float:
         """Mean squared error of a program."""
         free = self.model(program)
-        fit = Fit(free, self.noise, self.bench.problem.denoiser, on)
+        fit = Fit(free, self.bench.problem.denoiser, on)
         return fit.losses([torch.zeros(free.size).double()])[0]
 
     def fitted(self, free: FreeProgram, theta: Tensor, samples: int) -> tuple[float, Program, int]:
         """Held-out error, program and cost of one fit on the first `samples`."""
         denoiser, few = self.bench.problem.denoiser, self.train.first(samples)
-        fit, held = (Fit(free, self.noise, denoiser, b) for b in (few, self.held))
-        best = (float("inf"), theta)
-
-        def look(turn: int, at: Tensor) -> bool:
-            nonlocal best
-            best = min(best, (held.losses([at])[0], at), key=lambda pair: pair[0])
-            return False
-
+        fit, held = (Fit(free, denoiser, b) for b in (few, self.held))
         rounds = self.bench.a.rounds
-        levenberg(theta, fit.linearise, fit.losses, rounds=rounds, on_round=look)
-        return best[0], free.program(best[1]), fit.calls + held.calls
+        best, error = fit.chosen(theta, rounds, lambda at: held.losses([at])[0])
+        at = theta if best is None else best
+        return error, free.program(at), fit.calls + held.calls
 
     def at(self, lam: np.ndarray) -> tuple[FreeProgram, Tensor]:
         """Second-order steps between these queries (nfe,), increasing, in lam."""
@@ -103,7 +97,7 @@ class Family:
         return lam + 0.2 * np.arange(self.nfe)
 
 
-def run(family: Family, starts: int, seed: int) -> dict[str, Any]:
+def run(family: Starts, starts: int, seed: int) -> dict[str, Any]:
     """All starts at one NFE, and the best one fitted on all samples."""
     bench, rng, begun = family.bench, np.random.default_rng(seed), time.perf_counter()
     reference = family.error(family.base.program, family.held)
@@ -193,7 +187,7 @@ def main() -> None:
     for nfe in a.nfe:
         path = Path(a.out) / f"{a.model}_{nfe}{'_mean' if a.mean else ''}_starts.json"
         if not path.exists():
-            write_json(path, run(Family(bench, nfe), a.starts, a.seed))
+            write_json(path, run(Starts(bench, nfe), a.starts, a.seed))
     print(report(Path(a.out)))
 
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser
-from fewstep.search.strategies.gauss_newton import Batch, Fit, Model, levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import RefineTable
 from fewstep.space import OdeSchedule, Program, ProgramSchedule
 from fewstep.space.errors import StudyError
-from fewstep.space.unknowns import FreeProgram, Retimed, canonical
+from fewstep.space.unknowns import FreeProgram, Retimed, Unknowns, canonical
 
 _AGREE = 1.1  # held-out over training error below which more noise teaches nothing
 _GROWTH = 4
@@ -184,24 +184,20 @@ class _Run:
         if theta is not None:
             self.schedule = model.at(theta)
 
-    def _fit(self, model: Model, theta: Tensor, size: int) -> Tensor | None:
+    def _fit(self, model: Unknowns, theta: Tensor, size: int) -> Tensor | None:
         """One fit; keeps the iterate with the least held-out error, if it is lower than before."""
         batch = self.train.first(size)
-        fit = Fit(model, self.noise, self.denoiser, batch, self._delta(batch))
-        best: Tensor | None = None
+        fit = Fit(model, self.denoiser, batch, self._delta(batch))
 
-        def look(turn: int, at: Tensor) -> bool:
-            nonlocal best
+        def held(at: Tensor) -> float:
             error = self._held(model.program(at))
             self.curve.append((size, error))
-            if error < self.error:
-                best, self.error = at, error
             if self.on_round is not None:
                 self.on_round()
-            return False
+            return error
 
         rounds = self.table.rounds if size <= self.table.batch else max(1, self.table.rounds // 3)
-        levenberg(theta, fit.linearise, fit.losses, rounds=rounds, on_round=look)
+        best, self.error = fit.chosen(theta, rounds, held, self.error)
         self.calls, self.samples = self.calls + fit.calls, max(self.samples, size)
         if best is not None:
             self.program = canonical(model.program(best))

@@ -17,8 +17,8 @@ from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool
 from fewstep.search.rung import Rung, best_of
-from fewstep.search.stages.compensate import CompensationTask, compensation_cost
-from fewstep.search.stages.refine import RefineTask, best_starts, refine_cost
+from fewstep.search.stages.compensate import STREAM, CompensationTask, compensation_cost
+from fewstep.search.stages.refine import HELD, TRAIN, RefineTask, best_starts, refine_cost
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
@@ -176,9 +176,15 @@ def finish_cost(config: StudyConfig) -> int:
         return 0
     bases = len(config.compensation.base) or config.compensation.top
     count = 1 if config.finish == "refine" else bases
-    noise = (config.refine.samples + config.refine.held) * config.teacher.nfe
-    tasks = sum(count * _cost(config, nfe, 1) for nfe in config.search.nfe)
-    return tasks + (noise if config.finish == "refine" else 0)
+    noise = sum(size for _, size in streams(config)) * config.teacher.nfe
+    return noise + sum(count * _cost(config, nfe, 1) for nfe in config.search.nfe)
+
+
+def streams(config: StudyConfig) -> list[tuple[str, int]]:
+    """The noise of the stage, for which workers need the teacher's end points: (name, samples)."""
+    if config.finish == "refine":
+        return [(TRAIN, config.refine.samples), (HELD, config.refine.held)]
+    return [(STREAM, config.compensation.samples)] if config.finish else []
 
 
 def _cost(config: StudyConfig, nfe: int, starts: int) -> int:

@@ -36,7 +36,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ from fewstep.samplers import Denoiser, run
 from fewstep.samplers.asking import prefix_groups
 from fewstep.space import Program, stack
 from fewstep.space.errors import ScheduleError
-from fewstep.space.noise import NoiseSchedule
-from fewstep.space.unknowns import DIFFERENCE, canonical, numbers, perturbed
+from fewstep.space.unknowns import DIFFERENCE, Unknowns
 
 _DAMPINGS = (0.1, 1.0, 10.0)
 _TRIES = 4
@@ -118,23 +117,6 @@ class Batch:
         """Mean squared residual of every sample, (M, n), piece by piece, on the CPU."""
         parts = [p.residuals(programs, denoiser) for p in self.pieces()]
         return torch.cat([r.double().square().mean(-1).cpu() for r in parts], dim=1)
-
-
-class Model(Protocol):
-    """Numbers theta and the program they mean; theta = 0 is the start."""
-
-    @property
-    def size(self) -> int:
-        """How many numbers."""
-        ...
-
-    def program(self, theta: Tensor) -> Program:
-        """The program at theta, differentiable.
-
-        Raises:
-            ScheduleError: there is none.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -210,7 +192,6 @@ class Fit:
 
     Args:
         model: what is fitted.
-        noise: the noise schedule.
         denoiser: the network.
         batch: noise to fit on.
         delta: d of Huber's loss, the root mean square residual of a sample beyond which it counts
@@ -218,28 +199,39 @@ class Fit:
     """
 
     def __init__(
-        self,
-        model: Model,
-        noise: NoiseSchedule,
-        denoiser: Denoiser,
-        batch: Batch,
-        delta: float = math.inf,
+        self, model: Unknowns, denoiser: Denoiser, batch: Batch, delta: float = math.inf
     ) -> None:
-        self.model, self.noise, self.denoiser, self.batch = model, noise, denoiser, batch
+        self.model, self.denoiser, self.batch = model, denoiser, batch
         self.delta, self.calls = delta, 0
 
+    def chosen(
+        self, theta: Tensor, rounds: int, held: Callable[[Tensor], float], lowest: float = math.inf
+    ) -> tuple[Tensor | None, float]:
+        """Fit from theta: the iterate with the least error on held-out noise, and this error.
+
+        Args:
+            theta: start.
+            rounds: most rounds.
+            held: the error of an iterate on other noise.
+            lowest: iterates must have less; None is returned where none has.
+        """
+        best: Tensor | None = None
+
+        def look(turn: int, at: Tensor) -> bool:
+            nonlocal best, lowest
+            error = held(at)
+            if error < lowest:
+                best, lowest = at, error
+            return False
+
+        levenberg(theta, self.linearise, self.losses, rounds=rounds, on_round=look)
+        return best, lowest
+
     def linearise(self, theta: Tensor) -> Quadratic:
-        """Normal equations at theta, by forward differences of the program's numbers."""
-        model, noise = self.model, self.noise
-        chain: Tensor = torch.autograd.functional.jacobian(
-            lambda th: numbers(canonical(model.program(th)), noise), theta, vectorize=True
-        )
-        live = (chain != 0).any(dim=1) & torch.isfinite(chain).all(dim=1)
-        base = canonical(model.program(theta.detach()))
-        moved = [perturbed(base, noise, i) for i in live.nonzero()[:, 0].tolist()]
-        programs = [base, *moved]
+        """Normal equations at theta, by forward differences of numbers of the program."""
+        programs, chain = self.model.moved(theta)
         asked = sum(len(set(groups)) for groups in prefix_groups(stack(programs)))
-        size, total = len(moved), 0.0
+        size, total = len(chain), 0.0
         normal, slope = torch.zeros(size, size).double(), torch.zeros(size).double()
         for part in self.batch.pieces():
             r = part.residuals(programs, self.denoiser)  # (1 + P, n, numbers)
@@ -252,7 +244,6 @@ class Fit:
             slope += (J @ (r[0] * root).flatten()).double().cpu()
         count = len(self.batch) * r.shape[2]
         self.calls += asked * len(self.batch)
-        chain = chain[live]
         return Quadratic(
             chain.T @ (normal / count) @ chain, chain.T @ (slope / count), total / len(self.batch)
         )
