@@ -114,7 +114,7 @@ def sample_tilted(
     """
     if tokens.ndim != 3 or 0 in tokens.shape:
         raise ScheduleError(f"tokens have shape {tuple(tokens.shape)}: (P, K, L) is needed")
-    run = _Run(schedule, denoiser, target, tokens, _per_call(steps, schedule.nfe), generator)
+    run = _MaskedRun(schedule, denoiser, target, tokens, _per_call(steps, schedule.nfe), generator)
     for k in range(schedule.nfe):
         run.call(k)
     found = run.result()
@@ -153,7 +153,7 @@ class _Fixed:
         return self._logits
 
 
-class _Run:
+class _MaskedRun:
     """One run: sequences are flat, (P K, L), population by population."""
 
     def __init__(

@@ -154,7 +154,7 @@ def sample_particles(
     """
     if x_T.ndim < 3 or 0 in x_T.shape:
         raise ScheduleError(f"x_T has shape {tuple(x_T.shape)}: (P, K, *shape) is needed")
-    run = _Run(schedule, target, x_T, generator)
+    run = _ParticleRun(schedule, target, x_T, generator)
     run.check(exact_start)
     run.begin(exact_start)
     for i in range(schedule.n_steps):
@@ -169,7 +169,7 @@ def sample_particles(
     return found
 
 
-class _Run:
+class _ParticleRun:
     """One run: per-particle fields are flat, (P K, ...), population by population."""
 
     def __init__(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
-from fewstep.search.scoring import Batch, Scorer
+from fewstep.search.scoring import Pending, Scorer
 from fewstep.search.work import Result
 from fewstep.search.yardstick import Array, Statistic, comparable, level
 
@@ -57,11 +57,11 @@ class Race:
     statistic: Statistic = "mean"
     best: Result | None = field(default=None, init=False)
 
-    def start(self, schedules: Sequence[Any]) -> Batch:
+    def start(self, schedules: Sequence[Any]) -> Pending:
         """Begin a generation of distinct schedules on the fewest samples."""
         return self.scorer.submit(schedules, self.stream, self.levels[0])
 
-    def finish(self, schedules: Sequence[Any], batch: Batch) -> list[Result]:
+    def finish(self, schedules: Sequence[Any], batch: Pending) -> list[Result]:
         """A generation's results, in order; `Result.samples` says how far each one came."""
         results = self.scorer.wait(batch)
         alive = [i for i, r in enumerate(results) if r.status == "ok"]

@@ -40,7 +40,7 @@ from fewstep.search.preparing import (
 )
 from fewstep.search.record import held, write_text
 from fewstep.search.results import drawn, write_results
-from fewstep.search.rung import Progress, Rung, best_so_far
+from fewstep.search.rung import Rung, Standing, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
 from fewstep.search.stages.cpr import regress, wanted
 from fewstep.search.stages.improve import finish_rungs, streams
@@ -392,15 +392,15 @@ class Search:
         self.references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
         return self.references[stream]
 
-    def on_progress(self, nfe: int, progress: Progress) -> None:
+    def on_progress(self, nfe: int, standing: Standing) -> None:
         """Show and report where the search at an NFE is."""
-        self.tracker.curve(nfe, f"best_{self.config.objective.name}", progress.curve)
-        for name, value in progress.numbers.items():
-            self.tracker.curve(nfe, name, [(progress.trials - 1, value)])
-        if progress.best is None:
+        self.tracker.curve(nfe, f"best_{self.config.objective.name}", standing.curve)
+        for name, value in standing.numbers.items():
+            self.tracker.curve(nfe, name, [(standing.trials - 1, value)])
+        if standing.best is None:
             return
-        text = f"NFE {nfe}: {progress.trials} candidates, best {progress.best.score:.3g}"
-        if progress.named is not None:
-            share = progress.best.score / progress.named.score
-            text += f" ({share:.2f} of {progress.named.source})"
+        text = f"NFE {nfe}: {standing.trials} candidates, best {standing.best.score:.3g}"
+        if standing.named is not None:
+            share = standing.best.score / standing.named.score
+            text += f" ({share:.2f} of {standing.named.source})"
         self.display.stage(text)

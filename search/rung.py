@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.search.racing import Race
-from fewstep.search.scoring import SEARCH, Batch
+from fewstep.search.scoring import SEARCH, Pending
 from fewstep.search.store import Kept
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.work import Result
@@ -31,8 +31,8 @@ REFINED = 1_000_000
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a rung says after each generation.
+class Standing:
+    """Where a rung stands after a generation.
 
     Args:
         trials: candidates told.
@@ -59,7 +59,7 @@ class _Generation:
     size: int
     kept: list[Kept]
     fresh: dict[str, Any]
-    batch: Batch | None
+    batch: Pending | None
 
 
 class Rung:
@@ -179,7 +179,7 @@ class Rung:
         self._seen |= set(made.fresh)
         return made
 
-    def _submit(self, schedules: list[Any], needed: int) -> Batch:
+    def _submit(self, schedules: list[Any], needed: int) -> Pending:
         if len(self._search.levels) > 1:
             return self._race.start(schedules[:needed])
         return self._run.scorer.submit(schedules, SEARCH, self._search.samples, needed=needed)
@@ -248,7 +248,7 @@ class Rung:
             numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full
         best, named = best_of(self.known), best_of(self.named_known())
         curve = best_so_far(self.known)
-        self._run.on_progress(self.nfe, Progress(len(self.known), best, named, curve, numbers))
+        self._run.on_progress(self.nfe, Standing(len(self.known), best, named, curve, numbers))
 
     def _settle_stages(self) -> None:
         """Tell what stages have left; those of a smaller budget stay as candidates."""

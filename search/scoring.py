@@ -35,7 +35,7 @@ class _Piece:
 
 
 @dataclass
-class Batch:
+class Pending:
     """Schedules under evaluation, in the order given; the first `size` are wanted."""
 
     size: int
@@ -83,7 +83,7 @@ class Scorer:
         measures: bool = False,
         before: Sequence[Result] | None = None,
         needed: int | None = None,
-    ) -> Batch:
+    ) -> Pending:
         """Start evaluating schedules of any NFE on samples 0..samples-1 of a stream.
 
         Args:
@@ -116,9 +116,9 @@ class Scorer:
                 self._advance((samples - first) * cost)
         coming = self._pool.map(b for p in pieces if p.results is None for b in p.blocks)
         size = len(schedules) if needed is None else needed
-        return Batch(size, stream, samples, measures, pieces, coming)
+        return Pending(size, stream, samples, measures, pieces, coming)
 
-    def wait(self, batch: Batch) -> list[Result]:
+    def wait(self, batch: Pending) -> list[Result]:
         """A batch's results in the order of its schedules."""
         found: dict[int, Result] = {}
         for piece in batch.pieces:
@@ -132,7 +132,7 @@ class Scorer:
         """Of the errors of a schedule's samples, its score."""
         return self._objective.statistic
 
-    def _finish(self, batch: Batch, piece: _Piece) -> list[Result]:
+    def _finish(self, batch: Pending, piece: _Piece) -> list[Result]:
         parts = []
         for block in piece.blocks:
             parts.append(next(batch.coming))

@@ -48,10 +48,10 @@ def problem() -> Problem:
     return Problem(Gaussian(VPLinear()), (2,), fingerprint="gaussian")
 
 
-class Clock:
+class DriverClock:
     """Adds up the processor time that a thread spends in a function, while the search runs."""
 
-    def __init__(self, search: Clock | None = None) -> None:
+    def __init__(self, search: DriverClock | None = None) -> None:
         self.seconds, self.running, self._search = 0.0, False, search
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,8 +80,8 @@ def measure(strategy: str, nfe: int, candidates: int, samples: int, out: Path) -
         "tracking": {"uri": f"sqlite:///{out}/mlflow.db"},
         "final": {"samples": 64, "resamples": 100},
     }  # fmt: skip
-    clocks = {"whole": Clock()}
-    clocks |= {name: Clock(clocks["whole"]) for name in ("evaluate", "propose", "train")}
+    clocks = {"whole": DriverClock()}
+    clocks |= {name: DriverClock(clocks["whole"]) for name in ("evaluate", "propose", "train")}
     timed = (
         (work.Block, "run", "evaluate"),
         (strategies.Proposer, "propose", "propose"),

@@ -25,7 +25,7 @@ from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ModelError
 
 
-class Timed:
+class Timing:
     """A network that adds up the time spent in it."""
 
     def __init__(self, net: Callable[..., Tensor]) -> None:
@@ -39,7 +39,7 @@ class Timed:
         return out
 
 
-def ours(problem: Problem, net: Timed, batch: int, nfe: int) -> Callable[[], Tensor]:
+def ours(problem: Problem, net: Timing, batch: int, nfe: int) -> Callable[[], Tensor]:
     """Our loop with the densest named program: every row uses three outputs."""
     inner = problem.denoiser
     if not isinstance(inner, ModelDenoiser):
@@ -52,7 +52,7 @@ def ours(problem: Problem, net: Timed, batch: int, nfe: int) -> Callable[[], Ten
     return lambda: sample(schedule, denoiser, x, cond=cond)
 
 
-def theirs(name: str, problem: Problem, net: Timed, batch: int, nfe: int) -> Callable[[], Tensor]:
+def theirs(name: str, problem: Problem, net: Timing, batch: int, nfe: int) -> Callable[[], Tensor]:
     """A diffusers scheduler around the same network."""
     import diffusers
 
@@ -72,7 +72,7 @@ def theirs(name: str, problem: Problem, net: Timed, batch: int, nfe: int) -> Cal
     return run
 
 
-def measure(run: Callable[[], Tensor], net: Timed) -> tuple[float, float]:
+def measure(run: Callable[[], Tensor], net: Timing) -> tuple[float, float]:
     """(seconds in all, seconds in the network) of one run."""
     net.seconds = 0.0
     begun = time.perf_counter()
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         f"fewstep.experiments.models.{given.model}"
     ).problem()
     inner: Any = problem.denoiser
-    net = Timed(inner.model)
+    net = Timing(inner.model)
     size = (problem, net, given.batch, given.nfe)
     runs = {"fewstep": ours(*size)}
     for name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):

@@ -37,7 +37,7 @@ from fewstep.space.counts import COUNTS, best_counts, counts_by_name, counts_cos
 from fewstep.space.masked import MaskedSchedule
 
 
-class Clock:
+class CallClock:
     """A network with a stopwatch: seconds inside, and calls."""
 
     def __init__(self, net: Callable[[Tensor], Tensor]) -> None:
@@ -61,7 +61,7 @@ def _wait(device: torch.device) -> None:
 
 def measure(net: Callable[[Tensor], Tensor], mask: int, run: Callable[..., Tensor]) -> list[float]:
     """Seconds, network calls, share of time outside the network, of one run."""
-    clock = Clock(net)
+    clock = CallClock(net)
     began = time.perf_counter()
     run(from_subs(clock, mask)).sum().item()
     seconds = time.perf_counter() - began

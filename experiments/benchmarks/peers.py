@@ -88,7 +88,7 @@ class Variant:
     soft: bool = False
 
 
-class Bench:
+class PeersBench:
     """One model: its noise, and what has been found."""
 
     def __init__(self, a: argparse.Namespace, display: Display) -> None:
@@ -218,20 +218,20 @@ def fresh_errors(path: Path) -> NDArray[Any]:
     return found
 
 
-def _named(bench: Bench, nfe: int) -> tuple[Mapping[str, Schedule], int]:
+def _named(bench: PeersBench, nfe: int) -> tuple[Mapping[str, Schedule], int]:
     return named(bench.noise, nfe), 0
 
 
-def _gits(bench: Bench, nfe: int) -> tuple[Mapping[str, Schedule], int]:
+def _gits(bench: PeersBench, nfe: int) -> tuple[Mapping[str, Schedule], int]:
     return peers_gits.candidates(bench.problem.denoiser, bench.train.take(slice(0, 256)), nfe)
 
 
-def _best_named(bench: Bench, nfe: int) -> str:
+def _best_named(bench: PeersBench, nfe: int) -> str:
     found: str = json.loads(bench.path(nfe, "named").read_text("utf-8"))["variant"]
     return found
 
 
-def _ld3(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
+def _ld3(bench: PeersBench, nfe: int) -> tuple[dict[str, Variant], int]:
     solvers, spent, found = named(bench.noise, nfe), 0, {}
     for solver in dict.fromkeys((_best_named(bench, nfe).split("/")[0], *LD3_SOLVERS)):
         grids = {n: s for n, s in solvers.items() if n.split("/")[0] == solver}
@@ -242,7 +242,7 @@ def _ld3(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
     return found, spent
 
 
-def _dyweight(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
+def _dyweight(bench: PeersBench, nfe: int) -> tuple[dict[str, Variant], int]:
     found = {}
     for kind, free in ((kind, free) for kind in DYWEIGHT_GRIDS for free in (True, False)):
         name = f"{kind}/afs" if free else kind
@@ -250,7 +250,7 @@ def _dyweight(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
     return found, 0
 
 
-def _bns(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
+def _bns(bench: PeersBench, nfe: int) -> tuple[dict[str, Variant], int]:
     start = baseline(_best_named(bench, nfe), bench.noise, nfe).program
     return {
         f"{loss}/{rate:g}": Variant(NonStationary(bench.noise, start, rate, rate), loss)
@@ -259,13 +259,13 @@ def _bns(bench: Bench, nfe: int) -> tuple[dict[str, Variant], int]:
     }, 0
 
 
-GIVEN: dict[str, Callable[[Bench, int], tuple[Mapping[str, Schedule], int]]] = {
+GIVEN: dict[str, Callable[[PeersBench, int], tuple[Mapping[str, Schedule], int]]] = {
     "named": _named,
     "gits": _gits,
 }
 """Methods that give schedules to choose from, and what these cost."""
 
-LEARNED: dict[str, Callable[[Bench, int], tuple[dict[str, Variant], int]]] = {
+LEARNED: dict[str, Callable[[PeersBench, int], tuple[dict[str, Variant], int]]] = {
     "ld3": _ld3,
     "dyweight": _dyweight,
     "bns": _bns,
@@ -332,7 +332,7 @@ def main() -> None:
     if a.what == "run":
         torch.set_num_threads(1)
         with Terminal() as display:
-            bench = Bench(a, display)
+            bench = PeersBench(a, display)
             for nfe in a.nfe:
                 for method in dict.fromkeys(("named", *a.methods)):
                     bench.run(nfe, method)

@@ -52,7 +52,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Fit:
+class AdamFit:
     """What a fit ended with.
 
     Args:
@@ -115,7 +115,7 @@ def step_sizes(steps: int) -> list[float]:
 
 def fit(
     form: Form, denoiser: Denoiser, train: Batch, held: Batch, plan: Plan, display: Display
-) -> Fit:
+) -> AdamFit:
     """Fit a form; see the module docstring.
 
     Args:
@@ -159,7 +159,7 @@ def fit(
             display.advance(looking)
             if error < best:
                 best, kept = error, now
-    return Fit(kept, before, best, spent)
+    return AdamFit(kept, before, best, spent)
 
 
 def _step(

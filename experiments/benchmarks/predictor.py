@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fewstep.experiments.benchmarks.search import Bench
+from fewstep.experiments.benchmarks.search import SearchBench
 from fewstep.predictors.quality import QualityPredictor, kendall_tau
 from fewstep.search.strategies import Evaluated
 from fewstep.space.tokens import tokens
@@ -91,7 +91,7 @@ def main() -> None:
     print("| NFE | strategy | seed | tau gaussian | tau sequence | chosen by cross-validation |")
     print("|" + " --- |" * 6)
     for nfe in args.nfe:
-        bench, cases = Bench(args.model, nfe, args.samples, 16), []
+        bench, cases = SearchBench(args.model, nfe, args.samples, 16), []
         for strategy in ("evolution", "s3"):
             for seed in range(args.seeds):
                 told = bench.search_from_seeds(strategy, seed, args.candidates, 20)

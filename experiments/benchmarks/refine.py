@@ -58,7 +58,7 @@ def batch(landscape: Landscape, schedule: Startable) -> Batch:
     return Batch(x_T, landscape.teacher, landscape._cond or {}, made.guidance)
 
 
-class Bench:
+class RefineBench:
     """One model: fresh noise, and the best named solver of each NFE."""
 
     def __init__(self, a: argparse.Namespace) -> None:
@@ -123,7 +123,7 @@ class Bench:
 
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
-    """What a `Bench` reads from the command line."""
+    """What a `RefineBench` reads from the command line."""
     parser.add_argument("--model", default="digits")
     parser.add_argument("--choose", type=int, default=128, help="samples named solvers compete on")
     parser.add_argument("--fresh", type=int, default=1024)
@@ -140,7 +140,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _run_all(a: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    bench = Bench(a)
+    bench = RefineBench(a)
     for nfe in a.nfe:
         best = bench.named(nfe)
         print(f"{a.model} NFE {nfe}: best named {best['name']} {best['fresh']:.3g}", flush=True)

@@ -138,7 +138,7 @@ def problem(model: str) -> Problem:
 
 
 @dataclass
-class Bench:
+class SearchBench:
     """One model at one NFE: landscapes and the starting population, shared by all runs."""
 
     model: str
@@ -221,7 +221,7 @@ def _run_all(args: argparse.Namespace) -> None:
             todo = [task for task in todo if not task[2].exists()]
             if not todo:
                 continue
-            bench = Bench(model, nfe, args.samples, args.fresh)
+            bench = SearchBench(model, nfe, args.samples, args.fresh)
             for strategy, seed, path in todo:
                 result = bench.run(strategy, seed, args.candidates, args.generation)
                 write_text(path, json.dumps(result))

@@ -32,7 +32,7 @@ BASES = ("ddim/time", "dpmpp2m/time", "s-pndm/time")
 DEIS = ("tab", "rhoab", "logrho")
 
 
-class Bench:
+class ShiftBench:
     """A model, and its noise and teacher on both streams."""
 
     def __init__(self, model: str, tune: int, test: int, grids: Sequence[str] = GRIDS) -> None:
@@ -65,7 +65,7 @@ class Bench:
         return float(self.errors(schedule, "tune").mean())
 
 
-def rules(base: OdeSchedule, bench: Bench) -> tuple[OdeSchedule, str]:
+def rules(base: OdeSchedule, bench: ShiftBench) -> tuple[OdeSchedule, str]:
     """The variance rule at its best window, cutoff, semantics and data variance."""
     unit = training_step(base)
     top = base.times[0]
@@ -88,7 +88,7 @@ def rules(base: OdeSchedule, bench: Bench) -> tuple[OdeSchedule, str]:
     return schedule, f"{name} (1 step = {unit:g})"
 
 
-def constants(base: OdeSchedule, bench: Bench, passes: int = 2) -> tuple[OdeSchedule, str]:
+def constants(base: OdeSchedule, bench: ShiftBench, passes: int = 2) -> tuple[OdeSchedule, str]:
     """The better of searched landing offsets and searched query = start offsets."""
     made = [
         (_coordinate(base, bench, fields, passes), " = ".join(fields))
@@ -101,7 +101,7 @@ def constants(base: OdeSchedule, bench: Bench, passes: int = 2) -> tuple[OdeSche
 
 
 def _coordinate(
-    base: OdeSchedule, bench: Bench, fields: Sequence[str], passes: int
+    base: OdeSchedule, bench: ShiftBench, fields: Sequence[str], passes: int
 ) -> tuple[float, OdeSchedule]:
     """One step after another tries a few offsets, as shares of its own length."""
     best, lowest = base, bench.score(base)
@@ -127,7 +127,7 @@ def _coordinate(
     return lowest, best
 
 
-def compare(bench: Bench, nfes: Sequence[int]) -> list[str]:
+def compare(bench: ShiftBench, nfes: Sequence[int]) -> list[str]:
     """The table of the time shift."""
     lines = [
         "| NFE | base | error | rule / base | constants / base | constants / rule | settings |",
@@ -146,7 +146,7 @@ def compare(bench: Bench, nfes: Sequence[int]) -> list[str]:
     return lines
 
 
-def deis(bench: Bench, nfes: Sequence[int]) -> list[str]:
+def deis(bench: ShiftBench, nfes: Sequence[int]) -> list[str]:
     """Basis x grid, the best degree of 1..3 chosen on TUNE noise."""
     lines = [
         "| NFE | basis | " + " | ".join(GRIDS) + " |",
@@ -168,7 +168,7 @@ def deis(bench: Bench, nfes: Sequence[int]) -> list[str]:
     return lines
 
 
-def basis(bench: Bench, nfes: Sequence[int]) -> list[str]:
+def basis(bench: ShiftBench, nfes: Sequence[int]) -> list[str]:
     """A basis per step, out of t, lam, adams and rho^p, beside the best one for all steps.
 
     Grid and degree stay those of the best single basis; two passes of coordinate search.
@@ -227,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=128)
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
-    bench = Bench(a.model, a.tune, a.test, a.grids)
-    run: Callable[[Bench, Sequence[int]], list[str]]
+    bench = ShiftBench(a.model, a.tune, a.test, a.grids)
+    run: Callable[[ShiftBench, Sequence[int]], list[str]]
     run = {"shift": compare, "deis": deis, "basis": basis}[a.what]
     run(bench, a.nfe)
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.experiments.benchmarks.refine import Bench, batch, bench_options, write_json
+from fewstep.experiments.benchmarks.refine import RefineBench, batch, bench_options, write_json
 from fewstep.experiments.benchmarks.search import Landscape
 from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.space import OdeSchedule, Program, StepSpec
@@ -44,7 +44,7 @@ NEAR = 1.05
 class Starts:
     """Programs of one NFE of one model, and what they are fitted on."""
 
-    def __init__(self, bench: Bench, nfe: int) -> None:
+    def __init__(self, bench: RefineBench, nfe: int) -> None:
         a, self.bench, self.nfe = bench.a, bench, nfe
         self.named = bench.named(nfe)
         self.noise = bench.noise
@@ -183,7 +183,7 @@ def main() -> None:
         print(report(Path(a.out)))
         return
     torch.set_num_threads(1)
-    bench = Bench(a)
+    bench = RefineBench(a)
     for nfe in a.nfe:
         path = Path(a.out) / f"{a.model}_{nfe}{'_mean' if a.mean else ''}_starts.json"
         if not path.exists():

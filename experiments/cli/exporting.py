@@ -30,7 +30,7 @@ _OF_KIND = {"masked": ("csv",), "particles": ("csv", "sigmas")}
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where an export goes, and what it is told of the pipeline there.
 
     Args:
@@ -91,7 +91,7 @@ def export(
         raise StudyError(f"--prediction-type goes with --to diffusers, not {form}")
     if pipeline is not None and isinstance(schedule, OdeSchedule | ProgramSchedule):
         require_fit(schedule, network_facts(pipeline))
-    target = Target(folder, stem, prediction_type, pipeline)
+    target = Destination(folder, stem, prediction_type, pipeline)
     folder.mkdir(parents=True, exist_ok=True)
     return FORMS[form](schedule, target)
 
@@ -159,7 +159,7 @@ def write_named(name: str, study: Path, nfe: int, out: Path | None) -> Path | st
     return save_schedule(found[name], out or Path(f"{name.replace('/', '-')}-nfe{nfe:02d}.json"))
 
 
-def _sigmas(schedule: Loaded, target: Target) -> list[Path]:
+def _sigmas(schedule: Loaded, target: Destination) -> list[Path]:
     """The grid alone: what tools take that bring their own solver."""
     assert not isinstance(schedule, MaskedSchedule)
     noise = schedule.noise
@@ -181,7 +181,7 @@ def _finite(x: float) -> float | None:
     return x if abs(x) != float("inf") else None
 
 
-def _csv(schedule: Loaded, target: Target) -> list[Path]:
+def _csv(schedule: Loaded, target: Destination) -> list[Path]:
     """The program, a line per network call; of other kinds the choices of every call."""
     if isinstance(schedule, MaskedSchedule | ParticleSchedule):
         return target.write(".csv", _choices(schedule))
@@ -209,7 +209,7 @@ def _choices(schedule: MaskedSchedule | ParticleSchedule) -> str:
     return buffer.getvalue()
 
 
-def _diffusers(schedule: Loaded, target: Target) -> list[Path]:
+def _diffusers(schedule: Loaded, target: Destination) -> list[Path]:
     """A folder that a diffusers pipeline loads its scheduler from; it holds the whole schedule."""
     try:
         from fewstep.samplers.diffusers import FewstepScheduler
@@ -236,7 +236,7 @@ def assumed_kind(schedule: Loaded) -> str:
     return "flow_prediction" if flow else "epsilon"
 
 
-def _comfy(schedule: Loaded, target: Target) -> list[Path]:
+def _comfy(schedule: Loaded, target: Destination) -> list[Path]:
     """A ComfyUI custom node, the schedule it loads, and its list of sigmas."""
     ode = _ode(schedule)
     if ode.program.guidance is not None:
@@ -252,12 +252,12 @@ def _comfy(schedule: Loaded, target: Target) -> list[Path]:
     names = "NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS"
     node = f'"""Copy into custom_nodes."""\n\nfrom fewstep.samplers.comfy import {names}\n\n'
     node += f"__all__ = {[name.strip() for name in names.split(',')]}\n"
-    files = Target(target.folder, "fewstep_node").write(".py", node)
+    files = Destination(target.folder, "fewstep_node").write(".py", node)
     files += target.write(".sigmas.txt", _joined(sigmas_of(ode).double().tolist()))
     return [saved, *files]
 
 
-def _sigma_list(schedule: Loaded, target: Target) -> list[Path]:
+def _sigma_list(schedule: Loaded, target: Destination) -> list[Path]:
     """A comma-separated list for Euler samplers that take sigmas; exact for DDIM programs."""
     ode = _ode(schedule)
     _only(ode, ("ddim",), "sigma_list", "a list of sigmas is run by Euler samplers")
@@ -267,7 +267,7 @@ def _sigma_list(schedule: Loaded, target: Target) -> list[Path]:
 _MULTISTEP = {"ddim": 1, "dpmpp2m": 2, "dpmpp3m": 3}
 
 
-def _timesteps(schedule: Loaded, target: Target) -> list[Path]:
+def _timesteps(schedule: Loaded, target: Destination) -> list[Path]:
     """Timesteps for diffusers' DPMSolverMultistepScheduler, with the settings that make it equal.
 
     That scheduler takes whole labels of a table of betas and appends the end.
@@ -305,7 +305,7 @@ def _timesteps(schedule: Loaded, target: Target) -> list[Path]:
     return target.write(".timesteps.json", json.dumps(said, indent=1) + "\n")
 
 
-def _step_list(schedule: Loaded, target: Target) -> list[Path]:
+def _step_list(schedule: Loaded, target: Destination) -> list[Path]:
     """LightX2V's denoising_step_list with its sample_shift: Euler on 1000 training steps."""
     ode, form = _ode(schedule), "denoising_step_list"
     if not isinstance(ode.noise, RectifiedFlow):
@@ -330,7 +330,7 @@ def _step_list(schedule: Loaded, target: Target) -> list[Path]:
     return target.write(".steps.json", json.dumps(said, indent=1) + "\n")
 
 
-def _python(schedule: Loaded, target: Target) -> list[Path]:
+def _python(schedule: Loaded, target: Destination) -> list[Path]:
     """One Python file that needs torch only, and its constant image beside it."""
     ode = _ode(schedule)
     files = target.write(".py", standalone(ode, start_scale(ode)))
@@ -371,7 +371,7 @@ def _joined(values: list[float]) -> str:
     return ", ".join(f"{value:.8g}" for value in values) + "\n"
 
 
-FORMS: dict[str, Callable[[Loaded, Target], list[Path]]] = {
+FORMS: dict[str, Callable[[Loaded, Destination], list[Path]]] = {
     "diffusers": _diffusers,
     "comfy": _comfy,
     "python": _python,

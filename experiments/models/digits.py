@@ -83,7 +83,7 @@ class _Embedding(nn.Module):
         return out
 
 
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
     """Residual block of two 3x3 convolutions; the embedding scales and shifts between them."""
 
     def __init__(self, channels: int, embedding: int) -> None:
@@ -123,12 +123,12 @@ class DigitsNet(nn.Module):
         self.embed = _Embedding(embedding)
         self.conv_in = nn.Conv2d(1, fine, 3, padding=1)
         if not self.light:
-            self.rise = _Block(fine, embedding)
+            self.rise = _ResidualBlock(fine, embedding)
         self.down = nn.Conv2d(fine, coarse, 2, stride=2)
-        self.middle = nn.ModuleList(_Block(coarse, embedding) for _ in range(blocks))
+        self.middle = nn.ModuleList(_ResidualBlock(coarse, embedding) for _ in range(blocks))
         self.up = nn.ConvTranspose2d(coarse, fine, 2, stride=2)
         if not self.light:
-            self.fall = _Block(fine, embedding)
+            self.fall = _ResidualBlock(fine, embedding)
         self.conv_out = nn.Conv2d(fine, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
 

@@ -228,7 +228,7 @@ class MoleculeNet(nn.Module):
         contents = _contents()
         self.register_buffer("contents", contents, persistent=False)
         self.count = nn.Linear(4 * contents.shape[1], config.width, bias=False)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(_TransformerBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary)
         half = config.width // config.heads // 2
@@ -275,7 +275,7 @@ def _counts(tokens: Tensor, contents: Tensor) -> Tensor:
     return torch.cat([both / 4, 1 - 2 * both.remainder(2)], -1)
 
 
-class _Block(nn.Module):
+class _TransformerBlock(nn.Module):
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         width, inner = config.width, config.expansion * config.width

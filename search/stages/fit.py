@@ -83,7 +83,7 @@ def refine(
     """
     _check(starts)
     few = min(table.batch, len(train))
-    runs = [_Run(s, denoiser, train, held, table, on_round) for s in starts]
+    runs = [_Refinement(s, denoiser, train, held, table, on_round) for s in starts]
     for run in runs:
         run.begin(few)
     at = min(range(len(runs)), key=lambda i: runs[i].trial)
@@ -116,7 +116,7 @@ def _check(starts: Sequence[Startable]) -> None:
 
 
 @dataclass
-class _Run:
+class _Refinement:
     """The fits from one start, one after another; its best program so far."""
 
     start: Startable

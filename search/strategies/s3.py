@@ -39,10 +39,10 @@ from fewstep.search.strategies import NOTE, SOURCE, Evaluated
 from fewstep.search.strategies.spaces import (
     ELITE,
     DomainSpace,
+    Individual,
     Model,
     OdeSpace,
     ParameterSpace,
-    Point,
     Space,
     predicted,
 )
@@ -95,7 +95,7 @@ class S3Sampler(BaseSampler):
                 )
             self._space = DomainSpace(domain, earlier)
         self._intersection = IntersectionSearchSpace()
-        self._proposed: tuple[Any, deque[tuple[Point, dict[str, Any]]]] = (None, deque())
+        self._proposed: tuple[Any, deque[tuple[Individual, dict[str, Any]]]] = (None, deque())
 
     def reseed_rng(self) -> None:
         """Draw a new seed (Optuna calls this in parallel workers)."""
@@ -147,7 +147,7 @@ class S3Sampler(BaseSampler):
 
     def _propose(
         self, study: Study, trial: FrozenTrial, space: Space, rng: np.random.Generator
-    ) -> list[tuple[Point, dict[str, Any]]]:
+    ) -> list[tuple[Individual, dict[str, Any]]]:
         """A batch of points and what is expected of each."""
         known, scores = self._history(study, space)
         order = np.argsort(scores, kind="stable")
@@ -160,7 +160,7 @@ class S3Sampler(BaseSampler):
         taken = {_name(space.params(p)) for p in [*known, *pending]}
         guests = {_name(space.params(p)): p for p in space.guests()}
         guests = {name: p for name, p in guests.items() if name not in taken}
-        chosen: list[tuple[Point, dict[str, Any]]] = []
+        chosen: list[tuple[Individual, dict[str, Any]]] = []
         if not space.ready(known, scores):
             chosen += [(p, {}) for p in guests.values()][: self._batch]
         else:
@@ -181,7 +181,7 @@ class S3Sampler(BaseSampler):
                 chosen.append((point, {}))
         return chosen
 
-    def _history(self, study: Study, space: Space) -> tuple[list[Point], list[float]]:
+    def _history(self, study: Study, space: Space) -> tuple[list[Individual], list[float]]:
         """Points and scores, smaller better; of stopped trials where the value is an estimate."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         states = [TrialState.COMPLETE, *([TrialState.PRUNED] if self._domain is not None else [])]
@@ -205,10 +205,10 @@ def _name(params: dict[str, Any]) -> frozenset[Any]:
     return frozenset(params.items())
 
 
-def _niches(ranked: Sequence[Point], most: int, count: int) -> list[Point]:
+def _niches(ranked: Sequence[Individual], most: int, count: int) -> list[Individual]:
     """The first `count` of a ranking with at most `most` of one key."""
     seen: Counter[Any] = Counter()
-    kept: list[Point] = []
+    kept: list[Individual] = []
     for p in ranked:
         if p.key is None or seen[p.key] < most:
             seen[p.key] += 1
@@ -221,10 +221,10 @@ def _niches(ranked: Sequence[Point], most: int, count: int) -> list[Point]:
 def _evolve(
     space: Space,
     model: Model,
-    best: Sequence[Point],
-    guests: Sequence[Point],
+    best: Sequence[Individual],
+    guests: Sequence[Individual],
     rng: np.random.Generator,
-) -> list[Point]:
+) -> list[Individual]:
     """Everyone met during the rounds."""
     parents = predicted(model, best[: 5 * ELITE])
     adopted = predicted(model, guests)
@@ -241,7 +241,7 @@ def _evolve(
     return met
 
 
-def _trusted(model: Model, met: Sequence[Point]) -> list[Point]:
+def _trusted(model: Model, met: Sequence[Individual]) -> list[Individual]:
     """Those whose uncertainty is small beside the spread of the scores; all if they are few.
 
     Far from all data a predictor returns the average of what it has seen, and late in a search
@@ -255,11 +255,11 @@ def _trusted(model: Model, met: Sequence[Point]) -> list[Point]:
 def _choose(
     space: Space,
     model: Model,
-    met: Sequence[Point],
-    pending: Sequence[Point],
+    met: Sequence[Individual],
+    pending: Sequence[Individual],
     taken: set[frozenset[Any]],
     size: int,
-) -> list[tuple[Point, dict[str, Any]]]:
+) -> list[tuple[Individual, dict[str, Any]]]:
     """Expected improvement, one after the other; what is known is not proposed again."""
     near = _trusted(model, met)
     most = max(1, int(NICHE * size))  # of one pattern in the batch
@@ -273,7 +273,7 @@ def _choose(
     for i in range(len(short), len(short) + len(pending)):
         cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)
     free, patterns = np.ones(len(short), dtype=bool), Counter[Any]()
-    chosen: list[tuple[Point, dict[str, Any]]] = []
+    chosen: list[tuple[Individual, dict[str, Any]]] = []
     while len(chosen) < size and free.any():
         std = np.sqrt(cov.diagonal()[: len(short)].clip(1e-12))
         gain = expected_improvement(model.best - mean[: len(short)], std)

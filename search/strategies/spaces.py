@@ -43,7 +43,7 @@ _LOOK = 64  # random members that tell which features vary in a space
 
 
 @dataclass(frozen=True)
-class Point:
+class Individual:
     """A place in a space.
 
     Args:
@@ -99,9 +99,9 @@ class DomainSpace:
 
     def __init__(self, domain: Domain, earlier: Sequence[Evaluated]) -> None:
         self.domain, self.earlier = domain, list(earlier)
-        self._points: dict[Hashable, Point] = {}
+        self._points: dict[Hashable, Individual] = {}
 
-    def point(self, params: Mapping[str, Any], source: str = "parent") -> Point | None:
+    def point(self, params: Mapping[str, Any], source: str = "parent") -> Individual | None:
         """The point of a trial's parameters; None if it is none of this space."""
         key = frozenset(params.items())
         if key not in self._points:
@@ -110,15 +110,15 @@ class DomainSpace:
             self._points[key] = self.of(self.domain.from_params(params), source)
         return self._points[key]
 
-    def of(self, schedule: Any, source: str) -> Point:
+    def of(self, schedule: Any, source: str) -> Individual:
         """The point of a member."""
-        return Point(schedule, torch.from_numpy(self.domain.encode(schedule)), source)
+        return Individual(schedule, torch.from_numpy(self.domain.encode(schedule)), source)
 
-    def params(self, point: Point) -> dict[str, Any]:
+    def params(self, point: Individual) -> dict[str, Any]:
         """The parameters of a point."""
         return dict(self.domain.params(point.genes))
 
-    def guests(self) -> list[Point]:
+    def guests(self) -> list[Individual]:
         """Points made from the best at every other number of calls."""
         found = []
         for nfe in self._calls():
@@ -145,7 +145,7 @@ class DomainSpace:
                 found.append(self.earlier[i])
         return found
 
-    def ready(self, known: Sequence[Point], scores: Sequence[float]) -> bool:
+    def ready(self, known: Sequence[Individual], scores: Sequence[float]) -> bool:
         """Whether enough is known to predict: not while a feature has never been varied.
 
         The named schedules often leave choices untouched (no named count has a temperature), and a
@@ -158,7 +158,7 @@ class DomainSpace:
         x = torch.stack([p.x for p in known]).numpy()
         return not bool((np.ptp(x, axis=0) == 0)[np.ptp(drawn, axis=0) > 0].any())
 
-    def explore(self, best: Sequence[Point], rng: np.random.Generator) -> Point:
+    def explore(self, best: Sequence[Individual], rng: np.random.Generator) -> Individual:
         """A point while too little is known: a mutation of one of the best, or random."""
         if not best:
             return self.of(self.domain.sample(rng), "random")
@@ -166,12 +166,12 @@ class DomainSpace:
         return self.of(self.domain.mutate(parent, rng, scale=self.scale), "mutation")
 
     def model(
-        self, known: Sequence[Point], scores: Sequence[float], newest: int, seed: int
+        self, known: Sequence[Individual], scores: Sequence[float], newest: int, seed: int
     ) -> Model:
         """A model of the scores; the last `newest` are the last generation's."""
         return Process(torch.stack([p.x for p in known]), scores, _NOISE, 20)
 
-    def breed(self, alive: Sequence[Point], rng: np.random.Generator) -> list[Point]:
+    def breed(self, alive: Sequence[Individual], rng: np.random.Generator) -> list[Individual]:
         """A round of children: mutations of scales of their own, some of two parents."""
         made = []
         for _ in range(self.children):
@@ -213,17 +213,17 @@ class OdeSpace(DomainSpace):
         self._predictor = predictor
         self._others: list[tuple[Tensor, float]] | None = None
 
-    def of(self, schedule: OdeSchedule, source: str) -> Point:
+    def of(self, schedule: OdeSchedule, source: str) -> Individual:
         """See `DomainSpace`."""
         lam = np.array(self.domain.lam(schedule.times))
         genes = _Genes(schedule, dict(self.domain.params(schedule)), lam)
-        return Point(genes, tokens(schedule)[0], source, hash(schedule.steps))
+        return Individual(genes, tokens(schedule)[0], source, hash(schedule.steps))
 
-    def params(self, point: Point) -> dict[str, Any]:
+    def params(self, point: Individual) -> dict[str, Any]:
         """See `DomainSpace`."""
         return dict(self.domain.params(self._built(point)))
 
-    def _built(self, point: Point) -> OdeSchedule:
+    def _built(self, point: Individual) -> OdeSchedule:
         """The member a point stands for."""
         genes, lam = point.genes, point.genes.lam
         values = genes.params | {f"lam_{i}": float(lam[i]) for i in range(1, len(lam) - 1)}
@@ -233,16 +233,16 @@ class OdeSpace(DomainSpace):
     def _calls(self) -> list[int]:
         return [n for n in (self.domain.nfe - 1, self.domain.nfe + 1) if n >= 1]
 
-    def ready(self, known: Sequence[Point], scores: Sequence[float]) -> bool:
+    def ready(self, known: Sequence[Individual], scores: Sequence[float]) -> bool:
         """See `DomainSpace`."""
         return len(known) >= LEAST_ROWS
 
-    def explore(self, best: Sequence[Point], rng: np.random.Generator) -> Point:
+    def explore(self, best: Sequence[Individual], rng: np.random.Generator) -> Individual:
         """See `DomainSpace`: a random member."""
         return self.of(self.domain.sample(rng), "random")
 
     def model(
-        self, known: Sequence[Point], scores: Sequence[float], newest: int, seed: int
+        self, known: Sequence[Individual], scores: Sequence[float], newest: int, seed: int
     ) -> Model:
         """See `DomainSpace`: the quality predictor, of every number of calls."""
         if self._others is None:
@@ -255,10 +255,10 @@ class OdeSpace(DomainSpace):
         y = [*scores, *(score for _, score in self._others)]
         return QualityPredictor(self._predictor, seed).fit(x, y, self.domain.nfe, newest)
 
-    def breed(self, alive: Sequence[Point], rng: np.random.Generator) -> list[Point]:
+    def breed(self, alive: Sequence[Individual], rng: np.random.Generator) -> list[Individual]:
         """See `DomainSpace`."""
         moves = max(2, self.children // PATTERNS)
-        made: list[Point] = []
+        made: list[Individual] = []
         for _ in range(PATTERNS):
             parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
             pattern, params, source = self._pattern(parent, alive, rng)
@@ -269,7 +269,7 @@ class OdeSpace(DomainSpace):
 
     def _points_of(
         self, pattern: OdeSchedule, params: dict[str, Any], lam: np.ndarray, source: str
-    ) -> list[Point]:
+    ) -> list[Individual]:
         times = self.domain.noise.t_of_lam(torch.from_numpy(lam))
         if self.domain.start_band is None:
             times[:, 0] = pattern.times[0]
@@ -277,11 +277,12 @@ class OdeSpace(DomainSpace):
             times[:, -1] = pattern.times[-1]
         x, key = tokens(pattern, times), hash(pattern.steps)
         return [
-            Point(_Genes(pattern, params, row), x[i], source, key) for i, row in enumerate(lam)
+            Individual(_Genes(pattern, params, row), x[i], source, key)
+            for i, row in enumerate(lam)
         ]
 
     def _pattern(
-        self, parent: Point, alive: Sequence[Point], rng: np.random.Generator
+        self, parent: Individual, alive: Sequence[Individual], rng: np.random.Generator
     ) -> tuple[OdeSchedule, dict[str, Any], str]:
         """A parent's steps as they are, or changed in a decision or two."""
         domain, schedule = self.domain, self._built(parent)
@@ -298,7 +299,7 @@ class OdeSpace(DomainSpace):
         return schedule, dict(domain.params(schedule)), source
 
     def _moved(
-        self, lam: np.ndarray, alive: Sequence[Point], moves: int, rng: np.random.Generator
+        self, lam: np.ndarray, alive: Sequence[Individual], moves: int, rng: np.random.Generator
     ) -> np.ndarray:
         """Up to `moves` vectors of N+1 lam around one, itself the first; all keep the gaps."""
         domain = self.domain
@@ -343,48 +344,48 @@ class ParameterSpace:
             zip(space.values(), self._transform.column_to_encoded_columns, strict=True)
         )
 
-    def point(self, params: Mapping[str, Any], source: str = "parent") -> Point | None:
+    def point(self, params: Mapping[str, Any], source: str = "parent") -> Individual | None:
         """See `DomainSpace`."""
         if not self._names <= set(params):
             return None
         genes = self._transform.transform({name: params[name] for name in self._names})
-        return Point(genes, torch.from_numpy(genes), source)
+        return Individual(genes, torch.from_numpy(genes), source)
 
-    def params(self, point: Point) -> dict[str, Any]:
+    def params(self, point: Individual) -> dict[str, Any]:
         """See `DomainSpace`."""
         return self._transform.untransform(point.genes)
 
-    def guests(self) -> list[Point]:
+    def guests(self) -> list[Individual]:
         """None."""
         return []
 
-    def ready(self, known: Sequence[Point], scores: Sequence[float]) -> bool:
+    def ready(self, known: Sequence[Individual], scores: Sequence[float]) -> bool:
         """See `DomainSpace`."""
         return len(known) >= LEAST_ROWS
 
-    def explore(self, best: Sequence[Point], rng: np.random.Generator) -> Point:
+    def explore(self, best: Sequence[Individual], rng: np.random.Generator) -> Individual:
         """See `DomainSpace`: uniform."""
         return self._settled(rng.random(len(self._transform.bounds)), "random")
 
     def model(
-        self, known: Sequence[Point], scores: Sequence[float], newest: int, seed: int
+        self, known: Sequence[Individual], scores: Sequence[float], newest: int, seed: int
     ) -> Process:
         """See `DomainSpace`."""
         return Process(torch.stack([p.x for p in known]), scores, 1e-5, 10)
 
-    def breed(self, alive: Sequence[Point], rng: np.random.Generator) -> list[Point]:
+    def breed(self, alive: Sequence[Individual], rng: np.random.Generator) -> list[Individual]:
         """See `DomainSpace`: parents moved, and one random point in nine."""
         random = self.children // 9
         made = [self._child(alive, rng) for _ in range(self.children - random)]
         return made + [self.explore((), rng) for _ in range(random)]
 
-    def _settled(self, genes: np.ndarray, source: str) -> Point:
+    def _settled(self, genes: np.ndarray, source: str) -> Individual:
         """The point of the parameters that genes mean: integers, steps and choices have few."""
         point = self.point(self._transform.untransform(genes.clip(0.0, 1.0)), source)
         assert point is not None
         return point
 
-    def _child(self, alive: Sequence[Point], rng: np.random.Generator) -> Point:
+    def _child(self, alive: Sequence[Individual], rng: np.random.Generator) -> Individual:
         """A parent moved by a Gaussian step of log-uniform size, or along a difference."""
         parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)].genes
         a, b = (alive[int(k)].genes for k in rng.integers(len(alive), size=2))
@@ -407,7 +408,7 @@ Space = DomainSpace | ParameterSpace
 Model = Process | QualityPredictor
 
 
-def predicted(model: Model, points: Sequence[Point]) -> list[Point]:
+def predicted(model: Model, points: Sequence[Individual]) -> list[Individual]:
     """Points with what a model expects of them."""
     if not points:
         return []
