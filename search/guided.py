@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
@@ -21,9 +22,14 @@ from fewstep.search.preparing import evaluator_spec, open_pool
 from fewstep.search.record import write_text
 from fewstep.search.results import schedule_path
 from fewstep.search.stages.cpr import cpr_cost, regress
+from fewstep.search.storage import open_storage
+from fewstep.search.store import Store
 from fewstep.search.verdict import Row
 from fewstep.search.work import Evaluator
 from fewstep.space.files import load_schedule, save_schedule
+
+if TYPE_CHECKING:
+    from fewstep.search.run import Outcome
 
 
 def folder_of(out: Path, scale: float) -> Path:
@@ -34,35 +40,40 @@ def folder_of(out: Path, scale: float) -> Path:
 def search_each(
     config: StudyConfig,
     out: Path,
-    one: Callable[[StudyConfig, Path], Sequence[Row]],
+    one: Callable[[StudyConfig, Path, bool], Outcome],
+    resume: bool,
     display: Display,
-) -> list[Row]:
-    """Search every scale and gather what was found.
+) -> tuple[str, tuple[Row, ...]]:
+    """Search every scale and gather what was found: the objective, and all rows.
 
     Args:
         config: the study.
         out: its folder.
-        one: runs the study of one scale in a folder.
+        one: runs the study of one scale in a folder; whether it goes on with what is there.
+        resume: whether to go on with the search in `out`.
         display: where progress is shown.
     """
-    rows: list[Row] = []
+    storage = open_storage(config.search.storage, out)
+    store = Store(storage, config.name, out, config.identity(budget=False), resume)
+    write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
+    rows, objective = list[Row](), ""
     off = config.cpr.model_copy(update={"fit": False})
-    for scale in config.search.guidance or ():
-        folder = folder_of(out, scale)
-        display.note(f"guidance {scale:g}")
-        part = config.at_guidance(scale).model_copy(update={"cpr": off})
-        found = one(part, folder)
-        for row in found:
-            schedule = load_schedule(schedule_path(folder, row.nfe, scale))
-            save_schedule(schedule, schedule_path(out, row.nfe, scale))
-        rows += found
-    results = {
-        "study": config.name,
-        "objective": config.objective.name or "endpoint_mse",
-        "rows": [row.to_dict() for row in rows],
-    }
+    try:
+        for scale in config.search.guidance or ():
+            folder = folder_of(out, scale)
+            display.note(f"guidance {scale:g}")
+            part = config.at_guidance(scale).model_copy(update={"cpr": off})
+            found = one(part, folder, store.resumed)
+            for row in found.rows:
+                schedule = load_schedule(schedule_path(folder, row.nfe, scale))
+                save_schedule(schedule, schedule_path(out, row.nfe, scale))
+            rows, objective = [*rows, *found.rows], found.objective
+    finally:
+        store.close(keep=any(out.glob("w*/study.json")))
+    listed = [row.to_dict() for row in rows]
+    results = {"study": config.name, "objective": objective, "rows": listed}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    return rows
+    return objective, tuple(rows)
 
 
 def regress_all(

@@ -33,6 +33,8 @@ from fewstep.search.yardstick import (
     compare,
     geometric_ratio,
     level,
+    middle95,
+    paired_resamples,
     q90,
 )
 from fewstep.space.errors import StudyError
@@ -215,16 +217,13 @@ def score_interval(
     Raises:
         StudyError: no resample has a score.
     """
-    rng, n = np.random.default_rng(seed), len(a)
-    picks = [rng.integers(0, n, size=n) for _ in range(resamples)]
-    both = np.array([(score(a, p), score(b, p)) for p in picks])
+    both = paired_resamples(a, b, score, resamples=resamples, seed=seed)
     both = both[np.isfinite(both).all(1)]
     if not len(both):
         raise StudyError("too few samples have a measure to compare: raise final.samples")
     if (both[:, 0] < 0).any() or (both[:, 1] <= 0).any():
         return None
-    low, high = np.quantile(both[:, 0] / both[:, 1], [0.025, 0.975])
-    return float(low), float(high)
+    return middle95(both[:, 0] / both[:, 1])
 
 
 class Paired:

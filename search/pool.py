@@ -30,7 +30,7 @@ from fewstep.search.cluster import connect, differing, one_line, versions
 from fewstep.search.config import SearchTable
 from fewstep.search.display import Display
 from fewstep.search.problem import leave_checkout
-from fewstep.search.work import Evaluator, EvaluatorSpec, Work
+from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Work
 from fewstep.space.errors import FewstepError, StudyError
 
 _TOGETHER = 0.1  # seconds of work that are sent at once
@@ -367,3 +367,20 @@ class RayPool:
 
 
 Pool = SerialPool | RayPool
+
+
+def gathered(
+    pool: Pool, blocks: Iterable[Block], advance: Callable[[int], None] = lambda evaluations: None
+) -> np.ndarray:
+    """What blocks of one schedule give, in sample order.
+
+    Args:
+        pool: where they run.
+        blocks: of one schedule each.
+        advance: called with network evaluations as they are done.
+    """
+    parts = []
+    for result in pool.map(blocks):
+        parts.append(result.values[0])
+        advance(result.evaluations)
+    return np.concatenate(parts)

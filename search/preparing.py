@@ -151,10 +151,11 @@ def check_names(config: StudyConfig, family: Family) -> None:
 
 
 def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[float, int | None]:
-    """Seconds of one network evaluation in a block, one thread, and the piece that it is best at.
+    """Seconds of one network evaluation in a block, one thread, and the piece that fits.
 
-    Pieces of 1, 2, 4, ... candidates are tried until memory or speed says stop: the smallest one
-    that is within 5 % of the fastest. A problem's own measure is part of the time.
+    On a CPU the loop's own rule sizes pieces (`samplers.asking.PIECE`). Elsewhere a piece is a
+    whole block, halved until it fits in memory: nothing is timed, so that a search run again is
+    the same to the last bit. A problem's own measure is part of the time.
 
     Raises:
         ModelError: whatever the model raises; nothing has been searched yet.
@@ -163,27 +164,23 @@ def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[fl
     schedules = list(family.named(min(2, *config.search.nfe)).values())[:size]
     want: Want = "samples" if family.has_teacher else "measures"
     group = tuple(schedules[i] for i in cut(schedules, size)[0])
-    found: dict[int, float] = {}
     on_cpu = evaluator.device.type == "cpu"
+    piece = None if on_cpu or not family.has_teacher else size * samples
     with one_thread():  # warm-up, and the first look at the model
         Block(group[:1], "timing", 0, samples, want, strict=True).run(evaluator)
-        for many in (2**k for k in range(len(group).bit_length())):
-            evaluator.set_piece(many * samples)
+        while True:
+            evaluator.set_piece(piece)
             begun = time.process_time()
             try:
                 done = Block(group, "timing", 0, samples, want, strict=True).run(evaluator)
+                break
             except (MemoryError, torch.OutOfMemoryError):
-                if not found:
+                if piece is None or piece <= samples:
                     raise
-                break
-            # on a CPU the processor's time: other work on the machine does not count
-            seconds = time.process_time() - begun if on_cpu else done.seconds
-            found[many * samples] = seconds / max(done.evaluations, 1)
-            if not family.has_teacher or found[many * samples] > 1.1 * min(found.values()):
-                break
-    best = min(found.values())
-    piece = min(images for images, seconds in found.items() if seconds <= 1.05 * best)
-    return best, piece if family.has_teacher else None
+                piece = max(samples, piece // 2)
+    # on a CPU the processor's time: other work on the machine does not count
+    seconds = time.process_time() - begun if on_cpu else done.seconds
+    return seconds / max(done.evaluations, 1), piece
 
 
 def announce(run: Search, per_call: float) -> None:

@@ -61,8 +61,14 @@ class Race:
         """Begin a generation of distinct schedules on the fewest samples."""
         return self.scorer.submit(schedules, self.stream, self.levels[0])
 
-    def finish(self, schedules: Sequence[Any], batch: Pending) -> list[Result]:
-        """A generation's results, in order; `Result.samples` says how far each one came."""
+    def finish(
+        self, schedules: Sequence[Any], batch: Pending, told: int | None = None
+    ) -> list[Result]:
+        """A generation's results, in order; `Result.samples` says how far each one came.
+
+        All of a generation race, so that no result depends on how many the budget pays for; the
+        first `told` [all] are returned, and only these can become the best known.
+        """
         results = self.scorer.wait(batch)
         alive = [i for i, r in enumerate(results) if r.status == "ok"]
         known = self.best
@@ -83,14 +89,15 @@ class Race:
             for i, result in zip(alive, self.scorer.wait(grown), strict=True):
                 results[i] = result
             alive = [i for i in alive if results[i].status == "ok"]
-        for i in alive:
+        told = len(results) if told is None else told
+        for i in (i for i in alive if i < told):
             if self.best is None or results[i].score < self.best.score:
                 self.best = results[i]
         for i, leader, score in reversed(stopped):  # a leader came further: its score is final
             lead = known if leader is None else results[leader]
             if lead is not None and np.isfinite(lead.score) and score > 0:
                 results[i] = replace(results[i], score=results[i].score / score * lead.score)
-        return results
+        return results[:told]
 
     def _leader(
         self, results: Sequence[Result], alive: Sequence[int]

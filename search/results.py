@@ -3,113 +3,93 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.samplers import AnyProblem, ParticleProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
-from fewstep.search.family import Family
-from fewstep.search.pool import Pool
 from fewstep.search.record import write_text
 from fewstep.search.rung import best_so_far
-from fewstep.search.strategies import Evaluated
-from fewstep.search.tracking import Tracker
 from fewstep.search.verdict import FRESH, Row, Verdict
-from fewstep.search.work import Block, Want
+from fewstep.search.work import Block
 from fewstep.space.files import save_schedule
 
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
 
-def write_results(
-    config: StudyConfig,
-    out: Path,
-    problem: AnyProblem,
-    family: Family,
-    pool: Pool,
-    tracker: Tracker,
-    verdicts: list[Verdict],
-    *,
-    found: Mapping[int, list[Evaluated]],
-    named: Mapping[int, int],
-    endpoints: Tensor | None,
-) -> tuple[Row, ...]:
-    """Write everything a search ends with.
+
+def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
+    """Write everything a search ends with; the rows of results.json.
 
     Args:
-        config: the study.
-        out: its folder.
-        problem: the model.
-        family: its kind of schedules.
-        pool: draws the picture's samples.
-        tracker: gets every file and number.
+        run: the search.
         verdicts: one per NFE.
-        found: all trials by NFE, in the order told.
-        named: how many of them are named solvers.
-        endpoints: the teacher's samples on the fresh noise, if there is one.
-
-    Returns:
-        The rows of results.json.
     """
-    rows, objective = tuple(v.row for v in verdicts), config.objective.name or ""
-    statistic = config.objective.statistic or "mean"
+    config, out, tracker = run.config, run.out, run.tracker
+    rows = tuple(v.row for v in verdicts)
     for verdict in verdicts:
-        nfe = verdict.row.nfe
-        provenance = _provenance(config, verdict.row, problem, tracker.runs)
-        schedule = verdict.kept.model_copy(update={"provenance": provenance})
-        path = save_schedule(schedule, schedule_path(out, nfe, config.scale))
-        image = path.with_suffix(".safetensors")
-        for file in (path, image) if image.exists() else (path,):
-            tracker.file(nfe, file, "schedules")
-            tracker.file(None, file, "schedules")
-        tracker.tag(
-            nfe, **{"fewstep.digest": schedule.digest, "fewstep.source": verdict.row.source}
-        )
+        _save_schedule(run, verdict)
     results = {
         "study": config.name,
-        "objective": objective,
-        "statistic": statistic,
+        "objective": config.objective.name or "",
+        "statistic": config.objective.statistic or "mean",
         "rows": [row.to_dict() for row in rows],
         "pareto": [row.nfe for row in report.pareto(rows)],
     }
-    written = [
-        write_text(out / "results.json", json.dumps(results, indent=1) + "\n"),
-        out / "study.json",
-    ]
-    series = {nfe: best_so_far(known) for nfe, known in found.items()}
-    levels = {nfe: best_so_far(known[: named[nfe]])[-1][1] for nfe, known in found.items()}
-    pictures = [report.curves(out / "curves.png", series, levels, objective)]
-    errors = {v.row.nfe: v.errors for v in verdicts if v.errors is not None}
-    if errors:
-        pictures.insert(0, report.errors_picture(out / "errors.png", errors))
-    if len(rows) > 1:
-        pictures.insert(0, report.pareto_picture(out / "pareto.png", rows, objective))
-    sheet = None
-    if family.has_teacher or problem.picture is not None:
-        drawn = _sheet(config, pool, verdicts, endpoints, problem)
-        sheet = report.contact_sheet(out / "samples.png", drawn, problem.picture)
-    if sheet is not None:
-        pictures.insert(0, sheet)
+    written = write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    pictures = _pictures(run, verdicts)
     stages = ("teacher.", "refine.", "compensation.", "cpr.")
-    unused = () if family.has_teacher else (*stages, "search.guidance", "objective.features")
+    unused = () if run.family.has_teacher else (*stages, "search.guidance", "objective.features")
     facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
-    facts |= {"model fingerprint": problem.fingerprint, "fewstep": version("fewstep")}
-    written.append(
-        report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
-    )
-    for path in (*written, *pictures):
+    facts["model fingerprint"] = run.evaluator.problem.fingerprint
+    facts["fewstep"] = version("fewstep")
+    page = report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
+    for path in (written, out / "study.json", page, *pictures):
         tracker.file(None, path)
     for row in rows:
         tracker.numbers(row.nfe, metrics(row))
         if row.ratio is not None:
             tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
     return rows
+
+
+def _save_schedule(run: Search, verdict: Verdict) -> None:
+    """The file of the schedule to keep, its image beside it; both tracked."""
+    row, tracker = verdict.row, run.tracker
+    provenance = _provenance(run.config, row, run.evaluator.problem, tracker.runs)
+    schedule = verdict.kept.model_copy(update={"provenance": provenance})
+    path = save_schedule(schedule, schedule_path(run.out, row.nfe, run.config.scale))
+    image = path.with_suffix(".safetensors")
+    for file in (path, image) if image.exists() else (path,):
+        tracker.file(row.nfe, file, "schedules")
+        tracker.file(None, file, "schedules")
+    tracker.tag(row.nfe, **{"fewstep.digest": schedule.digest, "fewstep.source": row.source})
+
+
+def _pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
+    """What can be drawn of a search: samples, the Pareto front, errors, curves."""
+    out, problem, objective = run.out, run.evaluator.problem, run.config.objective.name or ""
+    made: list[Path | None] = []
+    if run.family.has_teacher or problem.picture is not None:
+        drawn = _sheet(run, verdicts)
+        made.append(report.contact_sheet(out / "samples.png", drawn, problem.picture))
+    if len(verdicts) > 1:
+        rows = [v.row for v in verdicts]
+        made.append(report.pareto_picture(out / "pareto.png", rows, objective))
+    errors = {v.row.nfe: v.errors for v in verdicts if v.errors is not None}
+    if errors:
+        made.append(report.errors_picture(out / "errors.png", errors))
+    series = {nfe: best_so_far(rung.known) for nfe, rung in run.rungs.items()}
+    levels = {nfe: best_so_far(rung.named_known())[-1][1] for nfe, rung in run.rungs.items()}
+    made.append(report.curves(out / "curves.png", series, levels, objective))
+    return [path for path in made if path is not None]
 
 
 def metrics(row: Row) -> dict[str, float]:
@@ -142,17 +122,12 @@ def schedule_path(out: Path, nfe: int, guidance: float | None) -> Path:
     return out / "schedules" / f"nfe{nfe:02d}{scale}.json"
 
 
-def _sheet(
-    config: StudyConfig,
-    pool: Pool,
-    verdicts: list[Verdict],
-    endpoints: Tensor | None,
-    problem: AnyProblem,
-) -> list[tuple[str, Tensor]]:
+def _sheet(run: Search, verdicts: Sequence[Verdict]) -> list[tuple[str, Tensor]]:
     """Samples on the same fresh noise.
 
     Per NFE the problem's own baselines, best named and found; then the teacher if any.
     """
+    config, problem, endpoints = run.config, run.evaluator.problem, run.endpoints.get(FRESH)
     size = min(config.final.pictures, config.final.samples)
     own = problem.baselines if isinstance(problem, Problem) else None
     labels: list[str] = []
@@ -164,19 +139,11 @@ def _sheet(
             labels.append(f"{name}, {v.row.nfe} calls")
             schedules.append(schedule)
     blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
-    samples = [torch.from_numpy(np.array(r.values[0])) for r in pool.map(blocks)]
+    samples = [torch.from_numpy(np.array(r.values[0])) for r in run.pool.map(blocks)]
     rows = list(zip(labels, samples, strict=True))
     if endpoints is not None:
         rows.append((f"teacher, {config.teacher.nfe} calls", endpoints[:size]))
     return rows
-
-
-def drawn(
-    pool: Pool, schedule: Any, stream: str, samples: int, want: Want, block: int
-) -> NDArray[Any]:
-    """Samples, or their features, of one schedule on samples 0..samples-1 of a stream."""
-    blocks = Block.cover([schedule], stream, range(samples), block, want=want)
-    return np.concatenate([r.values[0] for r in pool.map(blocks)])
 
 
 def _provenance(

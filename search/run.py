@@ -28,7 +28,7 @@ from fewstep.search.display import Display, duration
 from fewstep.search.family import family_of
 from fewstep.search.guided import regress_all, search_each
 from fewstep.search.objective import Frechet, frechet_distance
-from fewstep.search.pool import Pool
+from fewstep.search.pool import Pool, gathered
 from fewstep.search.preparing import (
     announce,
     check_names,
@@ -39,7 +39,7 @@ from fewstep.search.preparing import (
     starters,
 )
 from fewstep.search.record import held, write_text
-from fewstep.search.results import drawn, write_results
+from fewstep.search.results import write_results
 from fewstep.search.rung import Rung, Standing, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
 from fewstep.search.stages.cpr import regress, wanted
@@ -50,9 +50,9 @@ from fewstep.search.store import Store
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, Tracker, beginning, tracking_uri
-from fewstep.search.verdict import FRESH, Judge, Row, Verdict, with_frechet
+from fewstep.search.verdict import FRESH, Judge, Row, Verdict
 from fewstep.search.warm import load_warm, warm_start
-from fewstep.search.work import Evaluator
+from fewstep.search.work import Block, Evaluator
 from fewstep.search.yardstick import Array
 
 
@@ -103,36 +103,15 @@ def search(
                 if hasattr(one, "store"):
                     one.store.close()
         begun = time.monotonic()
-        store = Store(
-            open_storage(config.search.storage, out),
-            config.name,
-            out,
-            config.identity(budget=False),
-            resume,
-        )
-        write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
-        objective, again = "", store.resumed
 
-        def part_of(part: StudyConfig, folder: Path) -> Sequence[Row]:
-            nonlocal objective
-            found = search(
-                part,
-                folder,
-                resume=again and not overwrite,
-                overwrite=overwrite,
-                address=address,
-                display=display,
-            )
-            objective = found.objective
-            return found.rows
+        def part(study: StudyConfig, folder: Path, again: bool) -> Outcome:
+            more = {"resume": again and not overwrite, "overwrite": overwrite}
+            return search(study, folder, address=address, display=display, **more)
 
-        try:
-            rows = search_each(config, out, part_of, display)
-        finally:
-            store.close(keep=any(out.glob("w*/study.json")))
+        objective, rows = search_each(config, out, part, resume, display)
         if wanted(config):
             regress_all(config, out, rows, address, display)
-        return Outcome(objective, tuple(rows), out, time.monotonic() - begun)
+        return Outcome(objective, rows, out, time.monotonic() - begun)
 
 
 class Search:
@@ -164,7 +143,7 @@ class Search:
         self.tracker = Tracker()
         self.rungs: dict[int, Rung] = {}
         self.references: dict[str, Array] = {}
-        self._endpoints: dict[str, Tensor] = {}
+        self.endpoints: dict[str, Tensor] = {}
 
     def run(self, resume: bool) -> Outcome:
         """From the study to its files."""
@@ -266,18 +245,7 @@ class Search:
         spent = self._finish()
         verdicts = self._judge(spent)
         self.display.stage("writing")
-        rows = write_results(
-            config,
-            self.out,
-            self.evaluator.problem,
-            self.family,
-            self.pool,
-            self.tracker,
-            verdicts,
-            found={nfe: rung.known for nfe, rung in self.rungs.items()},
-            named={nfe: len(rung.named_known()) for nfe, rung in self.rungs.items()},
-            endpoints=self._endpoints.get(FRESH),
-        )
+        rows = write_results(self, verdicts)
         if wanted(config):
             path = regress(config, self.out, rows, self.evaluator.ode, self.pool, self.display)
             if path is not None:
@@ -318,7 +286,7 @@ class Search:
             self._refer(stream, size)
         mean = None
         if config.finish == "refine" and config.refine.mean:
-            mean = self._endpoints[TRAIN].mean(0)
+            mean = self.endpoints[TRAIN].mean(0)
         return finish_rungs(config, self.pool, self.rungs, self.display, mean)
 
     def _judge(self, spent: Mapping[int, int]) -> list[Verdict]:
@@ -327,8 +295,7 @@ class Search:
         self._refer(FRESH, config.final.samples)
         if self.teacher is not None:
             self.display.stage("teacher against itself")
-            ends, advance = self._endpoints[FRESH], self.display.advance
-            own_error = self.teacher.self_error(FRESH, ends, advance)
+            own_error = self.teacher.self_error(FRESH, self.endpoints[FRESH])
         objective, seed = self.evaluator.objective, config.search.seed
         judge = Judge(self.scorer, objective, config.final, self._refer, seed)
         verdicts = []
@@ -354,22 +321,29 @@ class Search:
         if not self.family.has_teacher or evaluator.ode.features is None or verdict.errors is None:
             return verdict
         count = verdict.row.samples
-        ends = self._endpoints[FRESH][:count]
+        ends = self.endpoints[FRESH][:count]
         aim = Frechet(evaluator.features).measure(ends[None], ends)[0].double().cpu().numpy()
         if count <= 2 * aim.shape[1]:
             return verdict  # fewer samples than a covariance needs
-        block = self.config.search.block[1]
-        found, named = (
-            frechet_distance(drawn(self.pool, s, FRESH, count, "features", block), aim)
-            for s in (verdict.found, verdict.best_named)
-        )
-        return with_frechet(verdict, found, named)
+        size, scores = self.config.search.block[1], []
+        for schedule in (verdict.found, verdict.best_named):
+            blocks = Block.cover([schedule], FRESH, range(count), size, want="features")
+            scores.append(frechet_distance(gathered(self.pool, blocks), aim))
+        frechet = dict(zip(("found", "named"), scores, strict=True))
+        return replace(verdict, row=replace(verdict.row, frechet=frechet))
 
     def _make_teacher(self) -> Teacher:
         config = self.config
         cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
-        more = {"seed": config.search.seed, "block": config.search.block[1]}
-        return Teacher(self.evaluator.ode, config.teacher, self.pool, cache, **more)
+        return Teacher(
+            self.evaluator.ode,
+            config.teacher,
+            self.pool,
+            cache,
+            seed=config.search.seed,
+            block=config.search.block[1],
+            advance=self.display.advance,
+        )
 
     def _refer(self, stream: str, samples: int) -> Array:
         """The teacher's end points of a stream, given to every worker, and their measures."""
@@ -379,12 +353,12 @@ class Search:
             self.references[stream] = np.zeros((samples, 0))
             return self.references[stream]
         self.display.stage(f"teacher, {self.config.teacher.nfe} calls ({stream})")
-        endpoints = self.teacher.reference(stream, samples, self.display.advance).samples
-        self._endpoints[stream] = endpoints
+        endpoints = self.teacher.reference(stream, samples)
+        self.endpoints[stream] = endpoints
         self.pool.share(stream, endpoints)
         objective = self.evaluator.objective
         if objective.per_sample and objective.statistic == "backward":
-            gain = self.teacher.gain(stream, samples, self.display.advance)
+            gain = self.teacher.gain(stream, samples)
             self.references[stream] = gain
             return gain
         with torch.no_grad():

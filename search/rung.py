@@ -52,13 +52,14 @@ class Standing:
 
 @dataclass
 class _Generation:
-    """Proposals under evaluation: those paid for, and the distinct new schedules of all."""
+    """Proposals under evaluation: those paid for, their new schedules, and those of all."""
 
     number: int
     paid: list[Proposal]
     size: int
     kept: list[Kept]
     fresh: dict[str, Any]
+    every: list[Any]
     batch: Pending | None
 
 
@@ -172,16 +173,16 @@ class Rung:
                 needed = len(fresh)
         size, proposals = len(proposals), proposals[:paid]
         self._proposed += len(proposals)
-        made = _Generation(number, proposals, size, kept, fresh, None)
+        needed_only, every = dict(list(fresh.items())[:needed]), list(fresh.values())
+        made = _Generation(number, proposals, size, kept, needed_only, every, None)
         if len(kept) < len(proposals):
-            made.batch = self._submit(list(fresh.values()), needed)
-        made.fresh = dict(list(fresh.items())[:needed])
+            made.batch = self._submit(every, needed)
         self._seen |= set(made.fresh)
         return made
 
     def _submit(self, schedules: list[Any], needed: int) -> Pending:
         if len(self._search.levels) > 1:
-            return self._race.start(schedules[:needed])
+            return self._race.start(schedules)
         return self._run.scorer.submit(schedules, SEARCH, self._search.samples, needed=needed)
 
     def _scored(self, generation: _Generation) -> list[Result]:
@@ -199,7 +200,7 @@ class Rung:
                     self._race.best = r
             return results
         if len(self._search.levels) > 1:
-            return self._race.finish(list(fresh.values()), batch)
+            return self._race.finish(generation.every, batch, len(fresh))
         return self._run.scorer.wait(batch)
 
     def _tell(self, generation: _Generation) -> None:

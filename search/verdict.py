@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -321,11 +321,6 @@ class Judge:
             return {}
         found, other = self._objective.facts(a.measures), self._objective.facts(b.measures)
         return {name: (value, other[name]) for name, value in found.items()}
-
-
-def with_frechet(verdict: Verdict, found: float, named: float) -> Verdict:
-    """The verdict with the paired Frechet distances of features to the teacher's."""
-    return replace(verdict, row=replace(verdict.row, frechet={"found": found, "named": named}))
 
 
 def _listed(solvers: Sequence[Evaluated], selected: Mapping[str, Result]) -> tuple[Scored, ...]:

@@ -24,6 +24,7 @@ References: tail index, Hill 1975 (Ann. Statist. 3, 1163); bootstrap, Efron and 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -101,12 +102,31 @@ def bootstrap_ratio(
         resamples: number of resamples.
         seed: of the resampling.
     """
-    rng = np.random.default_rng(seed)
-    ratios = []
-    for _ in range(resamples):
-        at = rng.integers(0, len(a), len(a))
-        ratios.append(_ratio(float(of(a[at])), float(of(b[at]))))
-    low, high = np.quantile(ratios, [0.025, 0.975])
+
+    def score(errors: Array, at: NDArray[np.intp]) -> float:
+        return float(of(errors[at]))
+
+    both = paired_resamples(a, b, score, resamples=resamples, seed=seed)
+    return middle95(np.array([_ratio(*pair) for pair in both.tolist()]))
+
+
+def paired_resamples(
+    a: Array,
+    b: Array,
+    score: Callable[[Array, NDArray[np.intp]], float],
+    *,
+    resamples: int,
+    seed: int,
+) -> Array:
+    """score(a), score(b) of samples drawn with replacement, the SAME ones for both, (R, 2)."""
+    rng, n = np.random.default_rng(seed), len(a)
+    picks = [rng.integers(0, n, size=n) for _ in range(resamples)]
+    return np.array([(score(a, at), score(b, at)) for at in picks])
+
+
+def middle95(values: Array) -> tuple[float, float]:
+    """What holds the middle 95 % of values."""
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

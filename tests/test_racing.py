@@ -137,6 +137,18 @@ def test_a_raced_search_cut_anywhere_resumes_to_the_same_end(tmp_path):
         assert trial_table(out) == trial_table(whole.out)
 
 
+def test_more_budget_within_a_generation_ends_as_if_it_had_been_there(tmp_path):
+    settings = ("search.strategy=evolution", *RACE)
+    whole = _search(tmp_path, tmp_path / "whole", *settings, "budget.candidates=120")
+    out = tmp_path / "parts"
+    for candidates in (107, 120):  # three of the eight of a generation, then the rest
+        parts = _search(tmp_path, out, *settings, f"budget.candidates={candidates}", resume=True)
+        assert len(trial_table(out)) == candidates
+    assert trial_table(out) == trial_table(whole.out)
+    assert parts.rows == whole.rows
+    assert any(row[1] == "PRUNED" for row in trial_table(out)[104:])
+
+
 def test_a_budget_in_calls_ends_a_race_when_it_is_spent(tmp_path):
     found = _search(tmp_path, tmp_path / "out", "budget.calls=12000", *RACE)
     spent, last = found.rows[0].calls_spent, 8 * 64 * 3

@@ -105,10 +105,11 @@ def rescore(
         family.check(schedule, "a schedule")
     reference = np.zeros((samples, 0))
     if family.has_teacher:
-        teacher = Teacher(evaluator.ode, config.teacher, pool, cache, seed=seed, block=block)
-        display.total(teacher.cost(held) + total)
+        more = {"seed": seed, "block": block, "advance": display.advance}
+        teacher = Teacher(evaluator.ode, config.teacher, pool, cache, **more)
+        display.total(held * config.teacher.nfe + total)
         display.stage(f"teacher, {config.teacher.nfe} calls")
-        endpoints = teacher.reference(stream, held, display.advance).samples[:samples]
+        endpoints = teacher.reference(stream, held)[:samples]
         pool.share(stream, endpoints)
         reference = np.asarray(objective.measure(endpoints[None], endpoints)[0].cpu())
     else:

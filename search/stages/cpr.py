@@ -25,7 +25,7 @@ from fewstep.samplers import Problem
 from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.pool import Pool
+from fewstep.search.pool import Pool, gathered
 from fewstep.search.results import schedule_path
 from fewstep.search.stages.refine import batch_of
 from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
@@ -145,17 +145,11 @@ class Stage:
     def _refer(self, stream: str, size: int, guidance: float) -> None:
         """The teacher's end points of a stream at a scale, given to every worker."""
         teacher = baseline(self.config.teacher.solver, self.noise, self.config.teacher.nfe)
-        more: dict[str, Any] = {"want": "samples", "strict": True}
-        more["guidance"] = self._scale(guidance)
-        size_of_block = self.config.search.block[1]
-        parts = []
-        for result in self.pool.map(
-            Block.cover([teacher], stream, range(size), size_of_block, **more)
-        ):
-            self._count(result.evaluations)
-            parts.append(torch.from_numpy(np.array(result.values[0])))
-        ends = torch.cat(parts)
-        self.pool.share(key(stream, self._scale(guidance)), ends)
+        scale, many = self._scale(guidance), self.config.search.block[1]
+        more: dict[str, Any] = {"want": "samples", "strict": True, "guidance": scale}
+        blocks = Block.cover([teacher], stream, range(size), many, **more)
+        ends = torch.from_numpy(gathered(self.pool, blocks, self._count))
+        self.pool.share(key(stream, scale), ends)
 
     def _count(self, evaluations: int) -> None:
         self.calls += evaluations
