@@ -203,6 +203,29 @@ class QualityPredictor:
         return made
 
 
+class ScoreProcess:
+    """A Gaussian process that predicts scores, transformed so that ratios count."""
+
+    chosen = "gaussian"
+
+    def __init__(self, x: Tensor, scores: Sequence[float], noise: float, steps: int) -> None:
+        y = targets(torch.tensor(scores, dtype=torch.float64))
+        self._process = GaussianProcess(steps=steps, noise=noise).fit(x, y)
+        self.best, self.spread = float(y.min()), float(y.std())
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation at features (n, d)."""
+        mean, std = self._process.predict(x)
+        return mean.numpy(), std.numpy()
+
+    @torch.no_grad()
+    def posterior(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and joint covariance."""
+        mean, cov = self._process.posterior(x)
+        return mean.numpy(), cov.numpy()
+
+
 def _off(x: Tensor, y: Tensor, newest: int) -> float:
     """Root mean square of the last rows' distance from what the others predict, in its std."""
     if newest < 1 or len(y) - newest < LEAST_ROWS:

@@ -1,6 +1,5 @@
 """Run a schedule on a model. Needs torch only; never imports what finds schedules."""
 
-from fewstep.samplers.ancestral import ancestral
 from fewstep.samplers.denoiser import Denoiser, ModelDenoiser, fingerprint, from_model
 from fewstep.samplers.masked import sample_masked
 from fewstep.samplers.ode import run, sample, start
@@ -22,7 +21,6 @@ __all__ = [
     "Particles",
     "Problem",
     "TokenDenoiser",
-    "ancestral",
     "fingerprint",
     "from_hf_masked_lm",
     "from_model",

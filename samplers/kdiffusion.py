@@ -141,29 +141,15 @@ def sample_fewstep(
         return x
     flow = _convention(schedule, levels, tolerance)
     _check_model(model, flow=flow)
-    if schedule.program.guidance is not None and "cond_scale" not in extra:
-        raise ScheduleError(
-            "the schedule sets the guidance scale of every call, which this model does not take: "
-            "pass cond_scale in extra_args, or use a schedule without guidance of its own"
-        )
-    ends = boundaries(schedule)
-    first, last = _place(schedule, levels, tolerance, flow=flow)
+    _check_guidance(schedule, extra)
+    ends, (first, last) = boundaries(schedule), _place(schedule, levels, tolerance, flow=flow)
     (begin, t_first), (stop, t_last) = ends[first], ends[last]
     part = from_call(schedule, begin)
     program = _head(part.program, stop - begin)
     noise = schedule.noise
 
-    def tell(progress: Progress) -> None:
-        if callback is not None:
-            t = progress.t.double()
-            state = progress.state / bcast(_scale(noise, t, flow=flow), progress.state)
-            sigma = _levels(noise, t, flow=flow)[0]
-            facts = {"x": state, "i": progress.call, "sigma": sigma, "sigma_hat": sigma}
-            callback(facts | {"denoised": progress.denoised})
-
-    generator = None
-    if program.stochastic and "seed" in extra:
-        generator = torch.Generator(x.device).manual_seed(int(extra["seed"]))
+    seeded = program.stochastic and "seed" in extra
+    generator = torch.Generator(x.device).manual_seed(int(extra["seed"])) if seeded else None
     t = torch.tensor([t_first, t_last], dtype=torch.float64)
     start, end = _scale(noise, t, flow=flow).tolist()
     y = run(
@@ -172,11 +158,26 @@ def sample_fewstep(
         x * start,
         m=part.constant,
         generator=generator,
-        callback=tell,
+        callback=None if callback is None else _told(callback, noise, flow=flow),
         options=part.options,
     )
     found: Tensor = y / end
     return found
+
+
+def _told(
+    callback: Callable[[dict[str, Any]], None], noise: NoiseSchedule, *, flow: bool
+) -> Callable[[Progress], None]:
+    """A k-diffusion callback as one of ours."""
+
+    def tell(progress: Progress) -> None:
+        t = progress.t.double()
+        state = progress.state / bcast(_scale(noise, t, flow=flow), progress.state)
+        sigma = _levels(noise, t, flow=flow)[0]
+        facts = {"x": state, "i": progress.call, "sigma": sigma, "sigma_hat": sigma}
+        callback(facts | {"denoised": progress.denoised})
+
+    return tell
 
 
 def _head(program: Program, calls: int) -> Program:
@@ -247,6 +248,15 @@ def _convention(schedule: Replayed, levels: list[float], tolerance: float) -> bo
             "both as sigma in 0..1 and as sigma / alpha: pass more of its levels"
         )
     return fits[0] if fits else max(levels) <= 1
+
+
+def _check_guidance(schedule: Replayed, extra: Mapping[str, Any]) -> None:
+    """Refuse guidance of every call where the model takes none."""
+    if schedule.program.guidance is not None and "cond_scale" not in extra:
+        raise ScheduleError(
+            "the schedule sets the guidance scale of every call, which this model does not take: "
+            "pass cond_scale in extra_args, or use a schedule without guidance of its own"
+        )
 
 
 def _check_model(model: object, *, flow: bool) -> None:

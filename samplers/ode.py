@@ -140,96 +140,120 @@ def run(
 
     `check` raises a ModelError at the first data prediction that is not finite; without it NaN
     travels to the result, so that a batch of candidates survives one that diverges. `share` asks
-    the network once for candidates whose rows so far are equal: equal states, equal outputs. The
-    first call is always shared by candidates that start at one time. `shifter` compiles the rows
-    of one program while it runs, with a shift per image into a program per image.
+    the network once for candidates whose rows so far are equal, as those of the first call are.
+    `shifter` compiles the rows of one program while it runs, maybe into a program per image.
     """
     if options and "time_shift" in options and shifter is None:
         raise ScheduleError(
             "options.time_shift compiles rows while it samples, from the steps: call sample() "
             "with a schedule that holds its steps"
         )
-    stacked = program.r.ndim == 2
-    count = program.r.shape[0] if stacked else 1
     x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    batch, shape = x_T.shape[0], x_T.shape[1:]
-    p = _Coefficients(program, x_T)
-    if m is None and p.uses_m:
-        raise ScheduleError(
-            "the schedule starts from a constant image, which lies beside its file under the "
-            "same name with .safetensors: copy it along, or call with_constant(m)"
-        )
+    loop = _Loop(program, x_T, m, generator, shifter)
     require_networks(program, denoiser)
-    groups = prefix_groups(program) if stacked and share else None
-    batches = questions(program, groups, batch, x_T, alone=shifter is not None)
-    origin = x_T.expand(count, batch, *shape)
-    if m is not None and p.uses_m and not _fits(m, shape):
-        raise ScheduleError(
-            f"the schedule's constant image has shape {tuple(m.shape)}, but samples have "
-            f"{tuple(shape)}: it belongs to another model"
-        )
-    constant = None if m is None else m.to(x_T)
-    y = p.at("p", 0) * origin
-    if constant is not None:
-        y = y + p.at("k0", 0) * constant
-    history: list[Tensor] = []
+    groups = prefix_groups(program) if share and program.r.ndim == 2 else None
+    batches = questions(program, groups, loop.batch, x_T, alone=shifter is not None)
     finite: list[Tensor | None] = []  # read after the last call: no wait on the device in between
-
-    def advanced(c: int) -> Tensor:
-        fresh = None
-        if p.noisy(c):  # one draw, shared by candidates
-            fresh = torch.empty_like(x_T).normal_(generator=generator)
-            fresh = fresh if shifter is None else fresh.reshape(y.shape)
-        return p.advance(c, y, origin, constant, history, fresh)
-
     for turn in range(len(batches)):
         first, *others = batches[turn].calls
-        if shifter is not None:
-            now = shifter.before(first, y.reshape(x_T.shape))
-            if program is not now:
-                program, p = now, _Coefficients(now, x_T)
-                if program.r.ndim == 2:  # from here on every image is its own candidate
-                    count, batch = len(x_T), 1
-                y, origin, *history = (
-                    v.reshape(count, batch, *shape) for v in (y, origin, *history)
-                )
-                batches = questions(program, None, batch, x_T, alone=True)
-        q, states = batches[turn], [y]
+        if loop.recompiled(first):
+            batches = questions(loop.program, None, loop.batch, x_T, alone=True)
+        q, states = batches[turn], [loop.y]
         for c in others:
-            y = advanced(c - 1)
-            states.append(y)
-        flat = y if len(states) == 1 else torch.cat(states)
-        flat = (flat if q.rows is None else flat[q.rows]).reshape(q.asked * batch, *shape)
-        D = ask(denoiser, flat, q, cond, guidance, whole=shifter is not None)
-        D = D.to(x_T.dtype)
+            states.append(loop.advance(c - 1))
+        flat = loop.y if len(states) == 1 else torch.cat(states)
+        flat = (flat if q.rows is None else flat[q.rows]).reshape(-1, *x_T.shape[1:])
+        D = ask(denoiser, flat, q, cond, guidance, whole=shifter is not None).to(x_T.dtype)
         if options and "threshold" in options:
             D = threshold(D, **options["threshold"])
         finite.append(torch.isfinite(D).all() if check else None)
         if callback is not None and not others:
             callback(Progress(first, q.t, flat, D))
-        D = D.reshape(q.asked, batch, *shape)
-        outputs = (D if q.back is None else D[q.back]).split(count)
-        history += outputs
+        D = D.reshape(q.asked, loop.batch, *x_T.shape[1:])
+        outputs = (D if q.back is None else D[q.back]).split(loop.count)
+        loop.history += outputs
         if callback is not None and others:
-            for k, c in enumerate(q.calls):
-                t = program.t[..., c].reshape(-1).repeat_interleave(batch).to(x_T.device)
-                callback(Progress(c, t, states[k].flatten(0, 1), outputs[k].flatten(0, 1)))
-        y = advanced(q.calls[-1])
+            for c, state, output in zip(q.calls, states, outputs, strict=True):
+                t = loop.program.t[..., c].reshape(-1).repeat_interleave(loop.batch)
+                callback(Progress(c, t.to(x_T.device), state.flatten(0, 1), output.flatten(0, 1)))
+        loop.advance(q.calls[-1])
     for q, good in zip(batches, finite, strict=True):
         if good is not None and not bool(good):
-            raise ModelError(
-                f"the data prediction of network call {q.calls[0]} "
-                f"(t = {program.t[..., q.calls[0]].tolist()}) is "
-                "not finite: check the model's output kind and noise schedule"
-            )
-    return y if stacked else y.reshape(x_T.shape)
+            raise _not_finite(q.calls[0], loop.program)
+    return loop.y if program.r.ndim == 2 else loop.y.reshape(x_T.shape)
 
 
-def _fits(m: Tensor, shape: torch.Size) -> bool:
-    """Whether an image can be added to samples of a shape."""
-    return m.ndim <= len(shape) and all(
-        a in (1, b) for a, b in zip(m.shape[::-1], shape[::-1], strict=False)
+class _Loop:
+    """A run on its way: the program's numbers, the states of M candidates, and their outputs."""
+
+    def __init__(
+        self,
+        program: Program,
+        x_T: Tensor,
+        m: Tensor | None,
+        generator: torch.Generator | None,
+        shifter: Shifter | None,
+    ) -> None:
+        self.program, self.numbers = program, _Coefficients(program, x_T)
+        self.x_T, self.generator, self.shifter = x_T, generator, shifter
+        self.constant = _image(m, x_T, used=self.numbers.uses_m)
+        self.count, self.batch = program.r.shape[0] if program.r.ndim == 2 else 1, len(x_T)
+        self.origin = x_T.expand(self.count, *x_T.shape)
+        self.history: list[Tensor] = []
+        self.y = self.numbers.at("p", 0) * self.origin
+        if self.constant is not None:
+            self.y = self.y + self.numbers.at("k0", 0) * self.constant
+
+    def advance(self, c: int) -> Tensor:
+        """The states after row c; its fresh noise is one draw, shared by candidates."""
+        fresh = None
+        if self.numbers.noisy(c):
+            fresh = torch.empty_like(self.x_T).normal_(generator=self.generator)
+            fresh = fresh if self.shifter is None else fresh.reshape(self.y.shape)
+        now = (self.y, self.origin, self.constant, self.history, fresh)
+        self.y = self.numbers.advance(c, *now)
+        return self.y
+
+    def recompiled(self, c: int) -> bool:
+        """Whether the shifter has other rows from call c on; then each image may have its own."""
+        if self.shifter is None:
+            return False
+        now = self.shifter.before(c, self.y.reshape(self.x_T.shape))
+        if self.program is now:
+            return False
+        self.program, self.numbers = now, _Coefficients(now, self.x_T)
+        if now.r.ndim == 2:  # from here on every image is its own candidate
+            self.count, self.batch = len(self.x_T), 1
+        shape = (self.count, self.batch, *self.x_T.shape[1:])
+        self.y, self.origin = self.y.reshape(shape), self.origin.reshape(shape)
+        self.history = [v.reshape(shape) for v in self.history]
+        return True
+
+
+def _not_finite(call: int, program: Program) -> ModelError:
+    return ModelError(
+        f"the data prediction of network call {call} (t = {program.t[..., call].tolist()}) is not "
+        "finite: check the model's output kind and noise schedule"
     )
+
+
+def _image(m: Tensor | None, x_T: Tensor, *, used: bool) -> Tensor | None:
+    """The constant image beside the states; a ScheduleError where it lacks or does not fit."""
+    if m is None:
+        if used:
+            raise ScheduleError(
+                "the schedule starts from a constant image, which lies beside its file under the "
+                "same name with .safetensors: copy it along, or call with_constant(m)"
+            )
+        return None
+    shape = x_T.shape[1:]
+    sides = zip(m.shape[::-1], shape[::-1], strict=False)
+    if used and not (m.ndim <= len(shape) and all(a in (1, b) for a, b in sides)):
+        raise ScheduleError(
+            f"the schedule's constant image has shape {tuple(m.shape)}, but samples have "
+            f"{tuple(shape)}: it belongs to another model"
+        )
+    return m.to(x_T)
 
 
 class _Coefficients:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Points = Sequence[tuple[int, float]]
+_PAGE = Path(__file__).with_name("report.html")
 
 
 def number(value: float | None) -> str:
@@ -38,8 +38,7 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
     most = max((row.samples for row in rows), default=0)
     table = Table(title=f"{objective} on up to {most} fresh samples")
     columns = [c for c in COLUMNS[:TERMINAL] if any(c[1](row) != "–" for row in rows)]
-    facts = list(rows[0].facts) if rows else []
-    for head in [*(name for name, _ in columns), *facts]:
+    for head in [*(name for name, _ in columns), *_facts(rows)]:
         table.add_column(head, justify="left" if head == "best named" else "right", no_wrap=True)
     front = pareto(rows)
     notes = []
@@ -288,45 +287,28 @@ def page(
     path: Path, title: str, rows: Sequence[Row], pictures: Sequence[Path], facts: Mapping[str, str]
 ) -> Path:
     """A page with the tables and the pictures inside it; it needs no other file."""
+    from jinja2 import Template
+
     more = (
         ("search score", lambda row: number(row.found_search_score)),
         ("trials", lambda row: f"{row.trials} ({row.failed} failed)"),
         ("use", lambda row: row.use),
     )
     columns = [*(c for c in COLUMNS if any(c[1](row) != "–" for row in rows)), *more]
-    facts_heads = [f"{name}: found, named" for name in (rows[0].facts if rows else ())]
-    names = [*(name for name, _ in columns), *facts_heads]
-    head = "<tr>" + "".join(f"<th>{html.escape(name)}" for name in names) + "</tr>"
-    body = []
-    for row in rows:
-        cells = (*(cell(row) for _, cell in columns), *fact_cells(row))
-        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
-    named = []
-    for row in rows:
-        lines = "".join(
-            f"<tr><td>{html.escape(s.name)}<td>{number(s.score)}<td>{number(s.median)}"
-            f"<td>{s.stream} noise</tr>"
-            for s in row.named
-        )
-        named.append(
-            f"<details><summary>NFE {row.nfe}: every named schedule in its best "
-            f"variant</summary><table>{lines}</table></details>"
-        )
-    images = "".join(
-        f'<p><img alt="{p.stem}" '
-        f'src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-        for p in pictures
+    heads = [*(name for name, _ in columns), *(f"{n}: found, named" for n in _facts(rows))]
+    template = Template(_PAGE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
+    text = template.render(
+        title=title,
+        heads=heads,
+        lines=[(*(cell(row) for _, cell in columns), *fact_cells(row)) for row in rows],
+        rows=rows,
+        pictures=[(p.stem, base64.b64encode(p.read_bytes()).decode()) for p in pictures],
+        facts=facts,
+        number=number,
     )
-    listed = "".join(
-        f"<tr><td>{html.escape(k)}<td>{html.escape(v)}</tr>" for k, v in facts.items()
-    )
-    style = (
-        "body{font:14px/1.45 sans-serif;margin:2em auto;max-width:70em}"
-        "td,th{padding:.15em .7em;text-align:right}img{max-width:100%}"
-    )
-    text = (
-        '<!doctype html><html lang="en"><meta '
-        f'charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-        f"<h1>{html.escape(title)}</h1><table>{head}{''.join(body)}</table>{''.join(named)}{images}<h2>Study</h2><table>{listed}</table></html>\n"
-    )
-    return write_text(path, text)
+    return write_text(path, text + "\n")
+
+
+def _facts(rows: Sequence[Row]) -> list[str]:
+    """Names of the facts that an objective has."""
+    return list(rows[0].facts) if rows else []

@@ -151,6 +151,43 @@ def mutate(
     return domain.sample(rng)  # a space with next to nothing open
 
 
+def moved_times(
+    domain: OdeDomain,
+    lam: Sequence[float],
+    others: Sequence[np.ndarray],
+    count: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Up to `count` vectors of N+1 lam around one, itself the first; all keep the gaps.
+
+    Gaussian steps of log-uniform size, or steps along a difference of two of `others`, times of
+    good members (differential evolution).
+    """
+    low, high = domain.lam_range
+    free = slice(0 if domain.start_band else 1, len(lam) - (0 if domain.end_band else 1))
+    same = [other for other in others if len(other) == len(lam)]
+    out = np.tile(np.array(lam), (count, 1))
+    for row in out[1:]:
+        v = row[free]
+        if rng.random() < 0.6 or len(same) < 3:
+            touched = rng.random(len(v)) < rng.choice([0.3, 1.0])
+            v += touched * rng.normal(0, (high - low) * 10 ** rng.uniform(-3, -1.2), len(v))
+        else:
+            a, b = rng.integers(len(same), size=2)
+            v += rng.uniform(0.2, 1.0) * (same[a] - same[b])[free]
+            v += rng.normal(0, 1e-3 * (high - low), len(v))
+    out[:, free].sort(axis=1)
+    inside = (np.diff(out, axis=1) >= domain.min_gap).all(1)
+    for band, column, bounds in (
+        (domain.start_band, 0, domain.start_lam),
+        (domain.end_band, -1, domain.end_lam),
+    ):
+        if band is not None:
+            inside &= (out[:, column] >= bounds[0]) & (out[:, column] <= bounds[1])
+    moved: np.ndarray = out[inside]
+    return moved
+
+
 def crossover(
     domain: OdeDomain, a: OdeSchedule, b: OdeSchedule, rng: np.random.Generator
 ) -> OdeSchedule:

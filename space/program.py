@@ -37,7 +37,7 @@ from fewstep.space.base import (
 from fewstep.space.errors import ScheduleError, need
 from fewstep.space.noise import NoiseSchedule, noise_from_dict, noise_to_dict
 from fewstep.space.schedule import OdeSchedule
-from fewstep.space.solve import Choices, Number, Tape, solve
+from fewstep.space.solve import Call, Choices, Number, Tape, solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +224,7 @@ def compile(
         ScheduleError: choices that have no program (an order the basis cannot integrate, older
             noise that does not cancel).
     """
-    choices = Choices(schedule, values or {})
-    calls = schedule.nfe
+    choices, calls = Choices(schedule, values or {}), schedule.nfe
     noises = any(
         isinstance(e, Tensor) or e != 0
         for e in (choices.get("eta", i) for i in range(schedule.n_steps))
@@ -235,22 +234,7 @@ def compile(
     record = tape.calls
     if not record:
         raise ScheduleError("the schedule makes no network call: add a step")
-    states = [call.state for call in record] + [final]
-    arrivals = [call.arrived for call in record[1:]] + [arrived]
-    r = _stack([after / call.sigma for after, call in zip(arrivals, record, strict=True)])
-    rows = _stack(
-        [
-            after - rc.unsqueeze(-1) * before
-            for rc, (before, after) in zip(r, pairwise(states), strict=True)
-        ]
-    )
-    if not bool(torch.isfinite(rows).all()):
-        bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
-        raise ScheduleError(
-            f"the row of network call {bad} is not finite: two of its points coincide or a step "
-            "lands on sigma = 0 with too high an order"
-        )
-    rows = _clean(rows)
+    r, rows = _rows(record, final, arrived)
     batch = rows.shape[1:-1]
     rows = rows.movedim(0, -2)
     fresh = rows[..., 2 + calls :]
@@ -273,7 +257,7 @@ def compile(
         label=schedule.noise.label(t),
         alpha=numbers(q.alpha for q in queries),
         sigma=numbers(q.sigma for q in queries),
-        init=_clean(states[0][..., :2]).expand(*batch, 2),
+        init=_clean(record[0].state[..., :2]).expand(*batch, 2),
         r=numbers(r),
         e=rows[..., 0],
         k=rows[..., 1],
@@ -281,6 +265,26 @@ def compile(
         g=g,
         guidance=guidance if guidance is None else numbers(guidance),
     )
+
+
+def _rows(record: Sequence[Call], final: Tensor, arrived: Tensor) -> tuple[Tensor, Tensor]:
+    """r, and every state less r times the one before it, from the calls and the final state."""
+    states = [call.state for call in record] + [final]
+    arrivals = [call.arrived for call in record[1:]] + [arrived]
+    r = _stack([after / call.sigma for after, call in zip(arrivals, record, strict=True)])
+    rows = _stack(
+        [
+            after - rc.unsqueeze(-1) * before
+            for rc, (before, after) in zip(r, pairwise(states), strict=True)
+        ]
+    )
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
+        raise ScheduleError(
+            f"the row of network call {bad} is not finite: two of its points coincide or a step "
+            "lands on sigma = 0 with too high an order"
+        )
+    return r, _clean(rows)
 
 
 def _stack(values: Iterable[Tensor]) -> Tensor:

@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.samplers.ancestral import ancestral, expected_calls
-from fewstep.samplers.categorical import draw, truncated_gumbel, truncated_law, uniforms
+from fewstep.experiments.benchmarks.ancestral import (
+    ancestral,
+    expected_calls,
+    truncated_gumbel,
+    truncated_law,
+)
+from fewstep.samplers.categorical import draw, uniforms
 from fewstep.samplers.masked import MaskedProgress, anneal, sample_masked
 from fewstep.samplers.token_denoiser import from_hf_masked_lm, from_subs, start_masked
 from fewstep.space import ModelError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.experiments.benchmarks.ancestral import ancestral
 from fewstep.samplers import from_subs, sample_masked, start_masked
-from fewstep.samplers.ancestral import ancestral
 from fewstep.samplers.masked import anneal
 from fewstep.space import ModelError, ScheduleError, load_schedule, save_schedule
 from fewstep.space.counts import COUNTS, counts_by_name, split

@@ -12,11 +12,12 @@ from fewstep.experiments.benchmarks import peers_gits
 from fewstep.experiments.benchmarks.peers import report
 from fewstep.experiments.benchmarks.peers_adam import Plan, fit, sample_errors
 from fewstep.experiments.benchmarks.peers_forms import Discretised, NonStationary, Weighted
-from fewstep.experiments.benchmarks.peers_verdict import interval, ratios, write_tensor
+from fewstep.experiments.benchmarks.peers_verdict import ratios, write_tensor
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.samplers import sample
 from fewstep.search.display import Display
 from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.yardstick import geometric_ratio
 from fewstep.space import ScheduleError
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline
@@ -151,7 +152,7 @@ def test_the_verdict_is_paired_and_one_bad_sample_hardly_moves_it():
     rng = np.random.default_rng(0)
     other = np.exp(rng.normal(0, 2, 2000))
     found = 0.25 * other * np.exp(rng.normal(0, 0.1, 2000))
-    low, high = interval(found, other)
+    _, (low, high) = geometric_ratio(found, other)
     assert low < 0.25 < high < 1.02 * low
     found[0] *= 1e6
     assert ratios(found, other)["geometric"] == pytest.approx(0.25, rel=0.02)

@@ -9,8 +9,7 @@ import torch
 
 from fewstep.samplers import run, sample, start
 from fewstep.samplers.denoiser import bcast
-from fewstep.search.stages.fit import refine
-from fewstep.search.stages.refine import best_starts
+from fewstep.search.stages.refine import best_starts, refine
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.gauss_newton import Batch, Fit, Quadratic, levenberg
 from fewstep.search.tables import RefineTable

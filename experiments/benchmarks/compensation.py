@@ -33,7 +33,7 @@ from fewstep.experiments.models.digits import problem
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
 from fewstep.samplers import Problem, sample
 from fewstep.search.stages.compensate import compensate
-from fewstep.search.stages.fit import Startable, refine
+from fewstep.search.stages.refine import Startable, refine
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
 from fewstep.search.tables import CompensationTable, RefineTable

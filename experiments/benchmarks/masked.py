@@ -12,7 +12,7 @@ a change), each drawing tokens for all masked positions at every step as publish
 calls, the ratio to first hitting and the share of the time spent outside the network.
 
 `precision` prints what float32 Gumbels do to ancestral sampling of a Zipf law, in closed form
-(`samplers.categorical.truncated_law`): the rate of unmasking and the entropy of what is drawn.
+(`ancestral.truncated_law`): the rate of unmasking and the entropy of what is drawn.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from fewstep.experiments.benchmarks.ancestral import Sampling, ancestral, truncated_law
 from fewstep.experiments.models import molecules
 from fewstep.samplers import fingerprint, from_subs, sample_masked
-from fewstep.samplers.ancestral import Sampling, ancestral
-from fewstep.samplers.categorical import truncated_law
 from fewstep.samplers.curve import cross_entropy_curve, save_curve
 from fewstep.space.counts import COUNTS, best_counts, counts_by_name, counts_cost
 from fewstep.space.masked import MaskedSchedule

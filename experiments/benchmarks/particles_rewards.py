@@ -50,9 +50,8 @@ def row(name: str, schedule: ParticleSchedule, target: Target, a: argparse.Names
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     """The command line."""
-    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--b", type=float, default=4.0)
     parser.add_argument("--edge", type=float, default=1.5)
@@ -61,7 +60,13 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--runs", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The tables of all rewards."""
+    torch.set_num_threads(1)
+    a = arguments()
     model = uneven(a.dimension)
     mean, v = model.means[:, 0], model.v + float(model.noise.t_range[1]) ** 2
     log_w = model.log_w + a.b * mean + a.b**2 * v / 2

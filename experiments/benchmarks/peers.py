@@ -49,7 +49,6 @@ from fewstep.experiments.benchmarks.peers_verdict import (
     Streams,
     errors,
     geometric,
-    interval,
     ratios,
     write_tensor,
 )
@@ -57,6 +56,7 @@ from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.experiments.benchmarks.search import problem
 from fewstep.search.display import Display, Terminal
 from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.yardstick import geometric_ratio
 from fewstep.space import ProgramSchedule, load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError
@@ -296,10 +296,10 @@ def report(folder: Path) -> str:
 def _row(cell: dict[str, Any], kept: dict[str, Any], method: str) -> str:
     """One line of the table."""
     r = ratios(kept[method], kept["named"])
-    low, high = interval(kept[method], kept["named"])
+    _, (low, high) = geometric_ratio(kept[method], kept["named"])
     over = "–"
     if "found" in kept and method != "found":
-        less, more = interval(kept["found"], kept[method])
+        _, (less, more) = geometric_ratio(kept["found"], kept[method])
         over = f"{ratios(kept['found'], kept[method])['geometric']:.2f} ({less:.2f}–{more:.2f})"
     variant = "file" if method == "found" else cell["variant"]
     spent = "–" if cell["evaluations"] is None else f"{cell['evaluations'] / 1e3:.0f}k"

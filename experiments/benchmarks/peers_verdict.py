@@ -2,7 +2,7 @@
 
 The error of a sample is its mean squared distance to the end point of a teacher of many calls from
 the same noise. Ratios are over the best named solver on the same samples: geometric mean (with a
-95 % interval, paired bootstrap), median, mean, 90 % quantile.
+95 % interval), median, mean, 90 % quantile.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from fewstep.samplers import Problem, sample
 from fewstep.search.display import Display
 from fewstep.search.strategies.gauss_newton import Batch
+from fewstep.search.yardstick import compare
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
 
@@ -107,21 +108,6 @@ def geometric(found: NDArray[Any]) -> float:
 
 def ratios(found: NDArray[Any], other: NDArray[Any]) -> dict[str, float]:
     """How the errors of one schedule compare with another's on the same samples."""
-    return {
-        "geometric": geometric(found) / geometric(other),
-        "median": float(np.median(found) / np.median(other)),
-        "mean": float(found.mean() / other.mean()),
-        "q90": float(np.quantile(found, 0.9) / np.quantile(other, 0.9)),
-        "worse": float((found > other).mean()),
-    }
-
-
-def interval(
-    found: NDArray[Any], other: NDArray[Any], resamples: int = 2000
-) -> tuple[float, float]:
-    """95 % interval of the ratio of geometric means, by a paired bootstrap."""
-    logs = np.log(np.maximum(found, 1e-30)) - np.log(np.maximum(other, 1e-30))
-    rng = np.random.default_rng(0)
-    means = [logs[rng.integers(0, len(logs), len(logs))].mean() for _ in range(resamples)]
-    low, high = np.exp(np.quantile(means, [0.025, 0.975]))
-    return float(low), float(high)
+    c = compare(found, other)
+    pairs = {"geometric": c.geometric, "median": c.median, "mean": c.mean, "q90": c.q90}
+    return pairs | {"worse": c.share_worse}

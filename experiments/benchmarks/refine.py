@@ -26,7 +26,7 @@ import torch
 
 from fewstep.experiments.benchmarks.search import FRESH, Landscape, problem
 from fewstep.samplers import start
-from fewstep.search.stages.fit import Startable, refine
+from fewstep.search.stages.refine import Startable, refine
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.tables import RefineTable
 from fewstep.search.yardstick import level, q90

@@ -26,11 +26,11 @@ from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from torch import Tensor
 
-from fewstep.predictors.gaussian import GaussianProcess
-from fewstep.predictors.quality import LEAST_ROWS, QualityPredictor, targets
+from fewstep.predictors.quality import LEAST_ROWS, QualityPredictor, ScoreProcess
 from fewstep.search.strategies import Evaluated
 from fewstep.space.choices import table
 from fewstep.space.domain import OdeDomain
+from fewstep.space.moves import moved_times
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.tokens import tokens
@@ -61,29 +61,6 @@ class Individual:
     key: Hashable = None
     mean: float = math.nan
     std: float = math.nan
-
-
-class Process:
-    """A Gaussian process that predicts scores, transformed so that ratios count."""
-
-    chosen = "gaussian"
-
-    def __init__(self, x: Tensor, scores: Sequence[float], noise: float, steps: int) -> None:
-        y = targets(torch.tensor(scores, dtype=torch.float64))
-        self._process = GaussianProcess(steps=steps, noise=noise).fit(x, y)
-        self.best, self.spread = float(y.min()), float(y.std())
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation at features (n, d)."""
-        mean, std = self._process.predict(x)
-        return mean.numpy(), std.numpy()
-
-    @torch.no_grad()
-    def posterior(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and joint covariance."""
-        mean, cov = self._process.posterior(x)
-        return mean.numpy(), cov.numpy()
 
 
 class DomainSpace:
@@ -169,7 +146,7 @@ class DomainSpace:
         self, known: Sequence[Individual], scores: Sequence[float], newest: int, seed: int
     ) -> Model:
         """A model of the scores; the last `newest` are the last generation's."""
-        return Process(torch.stack([p.x for p in known]), scores, _NOISE, 20)
+        return ScoreProcess(torch.stack([p.x for p in known]), scores, _NOISE, 20)
 
     def breed(self, alive: Sequence[Individual], rng: np.random.Generator) -> list[Individual]:
         """A round of children: mutations of scales of their own, some of two parents."""
@@ -262,7 +239,8 @@ class OdeSpace(DomainSpace):
         for _ in range(PATTERNS):
             parent = alive[min(int(rng.exponential(len(alive) / 4)), len(alive) - 1)]
             pattern, params, source = self._pattern(parent, alive, rng)
-            lam = self._moved(np.array(self.domain.lam(pattern.times)), alive, moves, rng)
+            others = [p.genes.lam for p in alive]
+            lam = moved_times(self.domain, self.domain.lam(pattern.times), others, moves, rng)
             if len(lam):
                 made += self._points_of(pattern, params, lam, source)
         return made
@@ -297,35 +275,6 @@ class OdeSpace(DomainSpace):
         rates |= {"lam": 0.0, "relocate": 0.0, "first": rate}
         schedule = domain.mutate(schedule, rng, rates=rates)
         return schedule, dict(domain.params(schedule)), source
-
-    def _moved(
-        self, lam: np.ndarray, alive: Sequence[Individual], moves: int, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Up to `moves` vectors of N+1 lam around one, itself the first; all keep the gaps."""
-        domain = self.domain
-        low, high = domain.lam_range
-        free = slice(0 if domain.start_band else 1, len(lam) - (0 if domain.end_band else 1))
-        same = [p.genes.lam for p in alive if len(p.genes.lam) == len(lam)]
-        out = np.tile(lam, (moves, 1))
-        for row in out[1:]:
-            v = row[free]
-            if rng.random() < 0.6 or len(same) < 3:
-                touched = rng.random(len(v)) < rng.choice([0.3, 1.0])
-                v += touched * rng.normal(0, (high - low) * 10 ** rng.uniform(-3, -1.2), len(v))
-            else:
-                a, b = rng.integers(len(same), size=2)
-                v += rng.uniform(0.2, 1.0) * (same[a] - same[b])[free]
-                v += rng.normal(0, 1e-3 * (high - low), len(v))
-        out[:, free].sort(axis=1)
-        inside = (np.diff(out, axis=1) >= domain.min_gap).all(1)
-        for band, column, bounds in (
-            (domain.start_band, 0, domain.start_lam),
-            (domain.end_band, -1, domain.end_lam),
-        ):
-            if band is not None:
-                inside &= (out[:, column] >= bounds[0]) & (out[:, column] <= bounds[1])
-        moved: np.ndarray = out[inside]
-        return moved
 
 
 class ParameterSpace:
@@ -369,9 +318,9 @@ class ParameterSpace:
 
     def model(
         self, known: Sequence[Individual], scores: Sequence[float], newest: int, seed: int
-    ) -> Process:
+    ) -> ScoreProcess:
         """See `DomainSpace`."""
-        return Process(torch.stack([p.x for p in known]), scores, 1e-5, 10)
+        return ScoreProcess(torch.stack([p.x for p in known]), scores, 1e-5, 10)
 
     def breed(self, alive: Sequence[Individual], rng: np.random.Generator) -> list[Individual]:
         """See `DomainSpace`: parents moved, and one random point in nine."""
@@ -405,7 +354,7 @@ class ParameterSpace:
 
 
 Space = DomainSpace | ParameterSpace
-Model = Process | QualityPredictor
+Model = ScoreProcess | QualityPredictor
 
 
 def predicted(model: Model, points: Sequence[Individual]) -> list[Individual]:

@@ -7,8 +7,18 @@ One step t -> s, each masked position independently:
 The decision "unmask?" is drawn first, in float64, and the token from mu only then, so no tiny
 probability is ever compared and every precision of the network is safe. The cached sampler of
 MDLM asks the network only after some sequence of the batch has changed; that is exact for
-time-free networks alone. `sampling="fp32_gumbel"` reproduces the published precision fault
-(`samplers.categorical`) and exists for demonstration.
+time-free networks alone. `sampling="fp32_gumbel"` reproduces the published precision fault.
+
+The fault: an argmax over Gumbels g = -log(-log u) made from float32 uniforms cannot exceed M =
+-log(2^-24) = 16.6355, because u <= 1 - 2^-24. With Gumbels truncated at M the classes pi_1 <= ...
+<= pi_K (pi_0 = 0) are drawn with
+
+    pi'_n = pi_n sum_{i <= n} beta_i,        S_i = sum_{k >= i} pi_k,
+    beta_i = (exp((K+1-i - S_i/pi_i) e^-M) - exp((K+1-i - S_i/pi_{i-1}) e^-M)) / S_i
+
+(second term 0 for i = 1): a hidden low temperature, to 3 decimals pi' ~ pi exp(-e^-M / pi), which
+grows with the number of ancestral steps because there pi = p (a_s - a_t)/(1 - a_t). It made
+published perplexities of masked diffusion look better than they are.
 
 References:
     Sahoo et al. 2406.07524, sections 3.2.2 and 4 (ancestral, cache);
@@ -22,12 +32,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.samplers.categorical import DEMONSTRATION_BITS, draw, truncated_gumbel
+from fewstep.samplers.categorical import draw
 from fewstep.samplers.token_denoiser import TokenDenoiser
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.masked import MaskedNoise
 
-__all__ = ["Sampling", "ancestral", "expected_calls"]
+__all__ = ["Sampling", "ancestral", "expected_calls", "truncated_gumbel", "truncated_law"]
+
+DEMONSTRATION_BITS = 24
 
 Sampling = Literal["two_stage", "categorical", "fp32_gumbel"]
 
@@ -141,3 +153,50 @@ def expected_calls(length: int, batch: int, steps: int) -> float:
         Zheng et al. 2409.02908, section 4 (batch 1); the batch enters as B L positions.
     """
     return steps * (1 - (1 - 1 / steps) ** (batch * length))
+
+
+def truncated_gumbel(
+    log_probabilities: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    bits: int = DEMONSTRATION_BITS,
+) -> Tensor:
+    """DEMONSTRATION of the fault: argmax of log p + g with uniforms of a few bits.
+
+    Args:
+        log_probabilities: shape `(*, V)`, -inf allowed.
+        generator: on the same device.
+        bits: the largest uniform is 1 - 2^-bits, so M = bits log 2; 24 is float32, and smaller
+            numbers show the same effect with fewer draws.
+
+    Returns:
+        int64 token ids of shape `(*)`, wrongly distributed.
+    """
+    u = torch.rand(log_probabilities.shape, generator=generator, device=log_probabilities.device)
+    top = 2.0**bits
+    u = ((u * top).floor() / top).clamp(min=2.0**-30)
+    gumbel = -torch.log(-torch.log(u))
+    return (log_probabilities.float() + gumbel).argmax(-1)
+
+
+def truncated_law(probabilities: Tensor, top: float) -> Tensor:
+    """The law of an argmax over Gumbels truncated at `top`, in closed form.
+
+    Args:
+        probabilities: float64, shape `(K,)`, > 0, summing to one.
+        top: M, the largest Gumbel that can occur; the Gumbels follow the law conditional on
+            g <= M.
+
+    Returns:
+        float64 probabilities `(K,)` in the order given; they sum to one.
+    """
+    pi, order = probabilities.sort()
+    size, eps = len(pi), torch.exp(torch.tensor(-top, dtype=torch.float64))
+    tail = pi.flip(0).cumsum(0).flip(0)
+    places = torch.arange(size, 0, -1, dtype=torch.float64)
+    upper = torch.exp((places - tail / pi) * eps)
+    lower = torch.exp((places[1:] - tail[1:] / pi[:-1]) * eps)
+    beta = (upper - torch.cat([torch.zeros(1, dtype=torch.float64), lower])) / tail
+    result = torch.empty_like(pi)
+    result[order] = pi * beta.cumsum(0)
+    return result
