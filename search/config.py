@@ -152,11 +152,11 @@ class SearchTable(Table):
         lag: generation g sees the results of generations up to g - lag; 1 waits for each, 2 keeps
             one in flight.
         warm: schedule files of any number of calls, relative to the study file, that join the
-            first candidates (`search.warm`).
+            first candidates (`search.preparing`).
         seed: of the noise of the samples and of the strategy.
         samples: samples a candidate is scored on.
         race: smaller numbers of samples, ascending, at which the losers of a paired test against
-            the best are stopped (`search.racing`); none scores every candidate on all samples.
+            the best are stopped (`search.scoring`); none scores every candidate on all samples.
         block: (candidates, samples) that run as one batch; scores belong to it to the last bit.
         workers: evaluator processes; 0 evaluates in this process; [least, most] begins when the
             least are there and takes in more as they come; None is one per CPU core.

@@ -33,10 +33,12 @@ from fewstep.search.preparing import (
     announce,
     check_names,
     evaluator_spec,
+    load_warm,
     make_proposer,
     open_pool,
     speed,
     starters,
+    warm_start,
 )
 from fewstep.search.record import held, write_text
 from fewstep.search.results import write_results
@@ -51,7 +53,6 @@ from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, Tracker, beginning, tracking_uri
 from fewstep.search.verdict import FRESH, Judge, Row, Verdict
-from fewstep.search.warm import load_warm, warm_start
 from fewstep.search.work import Block, Evaluator
 from fewstep.search.yardstick import Array
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.search.racing import Race
-from fewstep.search.scoring import SEARCH, Pending
+from fewstep.search.scoring import SEARCH, Pending, Race
 from fewstep.search.store import Kept
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.work import Result

@@ -64,10 +64,10 @@ def with_fine_start(n: int, order: int, spec) -> OdeSchedule:
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_the_step_rule_of_order_p_converges_with_order_p(order, formulation, exact):
     spec = lambda p, last: {"formulation": formulation}  # noqa: E731
-    found = slopes(lambda n: with_fine_start(n, order, spec), exact, sizes=(32, 64, 128))
-    if order < 4:
-        assert abs(found[-1] - order) < 0.3, found
-    assert abs(found[-1] - order) < 0.6, found
+    late = order == 4 or (order, formulation) == (3, "data")  # settles later
+    sizes = (128, 256) if late else (64, 128)
+    found = slopes(lambda n: with_fine_start(n, order, spec), exact, sizes=sizes)
+    assert abs(found[-1] - order) < 0.2, found
 
 
 @pytest.mark.parametrize("basis", ["t", "rho"])
@@ -108,6 +108,9 @@ ORDERS = {"heun2": 2, "midpoint2": 2, "kutta3": 3, "ral3": 3, "heun3": 3, "vdh3"
 def test_runge_kutta_has_its_order_where_its_stages_match_the_variable(name, order, basis, exact):
     step = StepSpec(formulation="noise", basis=basis, tableau=name)
     found = slopes(lambda n: uniform(n, step), exact, sizes=(8, 16, 32))
+    if basis == "rho" and name in ("heun2", "midpoint2", "kutta3", "ral3"):
+        settled = slopes(lambda n: uniform(n, step), exact, sizes=(64, 128))
+        assert abs(settled[-1] - order) < 0.2, settled
     floor = order if basis == "rho" else min(order, 2)
     if basis != "rho" and name != "heun2":
         floor = 1  # stages placed in another variable: a pseudo Runge-Kutta method

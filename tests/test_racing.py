@@ -7,7 +7,7 @@ import pytest
 
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.racing import LEVEL, Race, loses
+from fewstep.search.scoring import LEVEL, Race, loses
 from fewstep.search.work import Result
 from fewstep.space import StudyError
 from tests.studies import trial_table, write_study

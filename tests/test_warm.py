@@ -9,7 +9,7 @@ from fewstep.experiments.cli.rescore import load_evaluator
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.search.family import family_of
-from fewstep.search.warm import load_warm, warm_start
+from fewstep.search.preparing import load_warm, warm_start
 from fewstep.space import (
     OdeSchedule,
     ProgramSchedule,

@@ -11,7 +11,7 @@ import pytest
 
 from fewstep.search.config import FinalTable
 from fewstep.search.objective import EndpointMSE, Paired, ratio, score_interval
-from fewstep.search.racing import Race
+from fewstep.search.scoring import Race
 from fewstep.search.strategies import Evaluated
 from fewstep.search.verdict import FRESH, SELECT, Judge, Row
 from fewstep.search.work import Result
