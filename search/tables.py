@@ -84,7 +84,7 @@ class CompensationTable(Table):
     low: Annotated[float, Field(lt=1)] = 0.5
     high: Annotated[float, Field(gt=1)] = 1.6
     held: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    polish: Annotated[int, Field(ge=0)] = 4
+    polish: Annotated[int, Field(ge=0)] = 8
     timeout: Annotated[float, Field(gt=0)] | None = None
 
     @field_validator("base", mode="before")

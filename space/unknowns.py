@@ -46,6 +46,10 @@ class Unknowns(ABC):
             ScheduleError: there is none.
         """
 
+    def inside(self, theta: Tensor) -> Tensor:
+        """The nearest theta within bounds; by default there are none."""
+        return theta
+
     def moved(self, theta: Tensor) -> tuple[list[Program], Tensor]:
         """What tells how samples move: programs, and a Jacobian (M, size).
 
@@ -208,8 +212,14 @@ class Ratios(Unknowns):
         """One for each step."""
         found: list[float | Tensor] = [step.compensation for step in self.schedule.steps]
         for i, d in enumerate(theta, start=self.schedule.n_steps - self.size):
-            found[i] = (found[i] + d).clamp(self.low, self.high)
+            found[i] = found[i] + d
         return found
+
+    def inside(self, theta: Tensor) -> Tensor:
+        """See `Unknowns`."""
+        given = [step.compensation for step in self.schedule.steps]
+        start = torch.tensor(given[len(given) - self.size :], dtype=torch.float64)
+        return (start + theta).clamp(self.low, self.high) - start
 
     def program(self, theta: Tensor) -> Program:
         """The schedule's program at theta."""

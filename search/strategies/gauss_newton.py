@@ -50,6 +50,7 @@ from fewstep.space.unknowns import DIFFERENCE, Unknowns
 
 _DAMPINGS = (0.1, 1.0, 10.0)
 _TRIES = 4
+_LEAST_GAIN = 0.003  # two rounds in a row that lower the loss by a smaller share end a fit
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,10 @@ def levenberg(
     losses: Callable[[Sequence[Tensor]], Sequence[float]],
     *,
     rounds: int,
-    least_gain: float = 0.003,
     pull: float = 1e-9,
     damping: float = 1e-2,
     on_round: Callable[[int, Tensor], bool] | None = None,
+    inside: Callable[[Tensor], Tensor] = lambda theta: theta,
 ) -> Tensor:
     """Minimise from `theta`.
 
@@ -147,10 +148,10 @@ def levenberg(
         losses: the loss at several thetas, inf where there is none; comparable with
             `Quadratic.loss`.
         rounds: most rounds.
-        least_gain: two rounds in a row that lower the loss by a smaller share end the fit.
         pull: strength of the hold towards 0, relative to the mean curvature.
         damping: of the first round.
         on_round: called after each round with its number and theta; True ends the fit.
+        inside: the nearest theta that is allowed.
 
     Returns:
         The theta of the last round.
@@ -159,7 +160,8 @@ def levenberg(
     for turn in range(1, rounds + 1):
         here, gain = linearise(theta), 0.0
         for _ in range(_TRIES):
-            options = [theta + damped_step(here, damping * m, theta, pull) for m in _DAMPINGS]
+            steps = [damped_step(here, damping * m, theta, pull) for m in _DAMPINGS]
+            options = [inside(theta + step) for step in steps]
             found = np.nan_to_num(np.asarray(losses(options), dtype=float), nan=np.inf)
             at = int(np.argmin(found))
             if found[at] < here.loss:
@@ -169,7 +171,7 @@ def levenberg(
             damping *= 1e3
         if on_round is not None and on_round(turn, theta):
             break
-        tired = 0 if gain >= least_gain else tired + 1
+        tired = 0 if gain >= _LEAST_GAIN else tired + 1
         if tired == 2:
             break
         if tired:
@@ -224,7 +226,8 @@ class Fit:
                 best, lowest = at, error
             return False
 
-        levenberg(theta, self.linearise, self.losses, rounds=rounds, on_round=look)
+        more: dict[str, Any] = {"rounds": rounds, "on_round": look, "inside": self.model.inside}
+        levenberg(theta, self.linearise, self.losses, **more)
         return best, lowest
 
     def linearise(self, theta: Tensor) -> Quadratic:
