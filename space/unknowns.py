@@ -154,7 +154,8 @@ class Retimed(Unknowns):
     @property
     def noise(self) -> NoiseSchedule:  # type: ignore[override]
         """The schedule's."""
-        return self.schedule.noise
+        noise: NoiseSchedule = self.schedule.noise
+        return noise
 
     @property
     def size(self) -> int:
@@ -201,7 +202,8 @@ class Ratios(Unknowns):
     @property
     def noise(self) -> NoiseSchedule:  # type: ignore[override]
         """The schedule's."""
-        return self.schedule.noise
+        noise: NoiseSchedule = self.schedule.noise
+        return noise
 
     @property
     def size(self) -> int:

@@ -105,7 +105,7 @@ def rescore(
         family.check(schedule, "a schedule")
     reference = np.zeros((samples, 0))
     if family.has_teacher:
-        more = {"seed": seed, "block": block, "advance": display.advance}
+        more: dict[str, Any] = {"seed": seed, "block": block, "advance": display.advance}
         teacher = Teacher(evaluator.ode, config.teacher, pool, cache, **more)
         display.total(held * config.teacher.nfe + total)
         display.stage(f"teacher, {config.teacher.nfe} calls")

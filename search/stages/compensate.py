@@ -14,6 +14,7 @@ References: DC-Solver, Zhao et al. (arXiv 2409.03755) section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ class CompensationTask(Work):
         changes = {"compensation_order": table.order, "compensation_variable": table.variable}
         try:
             base = self.schedule.model_copy(update=changes)
-            given = {"constant": base.constant, "options": base.options}
+            given: dict[str, Any] = {"constant": base.constant, "options": base.options}
             batch = batch_of(evaluator, STREAM, table.samples, scale=start_scale(base), **given)
             found = compensate(base, evaluator.ode.denoiser, batch, table)
         except (FewstepError, RuntimeError) as error:

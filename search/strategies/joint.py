@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,8 +131,8 @@ def fit_joint(
             best, best_errors = at.numpy(), errors
         return False
 
-    here, more = torch.from_numpy(theta), {"pull": decay, "damping": 1e-3}
-    levenberg(here, fit.linearise, fit.losses, rounds=rounds, on_round=check, **more)
+    more: dict[str, Any] = {"rounds": rounds, "pull": decay, "damping": 1e-3, "on_round": check}
+    levenberg(torch.from_numpy(theta), fit.linearise, fit.losses, **more)
     after, start_errors = (
         dict(zip(family.settings, e.tolist(), strict=True)) for e in (best_errors, before)
     )
@@ -169,8 +170,9 @@ class _JointFit:
             square = (gram[1:, 1:] - gram[1:, :1] - gram[:1, 1:] + gram[0, 0]) / DIFFERENCE**2
             dead = ~np.isfinite(np.diagonal(square))  # what breaks the schedule stays put
             cross[dead], square[dead], square[:, dead] = 0.0, 0.0, 0.0
-            parts = M.T @ square @ M / error, M.T @ cross / error
-            found[request.setting] = Quadratic(*map(torch.from_numpy, parts), max(error, 1e-300))
+            normal = torch.from_numpy(M.T @ square @ M / error)
+            slope = torch.from_numpy(M.T @ cross / error)
+            found[request.setting] = Quadratic(normal, slope, max(error, 1e-300))
         return found
 
     def errors(self, thetas: Sequence[Array], held: bool = False) -> Array:
