@@ -272,12 +272,8 @@ def _rows(record: Sequence[Call], final: Tensor, arrived: Tensor) -> tuple[Tenso
     states = [call.state for call in record] + [final]
     arrivals = [call.arrived for call in record[1:]] + [arrived]
     r = _stack([after / call.sigma for after, call in zip(arrivals, record, strict=True)])
-    rows = _stack(
-        [
-            after - rc.unsqueeze(-1) * before
-            for rc, (before, after) in zip(r, pairwise(states), strict=True)
-        ]
-    )
+    pairs = zip(r, pairwise(states), strict=True)
+    rows = _stack([after - rc.unsqueeze(-1) * before for rc, (before, after) in pairs])
     if not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows)).any(-1).nonzero()[0, 0])
         raise ScheduleError(
