@@ -162,11 +162,7 @@ def contact_sheet(
     low, high = float(rows[-1][1].min()), float(rows[-1][1].max())
     images = []
     for _, x in rows:
-        drawn = (
-            tiles(x, low, high)
-            if picture is None
-            else torch.as_tensor(picture(x)).to(torch.float32)
-        )
+        drawn = tiles(x, low, high) if picture is None else torch.as_tensor(picture(x)).float()
         if drawn is None:
             return None
         images.append(drawn if drawn.ndim == 4 else drawn[..., None].expand(-1, -1, -1, 3))
@@ -186,27 +182,26 @@ def contact_sheet(
     return save_figure(figure, path, dpi=110)
 
 
+def _panels(count: int, height: float) -> tuple[Any, Any]:
+    """A figure, and its panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.2 * count, 5.2 if count == 1 else 0), height))
+    figure.set_layout_engine("constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
 def curves(
     path: Path, series: Mapping[int, Points], named: Mapping[int, float], objective: str
 ) -> Path:
     """Best score so far over candidates (search noise), a panel per NFE, best named as a line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(series), 2.9), layout="constrained")
-    axes = figure.subplots(1, len(series), squeeze=False)[0]
+    figure, axes = _panels(len(series), 2.9)
     for axis, (nfe, points) in zip(axes, series.items(), strict=True):
-        axis.step(
-            [k + 1 for k, _ in points],
-            [v for _, v in points],
-            where="post",
-            color="C0",
-            label="best so far",
-        )
+        trials, best = [k + 1 for k, _ in points], [v for _, v in points]
+        axis.step(trials, best, where="post", color="C0", label="best so far")
         if nfe in named:
             axis.axhline(named[nfe], color="0.5", linestyle="--", linewidth=1, label="best named")
-        axis.set_yscale("log")
-        axis.set_title(f"NFE {nfe}", fontsize=10)
-        axis.set_xlabel("candidates")
+        axis.set(yscale="log", title=f"NFE {nfe}", xlabel="candidates")
         axis.grid(True, which="both", alpha=0.2)
     axes[0].set_ylabel(f"{objective} (search noise)")
     axes[0].legend(fontsize=8, frameon=False)
@@ -218,20 +213,15 @@ def errors_picture(path: Path, errors: Mapping[int, tuple[Any, Any]]) -> Path:
 
     Below the diagonal the found schedule is better. `errors` holds (found, named) by NFE.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.1 * len(errors), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(errors), squeeze=False)[0]
+    figure, axes = _panels(len(errors), 3.2)
     for axis, (nfe, (found, named)) in zip(axes, errors.items(), strict=True):
         low = max(min(found.min(), named.min()), 1e-20)
         high = max(found.max(), named.max(), low * 10)
         axis.plot([low, high], [low, high], color="0.6", linewidth=1)
         axis.scatter(named, found, s=4, alpha=0.25, color="C0", linewidths=0)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set(xscale="log", yscale="log", xlabel="error, best named")
         worse = 100 * float((found > named).mean())
         axis.set_title(f"NFE {nfe}: {worse:.1f} % of samples worse", fontsize=9)
-        axis.set_xlabel("error, best named")
         axis.grid(True, alpha=0.2)
     axes[0].set_ylabel("error, found")
     return save_figure(figure, path, dpi=110)
@@ -248,25 +238,21 @@ def pareto(rows: Sequence[Row]) -> list[Row]:
 
 def pareto_picture(path: Path, rows: Sequence[Row], objective: str) -> Path:
     """Score against calls on fresh samples: found, with its Pareto front, and best named."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     ordered, front = sorted(rows, key=lambda r: r.nfe), pareto(rows)
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = _panels(1, 3.6)
     calls = [r.nfe for r in ordered]
     axis.plot(calls, [r.best_named_score for r in ordered], "s--", color="0.5", label="best named")
     axis.plot(calls, [r.found_score for r in ordered], "o", color="C0", label="found")
-    axis.plot(
-        [r.nfe for r in front], [r.found_score for r in front], color="C0", label="Pareto front"
-    )
+    best = [r.found_score for r in front]
+    axis.plot([r.nfe for r in front], best, color="C0", label="Pareto front")
     teacher = ordered[-1].teacher_self_error
     lowest = min(r.found_score for r in ordered)
     if teacher is not None and teacher > 0.03 * lowest:  # far below, it would flatten the picture
         axis.axhline(teacher, color="C1", linestyle=":", label="teacher against itself")
-    axis.set_yscale("log")
-    axis.set_xlabel("network calls")
-    axis.set_ylabel(f"{objective}, {ordered[0].samples} fresh samples")
+    said = f"{objective}, {ordered[0].samples} fresh samples"
+    axis.set(yscale="log", xlabel="network calls", ylabel=said)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize=8, frameon=False)

@@ -264,30 +264,12 @@ def regress(
         scale = row.guidance if row.guidance is not None else problem.guidance
         schedule = load_schedule(schedule_path(out, row.nfe, row.guidance))
         found[Setting(row.nfe, 1.0 if scale is None else scale)] = schedule
+    path = out / "cpr.json"
     try:
-        return fit_cpr(config, out, problem, pool, display, found)
+        kept = CPR.load(path).provenance.get("schedules") if path.exists() else None
+        if kept != [found[s].digest for s in sorted(found)]:
+            Stage(config, problem, pool, display).run(found).save(path)
+        return path
     except FewstepError as error:
         display.note(f"no cpr.json: {error}")
         return None
-
-
-def fit_cpr(
-    config: StudyConfig,
-    out: Path,
-    problem: Problem,
-    pool: Pool,
-    display: Display,
-    found: Mapping[Setting, OdeSchedule],
-) -> Path:
-    """Fit the regression of a finished search and write OUT/cpr.json, unless it is there.
-
-    Raises:
-        StudyError: no template for these settings.
-    """
-    path = out / "cpr.json"
-    if path.exists():
-        kept = CPR.load(path)
-        if kept.provenance.get("schedules") == [found[s].digest for s in sorted(found)]:
-            return path
-    Stage(config, problem, pool, display).run(found).save(path)
-    return path
