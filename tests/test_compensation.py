@@ -88,6 +88,10 @@ def test_compensation_costs_no_calls_and_runs_twice_alike(name):
     assert torch.equal(first, sample(schedule, model, states(2)))
 
 
+def ratios(result) -> list[float]:
+    return [step.compensation for step in result.schedule.steps]
+
+
 def teacher(x_T: torch.Tensor, model) -> Batch:
     """Noise and its end points."""
     return Batch(x_T, sample(baseline("dpmpp3m/logsnr", VP, 80), model, x_T))
@@ -97,7 +101,7 @@ def test_a_teacher_equal_to_the_student_leaves_every_ratio_at_one():
     base, model, x_T = baseline("unipc2-bh2/logsnr/low", VP, 6), recorded_mixture(VP), states(8)
     batch = Batch(x_T, sample(base, model, x_T))
     result = compensate(base, model, batch, CompensationTable())
-    assert result.ratios == pytest.approx([1.0] * 6, abs=1e-9)
+    assert ratios(result) == pytest.approx([1.0] * 6, abs=1e-9)
     assert result.after <= result.before < 1e-25
 
 
@@ -107,8 +111,8 @@ def test_the_held_out_error_never_rises_and_the_end_point_improves_on_new_noise(
     table = CompensationTable(polish=6)
     result = compensate(base, model, teacher(states(48, 1), model), table)
     assert result.after <= result.before
-    assert result.ratios[:2] == [1.0, 1.0]
-    assert all(0.5 <= rho <= 1.6 for rho in result.ratios)
+    assert ratios(result)[:2] == [1.0, 1.0]
+    assert all(0.5 <= rho <= 1.6 for rho in ratios(result))
     fresh = teacher(states(64, 2), model)
     before, after = (
         float((sample(s, model, fresh.x_T) - fresh.target).square().mean())
@@ -127,11 +131,11 @@ def test_ratios_stop_at_their_bounds_and_the_fit_finds_the_best_within():
 
     scanned = min((round(0.5 + 0.01 * k, 2) for k in range(111)), key=error)
     free = compensate(base, model, batch, CompensationTable(held=0.0, polish=8))
-    assert free.ratios[2] == pytest.approx(scanned, abs=0.011)
+    assert ratios(free)[2] == pytest.approx(scanned, abs=0.011)
     assert scanned != 1.0
     bounds = {"low": 0.999} if scanned < 1 else {"high": 1.001}
     tight = compensate(base, model, batch, CompensationTable(held=0.0, polish=8, **bounds))
-    assert tight.ratios[2] == pytest.approx(next(iter(bounds.values())), abs=1e-6)
+    assert ratios(tight)[2] == pytest.approx(next(iter(bounds.values())), abs=1e-6)
 
 
 def test_the_original_recipe_goes_through_the_network_and_keeps_its_last_iterate():

@@ -10,7 +10,7 @@ import torch
 from fewstep.samplers import from_model, run, sample, start
 from fewstep.samplers.denoiser import Networks, bcast
 from fewstep.samplers.replay import Replay
-from fewstep.search.strategies.gauss_newton import Batch, Fit, FreeProgram, canonical
+from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.strategies.levenberg import levenberg
 from fewstep.space import (
     ModelError,
@@ -24,6 +24,7 @@ from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
 from fewstep.space.costs import Prices, call_costs, pattern, stages
 from fewstep.space.growing import grown, widened
+from fewstep.space.unknowns import FreeProgram, canonical
 from tests.oracles import recorded_mixture
 
 VP = noises.VPLinear()
@@ -217,7 +218,7 @@ def test_a_fit_keeps_stages_and_unguided_calls_and_gains_from_the_second_query()
     target = sample(baseline("dpmpp3m/logsnr", VP, 60), Pulled(), x, guidance=2.0)
     data = Batch(x, target)
     model = FreeProgram(canonical(wide.program), VP, guided=True, staged=True)
-    fit = Fit(model, VP, Pulled(), data)
+    fit = Fit(model, Pulled(), data)
     theta = torch.zeros(model.size, dtype=torch.float64)
     first = fit.losses([theta])[0]
     theta = levenberg(theta, fit.linearise, fit.losses, rounds=6)

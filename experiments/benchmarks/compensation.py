@@ -38,6 +38,7 @@ from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
 from fewstep.search.tables import CompensationTable, RefineTable
 from fewstep.search.yardstick import bootstrap_ratio
+from fewstep.space import OdeSchedule
 from fewstep.space.baselines import baseline
 
 TUNE, SEARCH, ORIGINAL, REFINE, TEST = 1000, 2000, 3000, 4000, 9000  # seeds of the noise
@@ -98,6 +99,8 @@ def compensated(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, A
     batch = Batch(on.x_T, on.target, on.cond, guidance)
     ours = compensate(base, p.denoiser, batch, CompensationTable(samples=a.search))
     seconds = [time.perf_counter() - clock]
+    assert isinstance(ours.schedule, OdeSchedule)
+    found_ratios = [step.compensation for step in ours.schedule.steps]
     x_T, cond = stream_only(p, ORIGINAL, 10)
     clock = time.perf_counter()
     targets = published_targets(base, p.denoiser, x_T, cond=cond, **shared)
@@ -112,7 +115,7 @@ def compensated(nfe: int, guidance: float, a: argparse.Namespace) -> dict[str, A
         "names": {"unipc": name},
         "calls": {"ours": ours.calls, "original": original.calls},
         "seconds": dict(zip(("ours", "original"), seconds, strict=True)),
-        "ratios": {"ours": ours.ratios, "original": list(original.ratios)},
+        "ratios": {"ours": found_ratios, "original": list(original.ratios)},
     }
 
 

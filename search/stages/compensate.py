@@ -20,10 +20,10 @@ import torch
 
 from fewstep.samplers import Denoiser
 from fewstep.samplers.ode import start_scale
-from fewstep.search.stages.refine import Improved, batch_of
+from fewstep.search.stages.refine import Fitted, Improved, StageTask, batch_of
 from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import CompensationTable
-from fewstep.search.work import Evaluator, Work, one_line
+from fewstep.search.work import Evaluator, one_line
 from fewstep.space import OdeSchedule
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.unknowns import Ratios
@@ -31,31 +31,9 @@ from fewstep.space.unknowns import Ratios
 STREAM = "compensate"
 
 
-@dataclass(frozen=True)
-class Compensated:
-    """What a fit of ratios gave.
-
-    Args:
-        schedule: with its ratios; the base itself if they do not help on held-out noise.
-        before: held-out error of the base.
-        after: held-out error of the result.
-        calls: network evaluations spent.
-    """
-
-    schedule: OdeSchedule
-    before: float
-    after: float
-    calls: int
-
-    @property
-    def ratios(self) -> list[float]:
-        """One for each step."""
-        return [step.compensation for step in self.schedule.steps]
-
-
 def compensate(
     base: OdeSchedule, denoiser: Denoiser, batch: Batch, table: CompensationTable
-) -> Compensated:
+) -> Fitted:
     """Fit the ratios of a schedule.
 
     Args:
@@ -83,11 +61,11 @@ def compensate(
     if model.size:
         best, after = fit.chosen(theta, table.polish, lambda at: check.losses([at])[0], before)
     made = base if best is None else model.at(best)
-    return Compensated(made, before, after, fit.calls + check.calls)
+    return Fitted(made, 0, before, after, len(train), fit.calls + check.calls)
 
 
 @dataclass(frozen=True)
-class CompensationTask(Work):
+class CompensationTask(StageTask):
     """One base to compensate.
 
     Args:
@@ -97,14 +75,6 @@ class CompensationTask(Work):
 
     schedule: OdeSchedule
     table: CompensationTable
-
-    def limit(self, block: float | None) -> float | None:
-        """See `Work`."""
-        return self.table.timeout
-
-    def failed(self, status: str, message: str) -> Improved:
-        """See `Work`: a base that fails is said and left out."""
-        return Improved(message=f"{message} ({status})")
 
     def run(self, evaluator: Evaluator) -> Improved:
         """Compensate on the evaluator's problem; a base that cannot be is a failed result."""
@@ -117,13 +87,9 @@ class CompensationTask(Work):
             found = compensate(base, evaluator.ode.denoiser, batch, table)
         except (FewstepError, RuntimeError) as error:
             return Improved(message=one_line(error))
-        note = {
-            "compensation_before": found.before,
-            "compensation_after": found.after,
-            "compensation_calls": found.calls,
-            "ratios": found.ratios,
-        }
-        return Improved(found.schedule, note, evaluations=found.calls)
+        assert isinstance(found.schedule, OdeSchedule)
+        ratios = [step.compensation for step in found.schedule.steps]
+        return found.improved("compensation", ratios=ratios)
 
 
 def compensation_cost(table: CompensationTable, nfe: int, bases: int) -> int:

@@ -33,7 +33,7 @@ from fewstep.samplers.ode import start_scale
 from fewstep.search.problem import conditions, noise_of
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.gauss_newton import Batch, Fit
-from fewstep.search.tables import RefineTable
+from fewstep.search.tables import CompensationTable, RefineTable
 from fewstep.search.work import Evaluator, Work
 from fewstep.space import OdeSchedule, Program, ProgramSchedule
 from fewstep.space.errors import StudyError
@@ -47,8 +47,8 @@ Startable = OdeSchedule | ProgramSchedule
 
 
 @dataclass(frozen=True)
-class Refined:
-    """What a refinement gave.
+class Fitted:
+    """What a fit to the teacher's end points gave.
 
     Args:
         schedule: the result; the start itself if nothing better was found.
@@ -66,7 +66,13 @@ class Refined:
     after: float
     samples: int
     calls: int
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[int, float], ...] = ()
+
+    def improved(self, stage: str, **more: Any) -> Improved:
+        """As the result of a stage's task."""
+        said = {"before": self.before, "after": self.after, "calls": self.calls}
+        note = {f"{stage}_{name}": value for name, value in said.items()} | more
+        return Improved(self.schedule, note, self.start, evaluations=self.calls)
 
 
 def refine(
@@ -76,7 +82,7 @@ def refine(
     held: Batch,
     table: RefineTable,
     on_round: Callable[[], None] | None = None,
-) -> Refined:
+) -> Fitted:
     """Refine the best of several starts of equal calls.
 
     Args:
@@ -99,7 +105,7 @@ def refine(
     best = runs[at]
     best.go_on(few)
     after, before = best.error, best.before
-    return Refined(
+    return Fitted(
         best.schedule if after < before else starts[at],
         at,
         before,
@@ -268,8 +274,22 @@ class Improved:
     evaluations: int = 0
 
 
+class StageTask(Work):
+    """Work of a stage; one that fails or hangs is said and left out."""
+
+    table: RefineTable | CompensationTable
+
+    def limit(self, block: float | None) -> float | None:
+        """See `Work`."""
+        return self.table.timeout
+
+    def failed(self, status: str, message: str) -> Improved:
+        """See `Work`."""
+        return Improved(message=f"{message} ({status})")
+
+
 @dataclass(frozen=True)
-class RefineTask(Work):
+class RefineTask(StageTask):
     """The starts of one NFE, to refine.
 
     Args:
@@ -284,14 +304,6 @@ class RefineTask(Work):
     table: RefineTable
     featured: bool
 
-    def limit(self, block: float | None) -> float | None:
-        """See `Work`."""
-        return self.table.timeout
-
-    def failed(self, status: str, message: str) -> Improved:
-        """See `Work`: a stage that fails is said and left out."""
-        return Improved(message=f"{message} ({status})")
-
     def run(self, evaluator: Evaluator) -> Improved:
         """Refine on the evaluator's problem."""
         table, starts = self.table, self.schedules
@@ -305,14 +317,8 @@ class RefineTask(Work):
         train = batch_of(evaluator, TRAIN, table.samples, **shared)
         held = batch_of(evaluator, HELD, table.held, **shared)
         found = refine(starts, evaluator.ode.denoiser, train, held, table)
-        note = {
-            "refined_from": starts[found.start].digest,
-            "refine_before": found.before,
-            "refine_after": found.after,
-            "refine_samples": found.samples,
-            "refine_calls": found.calls,
-        }
-        return Improved(found.schedule, note, found.start, evaluations=found.calls)
+        source = starts[found.start].digest
+        return found.improved("refine", refined_from=source, refine_samples=found.samples)
 
 
 def batch_of(
