@@ -10,8 +10,7 @@ import torch
 from fewstep.samplers import from_model, run, sample, start
 from fewstep.samplers.denoiser import Networks, bcast
 from fewstep.samplers.replay import Replay
-from fewstep.search.strategies.gauss_newton import Batch, Fit
-from fewstep.search.strategies.levenberg import levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit, levenberg
 from fewstep.space import (
     ModelError,
     ProgramSchedule,
