@@ -128,7 +128,7 @@ def test_a_journal_cut_anywhere_resumes_to_the_same_end(tmp_path, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["evolution", "random+refine"])  # the rest: the test above
+@pytest.mark.parametrize("strategy", ["random+refine"])  # all: experiments/benchmarks/killed.py
 def test_a_search_killed_at_any_instant_ends_as_if_it_had_not_been(tmp_path, strategy):
     study = write_study(tmp_path, STUDY.replace("candidates = 104", "candidates = 120"))
     settings = ("-q", "--strategy", strategy)
