@@ -437,4 +437,3 @@ def test_every_published_usf_schedule_is_a_member_of_usfs_space(path):
     canonical = domain.canonical(schedule)
     canonical.program.require_equal(schedule.program, 1e-7)  # times on the grid of 1e-9 in lam
     assert domain.canonical(canonical) == canonical
-    assert domain.decode(domain.encode(canonical)) == canonical
