@@ -147,7 +147,7 @@ def test_one_scale_keeps_one_folder_and_one_setting_fits_nothing(tmp_path):
 def test_without_scales_files_keep_their_names_and_one_family_starts_the_fit(tmp_path):
     text = TEXT.replace("guidance = [1, 3]\n", "").replace('"random"', '"compensation"')
     text = text.replace("\ntemplate = ", "\n# ")
-    text += '\n[compensation]\nbase = "unipc2-bh2/quadratic/low"\nsamples = 16\nteacher = 20\n'
+    text += '\n[compensation]\nbase = "unipc2-bh2/quadratic/low"\nsamples = 16\n'
     settings = ("search.nfe=[4, 5]", "budget.candidates=1")  # DDIM is all there is to beat
     outcome = _search(tmp_path, *settings, text=text)
     names = {path.name for path in (outcome.out / "schedules").iterdir()}
