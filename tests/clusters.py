@@ -79,7 +79,7 @@ def head(home: Path, cpus: int = 3) -> Iterator[Head]:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
+    for _ in range(600):
         assert process.poll() is None, log.read_text()
         try:
             urllib.request.urlopen(url, timeout=5).close()
