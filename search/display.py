@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _EVERY = 30.0
+_GLANCE = 0.2  # seconds between looks at work that has not ended
 
 
 class Display:
@@ -39,6 +40,9 @@ class Display:
 
     def advance(self, evaluations: int) -> None:
         """More network evaluations are done."""
+
+    def working(self, evaluations: int) -> None:
+        """Network evaluations of work that has not ended, until now."""
 
     def saved(self, evaluations: int) -> None:
         """So many of the expected network evaluations will not be needed."""
@@ -82,6 +86,7 @@ class Terminal(Display):
         self._task: Any = self._progress.add_task("starting", total=None)
         self._said = self._begun = time.monotonic()
         self._stage, self._total, self._done = "starting", 0, 0
+        self._working, self._glanced = 0, 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -109,7 +114,19 @@ class Terminal(Display):
     def advance(self, evaluations: int) -> None:
         """See `Display`."""
         self._done += evaluations
-        self._progress.advance(self._task, evaluations)
+        self._show()
+
+    def working(self, evaluations: int) -> None:
+        """See `Display`."""
+        self._working = evaluations
+        if evaluations and time.monotonic() - self._glanced > _GLANCE:
+            self._glanced = time.monotonic()
+            self._show()
+
+    def _show(self) -> None:
+        """Move the bar, and say how far it is."""
+        done = self._done + self._working
+        self._progress.update(self._task, completed=min(done, self._total) or done)
         self._say()
 
     def saved(self, evaluations: int) -> None:
@@ -124,10 +141,11 @@ class Terminal(Display):
         if self.console.is_terminal or now - self._said < _EVERY:
             return
         text, seconds = self._stage, now - self._begun
-        if self._total and self._done:
-            left = seconds * (self._total - self._done) / self._done
-            text += f": {100 * self._done // self._total} %, "
-            text += f"{count(int(self._done / seconds))} network evaluations a second, "
+        done = self._done + self._working
+        if self._total and done:
+            left = seconds * max(self._total - done, 0) / done
+            text += f": {min(100 * done // self._total, 99)} %, "
+            text += f"{count(int(done / seconds))} network evaluations a second, "
             text += f"about {duration(left)} left"
         self.note(text)
 

@@ -1,8 +1,9 @@
 """Where work runs: in this process, or on Ray actors that each hold the model.
 
 `map(works)` sends all of them out at once and yields their results in the order given, so the
-number of workers cannot change a result; several maps may be open at a time. Short works travel
-together, so that sending them costs little.
+number of workers cannot change a result; several maps may be open at a time (`map_groups`). Short
+works travel together, so that sending them costs little; workers with long ones are asked how far
+they are.
 
 The pool is elastic: a search starts when the least number of workers is there and goes on with
 those that are left; in place of one that died another is asked for, which Ray places when there is
@@ -17,10 +18,10 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Work
 from fewstep.space.errors import FewstepError, StudyError
 
 _TOGETHER = 0.1  # seconds of work that are sent at once
-_LOOK = 10.0  # seconds between looks at how large the cluster is
+_LOOK = 10.0  # seconds between looks at how large the cluster is, and how far long works are
 _FAILED_STARTS = 5  # in a row, after which the search ends
+Key = TypeVar("Key")
 
 
 class SerialPool:
@@ -43,8 +45,20 @@ class SerialPool:
 
     workers = 0
 
-    def __init__(self, spec: EvaluatorSpec, evaluator: Evaluator | None = None) -> None:
+    def __init__(
+        self,
+        spec: EvaluatorSpec,
+        evaluator: Evaluator | None = None,
+        display: Display | None = None,
+    ) -> None:
         self._evaluator = evaluator or Evaluator.from_spec(spec)
+        self._display, self._begun = display or Display(), 0
+        network = getattr(self._evaluator.problem, "denoiser", None)
+        if network is not None:
+            network.on_asked = self._tell
+
+    def _tell(self, images: int) -> None:
+        self._display.working(_asked(self._evaluator) - self._begun)
 
     def share(self, stream: str, reference: Tensor) -> None:
         """Give every worker, present and future, the teacher's end points of a stream."""
@@ -53,12 +67,24 @@ class SerialPool:
     def map(self, works: Iterable[Work]) -> Iterator[Any]:
         """Send works out at once; their results, in order, as they are asked for."""
         for work in list(works):
+            self._begun = _asked(self._evaluator)
             with one_thread():
                 result = work.run(self._evaluator)
+            self._display.working(0)
             yield result
+
+    def map_groups(self, groups: Mapping[Key, Iterable[Work]]) -> Iterator[tuple[Key, list[Any]]]:
+        """Send all out at once; a group's results, in order, as soon as all of them are there."""
+        for key, works in groups.items():
+            yield key, list(self.map(works))
 
     def close(self) -> None:
         """Let the workers go."""
+
+
+def _asked(evaluator: Evaluator) -> int:
+    """Images that the model was asked for until now; 0 of particles."""
+    return int(getattr(getattr(evaluator.problem, "denoiser", None), "asked", 0))
 
 
 @contextlib.contextmanager
@@ -78,7 +104,7 @@ class Worker:
     def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(1)
         leave_checkout()
-        self._spec = spec
+        self._spec, self._begun = spec, 0
         self._evaluator: Evaluator | None = None
         self._shared: dict[str, Any] = {}
 
@@ -89,12 +115,18 @@ class Worker:
 
     def run(self, works: Sequence[Work], shared: dict[str, Any]) -> tuple[list[Any], float]:
         """Do works, and the seconds they took; `shared` names end points in the object store."""
+        torch.set_num_threads(1)  # of this thread, which Ray chose
         evaluator, begun = self._loaded(), time.perf_counter()
+        self._begun = _asked(evaluator)
         for stream, reference in shared.items():
             if self._shared.get(stream) != reference:  # new, or of more samples than before
                 evaluator.share(stream, _fetcher(reference))
         self._shared = dict(shared)
         return [work.run(evaluator) for work in works], time.perf_counter() - begun
+
+    def asked(self) -> int:
+        """Images that the model was asked for by the works being done now."""
+        return 0 if self._evaluator is None else _asked(self._evaluator) - self._begun
 
     def _loaded(self) -> Evaluator:
         if self._evaluator is None:
@@ -154,13 +186,17 @@ class RayPool:
         self._queue: deque[_Job] = deque()
         self._flying: dict[Any, tuple[list[_Job], Any, float]] = {}
         self._coming: dict[Any, Any] = {}
+        self._asking: dict[Any, Any] = {}  # how far are they? the work of each
+        self._asked: dict[Any, int] = {}  # images of works on their way, as last heard
         self._idle: list[Any] = []
         self._each = _TOGETHER  # seconds of one work, as measured
         self._failed, self._stillborn, self._lost = 0, "", 0
         self._versions = versions()
         self._looked, self._differ = -math.inf, set[str]()
         self._ray, self._owned = connect(address, self._most or 0, folder)
-        self._actor = self._ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(Worker)
+        self._actor = self._ray.remote(
+            num_cpus=settings.cpus, num_gpus=settings.gpus, concurrency_groups={"look": 1}
+        )(Worker)
         try:
             self._start()
             begun, said = time.monotonic(), False
@@ -200,6 +236,18 @@ class RayPool:
             yield job.result
             job.result = None
 
+    def map_groups(self, groups: Mapping[Key, Iterable[Work]]) -> Iterator[tuple[Key, list[Any]]]:
+        """See `SerialPool`."""
+        jobs = {key: [_Job(work) for work in works] for key, works in groups.items()}
+        self._queue.extend(job for group in jobs.values() for job in group)
+        while jobs:
+            for key, group in jobs.items():
+                if all(job.settle() for job in group):
+                    yield key, [job.result for job in jobs.pop(key)]
+                    break
+            else:
+                self._step()
+
     def close(self) -> None:
         """See `SerialPool`."""
         if self._owned:
@@ -233,7 +281,7 @@ class RayPool:
         self._feed()
         waiting = [*self._flying, *self._coming]
         limit = self._settings.timeout
-        patience = 1.0 if limit is None else min(1.0, limit)
+        patience = min(1.0, _LOOK if limit is None else limit)
         ready, rest = self._ray.wait(waiting, num_returns=1, timeout=patience)
         if rest:
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
@@ -247,7 +295,29 @@ class RayPool:
             self._replace()
         elif time.monotonic() - self._looked > _LOOK:
             self._start()
+            self._ask()
+        self._hear()
         self._feed()
+
+    def _ask(self) -> None:
+        """Ask workers with long works how far they are."""
+        now = time.monotonic()
+        for ref, (_, actor, begun) in self._flying.items():
+            if now - begun > _LOOK and ref not in self._asking.values():
+                asked = actor.asked.options(concurrency_group="look").remote()
+                self._asking[asked] = ref
+
+    def _hear(self) -> None:
+        """Show what those who were asked say; one that is gone is found by its work."""
+        if not self._asking:
+            return
+        said, _ = self._ray.wait(list(self._asking), num_returns=len(self._asking), timeout=0)
+        for answer in said:
+            ref = self._asking.pop(answer)
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._asked[ref] = self._ray.get(answer)
+        self._asked = {ref: n for ref, n in self._asked.items() if ref in self._flying}
+        self._display.working(sum(self._asked.values()))
 
     def _feed(self) -> None:
         """Send the next works to idle workers, short ones together."""
@@ -289,6 +359,8 @@ class RayPool:
 
     def _land(self, ref: Any) -> None:
         jobs, actor, _ = self._flying.pop(ref)
+        if self._asked.pop(ref, None) is not None:
+            self._display.working(sum(self._asked.values()))
         try:
             results, seconds = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:

@@ -74,7 +74,7 @@ def open_pool(
     Workers of another machine get the study's files, and find them in the folder they start in.
     """
     if config.search.workers == 0 and address is None:
-        return SerialPool(spec, evaluator)
+        return SerialPool(spec, evaluator, display)
     if config.search.workers == 0:
         config = config.model_copy(
             update={"search": config.search.model_copy(update={"workers": None})}

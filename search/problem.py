@@ -100,17 +100,28 @@ def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 class _Watched:
-    """A denoiser of the user's, `guarded`; its attributes are the denoiser's own."""
+    """A denoiser of the user's, `guarded`; its attributes are the denoiser's own.
+
+    `asked` counts the images it was asked for; `on_asked` is called with every number of them.
+    """
 
     def __init__(self, inner: Any) -> None:
         self._inner, self._call = inner, guarded(inner, "the model")
         self.piece: int | None = getattr(inner, "piece", None)
+        self.asked, self.on_asked = 0, _nothing
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._call(*arguments, **named)
+        made = self._call(*arguments, **named)
+        self.asked += len(arguments[0])
+        self.on_asked(len(arguments[0]))
+        return made
+
+
+def _nothing(images: int) -> None:
+    """Nobody looks."""
 
 
 class _Quicker:

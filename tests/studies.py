@@ -56,6 +56,8 @@ class Mixture:
             os._exit(1)
         if self.broken == "hang":
             time.sleep(60)
+        if self.broken == "slow":
+            time.sleep(len(x) / 32)
         return out
 
 

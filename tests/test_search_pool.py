@@ -5,6 +5,7 @@ import os
 import pytest
 
 from fewstep.search.config import SearchTable, load_study
+from fewstep.search.display import Display
 from fewstep.search.pool import RayPool, SerialPool
 from fewstep.search.preparing import evaluator_spec
 from fewstep.search.run import search
@@ -77,3 +78,31 @@ def test_a_search_on_workers_has_the_trial_table_of_one_process(tmp_path):
     two = search(load_study(study, ["search.workers=2"]), tmp_path / "two")
     assert trial_table(one.out) == trial_table(two.out)
     assert one.rows == two.rows
+
+
+class _Heard(Display):
+    """Remembers what it is told of work that has not ended."""
+
+    def __init__(self):
+        self.heard = []
+
+    def working(self, evaluations):
+        self.heard.append(evaluations)
+
+
+def test_groups_come_when_they_are_whole_and_long_work_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewstep.search.pool._LOOK", 0.2)
+    spec, serial, noise = _setup(tmp_path, broken="slow")
+    ddim = [next(iter(named(noise, 3).values()))]
+    works = {n: Block.cover(ddim, "search", range(4 * n), 4 * n, want="samples") for n in (8, 1)}
+    pool = _pool(spec, display=(display := _Heard()))
+    try:
+        found = dict(pool.map_groups(works))
+    finally:
+        pool.close()
+    assert list(found) == [1, 8]  # the second group is smaller
+    expected = dict(serial.map_groups(works))
+    for n in works:
+        assert (found[n][0].values == expected[n][0].values).all()
+    assert any(0 < asked <= 3 * 32 for asked in display.heard), display.heard
+    assert display.heard[-1] == 0

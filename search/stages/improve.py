@@ -83,12 +83,11 @@ def _improve(
         alone = config.finish == "compensation" or not found
         groups[nfe] = [[one] for one in found] if alone else [found]
     total, done = sum(map(len, groups.values())), 0
-    results = pool.map(_task(config, g, mean) for groups_ in groups.values() for g in groups_)
-    for nfe, rung in rungs.items():
-        made = []
-        for group in groups[nfe]:
-            display.stage(f"{stage} of {total} schedules, {done} done")
-            result = next(results)
+    display.stage(f"{stage} of {total} schedules")
+    tasks = {nfe: [_task(config, g, mean) for g in starts_] for nfe, starts_ in groups.items()}
+    for nfe, results in pool.map_groups(tasks):
+        rung, made = rungs[nfe], []
+        for group, result in zip(groups[nfe], results, strict=True):
             display.advance(result.evaluations)
             display.saved(_cost(config, nfe, len(group)) - result.evaluations)
             done += 1
@@ -101,6 +100,7 @@ def _improve(
             tried = {f"{stage}_starts": [start.source for start in group]}
             made.append(Proposal(result.schedule, source, tried | result.note))
         spent[nfe] = _tell(stage, rung, made, display)
+        display.stage(f"{stage} of {total} schedules, {done} done")
     return spent
 
 
