@@ -20,8 +20,10 @@ from fewstep.search.tables import (
     CompensationTable,
     CprTable,
     ObjectiveTable,
+    PricesTable,
     RefineTable,
     Table,
+    TeacherTable,
     TrackingTable,
 )
 from fewstep.space.errors import StudyError
@@ -115,7 +117,8 @@ class BudgetTable(Table):
     """[budget]: exactly one of these.
 
     Args:
-        candidates: candidates per NFE, the named solvers included; or one number for each NFE.
+        candidates: candidates per NFE, the named solvers included (per cost: plans, beside them);
+            or one number for each.
         calls: network evaluations of the whole search: sum over candidates of samples x NFE (x
             particles x models).
         seconds: wall time of the whole search before the final scoring; the result then depends on
@@ -141,6 +144,8 @@ class SearchTable(Table):
 
     Args:
         nfe: the numbers of network calls to find schedules for.
+        cost: instead, what the calls of a schedule may cost together, at the study's [prices]:
+            which calls are guided, run side by side, or ask another network is then searched.
         guidance: scales to find schedules for, each with its own search and teacher; one search of
             all NFEs runs for each. None is the problem's own scale.
         strategy: name of a strategy (`fewstep.search.strategies`); with "+refine" or
@@ -174,7 +179,8 @@ class SearchTable(Table):
             sent to a cluster too.
     """
 
-    nfe: tuple[Annotated[int, Field(ge=1, le=1000)], ...]
+    nfe: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
+    cost: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
     guidance: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     strategy: str = "s3+refine"
     options: dict[str, Any] = Field(default_factory=dict)
@@ -204,10 +210,16 @@ class SearchTable(Table):
     def _check(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers {list(self.workers)}: the least comes first")
-        if not self.nfe:
-            raise ValueError("nfe is empty: name at least one number of network calls")
-        if len(set(self.nfe)) != len(self.nfe):
-            raise ValueError(f"nfe {list(self.nfe)} names a number twice")
+        if not self.settings:
+            raise ValueError(
+                "nfe is empty: name at least one number of network calls, or give cost"
+            )
+        if self.nfe and self.cost:
+            raise ValueError("give one of nfe, the numbers of calls, and cost, what they may cost")
+        if len(set(self.settings)) != len(self.settings):
+            raise ValueError(f"{self.word} {list(self.settings)} names a number twice")
+        if self.cost and self.warm:
+            raise ValueError("warm schedules join a search by nfe: leave it out beside cost")
         if self.guidance is not None and len(set(self.guidance)) != max(len(self.guidance), 1):
             raise ValueError(
                 f"guidance {list(self.guidance)} is empty or names a scale twice: name each once"
@@ -217,6 +229,16 @@ class SearchTable(Table):
                 f"race {list(self.race)} must ascend and stay below samples = {self.samples}"
             )
         return self
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """The numbers of calls, or the costs: the search at each is a rung."""
+        return self.nfe or self.cost
+
+    @property
+    def word(self) -> str:
+        """What these numbers are."""
+        return "NFE" if self.nfe else "cost"
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -229,23 +251,6 @@ class SearchTable(Table):
         if isinstance(self.workers, tuple):
             return self.workers
         return 1, self.workers
-
-
-class TeacherTable(Table):
-    """[teacher]: the reference end points, from many calls on a uniform log-SNR grid.
-
-    Args:
-        nfe: network calls.
-        solver: a multistep recipe of `space.baselines`.
-        check: samples on which the teacher is compared with one of twice the calls; 0 leaves the
-            check out.
-        cache: folder of computed references; None is the output folder's own.
-    """
-
-    nfe: Annotated[int, Field(ge=2)] = 128
-    solver: str = "dpmpp3m/logsnr"
-    check: Annotated[int, Field(ge=0)] = 64
-    cache: str | None = None
 
 
 class FinalTable(Table):
@@ -296,6 +301,7 @@ class StudyConfig(Table):
     refine: RefineTable = RefineTable()
     compensation: CompensationTable = CompensationTable()
     cpr: CprTable = CprTable()
+    prices: PricesTable = PricesTable()
     final: FinalTable = FinalTable()
     tracking: TrackingTable = TrackingTable()
 
@@ -364,11 +370,14 @@ class StudyConfig(Table):
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
         given = self.budget.candidates
-        if isinstance(given, tuple) and len(given) != len(self.search.nfe):
+        search = self.search
+        if isinstance(given, tuple) and len(given) != len(search.settings):
             raise ValueError(
-                f"budget.candidates holds {len(given)} numbers for {len(self.search.nfe)} NFEs: "
-                "give one for each, or a single number"
+                f"budget.candidates holds {len(given)} numbers for {len(search.settings)} "
+                f"{search.word}s: give one for each, or a single number"
             )
+        if search.cost and (self.finish == "compensation" or self.cpr.fit):
+            raise ValueError("compensation and cpr go with search.nfe, not with search.cost")
         if self.search.race and self.objective.name == "frechet":
             raise ValueError(
                 f"search.race compares candidates sample by sample, which the objective "
@@ -378,9 +387,9 @@ class StudyConfig(Table):
 
     def calls_of(self, nfe: int) -> int | None:
         """Network evaluations of one NFE where candidates race for a budget in calls."""
-        if self.budget.calls is None or not self.search.race:
+        if self.budget.calls is None or not (self.search.race or self.search.cost):
             return None
-        return self.budget.calls * nfe // sum(self.search.nfe)
+        return self.budget.calls * nfe // sum(self.search.settings)
 
     def candidates(self, per_sample: int = 1) -> dict[int, int] | None:
         """Candidates that the budget pays for by NFE; None if that shows as the search goes.
@@ -391,7 +400,7 @@ class StudyConfig(Table):
         Raises:
             StudyError: the calls do not pay for one candidate.
         """
-        nfes, given = self.search.nfe, self.budget.candidates
+        nfes, given = self.search.settings, self.budget.candidates
         if isinstance(given, tuple):
             return dict(zip(nfes, given, strict=True))
         if given is not None:
@@ -404,7 +413,7 @@ class StudyConfig(Table):
                 f"budget.calls = {self.budget.calls} does not pay for one candidate per NFE: "
                 f"{needed} are needed"
             )
-        if self.search.race:
+        if self.search.race or self.search.cost:
             return None
         return dict.fromkeys(nfes, self.budget.calls // needed)
 

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, TypeVar
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.targets import Target
 from fewstep.search.config import StudyConfig
-from fewstep.search.problem import prompts
+from fewstep.search.problem import priced, prompts
 from fewstep.search.yardstick import Statistic
 from fewstep.space.baselines import named
+from fewstep.space.costs import Prices
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ModelError, ScheduleError, StudyError
 from fewstep.space.masked import MaskedSchedule
@@ -23,6 +24,7 @@ from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.particle_domain import ParticleDomain
 from fewstep.space.particle_policies import named_policies
 from fewstep.space.particles import ParticleSchedule
+from fewstep.space.plans import PlanDomain
 from fewstep.space.step_choices import StepChoices
 
 _T = TypeVar("_T")
@@ -107,8 +109,10 @@ class OdeFamily(Family):
         name = config.objective.name or "endpoint_mse"
         return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
 
-    def domain(self, config: StudyConfig, nfe: int) -> OdeDomain:
+    def domain(self, config: StudyConfig, nfe: int) -> OdeDomain | PlanDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
+        if config.search.cost:
+            return _made(lambda: self._plans(config, nfe))
         noise = self.problem.denoiser.noise
         steps = {f.name for f in dataclasses.fields(StepChoices)}
         ours = _open(OdeDomain, "noise", "nfe", "choices", "constant")
@@ -120,6 +124,15 @@ class OdeFamily(Family):
             return OdeDomain(noise, nfe, choices=choices, **mine)
 
         return _made(make)
+
+    def _plans(self, config: StudyConfig, cost: int) -> PlanDomain:
+        """The plans of a cost; the model's networks and guidance are open, stages are not."""
+        problem, settled = self.problem, ("noise", "cost", "prices", "scale")
+        prices = priced(Prices(**config.prices.model_dump()), problem)
+        scale = None if problem.guidance in (None, 1) else problem.guidance
+        found = {"networks": ["", *prices.networks]} | config.space
+        values = _values(config.model_copy(update={"space": found}), _open(PlanDomain, *settled))
+        return PlanDomain(problem.denoiser.noise, cost, prices, scale, **values)
 
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the problem's own baselines, and every named solver on every grid."""
@@ -249,7 +262,7 @@ def _with_objective(config: StudyConfig, name: str, statistic: Statistic) -> Stu
     return config.model_copy(update={"objective": config.objective.model_copy(update=changes)})
 
 
-_TEACHERS = ("teacher", "refine", "compensation", "cpr")
+_TEACHERS = ("teacher", "refine", "compensation", "cpr", "prices")
 """Tables of studies with a teacher."""
 
 
@@ -276,7 +289,7 @@ def _without_teacher(family: Family, config: StudyConfig) -> StudyConfig:
 
 
 def _open(domain: type[Any], *fixed: str) -> set[str]:
-    return {f.name for f in dataclasses.fields(domain)} - set(fixed)
+    return {f.name for f in dataclasses.fields(domain) if f.init} - set(fixed)
 
 
 def _values(config: StudyConfig, keys: set[str]) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def search_each(
             part = config.at_guidance(scale).model_copy(update={"cpr": off})
             found = one(part, folder, store.resumed)
             for row in found.rows:
-                schedule = load_schedule(schedule_path(folder, row.nfe, scale))
-                save_schedule(schedule, schedule_path(out, row.nfe, scale))
+                schedule = load_schedule(schedule_path(folder, row))
+                save_schedule(schedule, schedule_path(out, row))
             rows, objective = [*rows, *found.rows], found.objective
     finally:
         store.close(keep=any(out.glob("w*/study.json")))

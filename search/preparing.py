@@ -32,15 +32,18 @@ from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
 from fewstep.search.problem import ModelSpec
 from fewstep.search.stages.cpr import cpr_cost, wanted
 from fewstep.search.stages.improve import finish_cost, named_bases
+from fewstep.search.stages.plans import rivals, short_cost
 from fewstep.search.storage import shown_url
 from fewstep.search.strategies import Evaluated, Proposal, Proposer
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import final_cost
 from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Want, cut
 from fewstep.space.baselines import baseline
+from fewstep.space.costs import Prices
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
 from fewstep.space.growing import grown
+from fewstep.space.plans import PlanDomain
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
@@ -59,6 +62,7 @@ def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
         config.objective.features,
         config.search.seed,
         config.objective.statistic,
+        prices=Prices(**config.prices.model_dump()) if config.search.cost else None,
     )
 
 
@@ -122,6 +126,9 @@ def starters(config: StudyConfig, family: Family, nfe: int) -> dict[str, Any]:
     Raises:
         StudyError: guidance is open for a problem without it, or in bounds that leave its out.
     """
+    domain = family.domain(config, nfe)
+    if isinstance(domain, PlanDomain):
+        return rivals(domain)
     found = family.named(nfe)
     if not isinstance(family, OdeFamily):
         return found
@@ -155,7 +162,7 @@ def check_names(config: StudyConfig, family: Family) -> None:
     if config.finish == "compensation":
         for nfe in nfes:
             named_bases(config, noise, nfe)
-    if config.cpr.template is not None:
+    if config.cpr.template is not None and nfes:
         try:
             for nfe in range(min(nfes), max(nfes) + 1):
                 baseline(config.cpr.template, noise, nfe)
@@ -241,7 +248,7 @@ def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[fl
         ModelError: whatever the model raises; nothing has been searched yet.
     """
     size, samples = config.search.block[0], min(config.search.block[1], config.search.samples)
-    schedules = list(family.named(min(2, *config.search.nfe)).values())[:size]
+    schedules = list(family.named(min(2, *config.search.settings)).values())[:size]
     want: Want = "samples" if family.has_teacher else "measures"
     group = tuple(schedules[i] for i in cut(schedules, size)[0])
     on_cpu = evaluator.device.type == "cpu"
@@ -314,7 +321,7 @@ def _around(run: Search) -> tuple[int, int, int]:
     if run.family.has_teacher:
         check = 2 * min(config.teacher.check, final.samples)
         reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
-    verdict = sum(final_cost(nfe, final) for nfe in config.search.nfe)
+    verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
     fitting = cpr_cost(config, 1) if wanted(config) else 0
     return reference, run.family.per_sample * verdict, finish_cost(config) + fitting
 
@@ -325,6 +332,9 @@ def _candidates(run: Search) -> tuple[str, int]:
     if run.config.base_strategy is None:
         for nfe, limit in limits.items():
             limits[nfe] = min(limit, len(run.solvers[nfe]) + len(run.warm.get(nfe, ())))
-    asked = ", ".join(f"{n} at NFE {nfe}" for nfe, n in limits.items())
+    asked = ", ".join(f"{n} at {run.config.search.word} {nfe}" for nfe, n in limits.items())
     calls = run.config.search.samples * sum(nfe * n for nfe, n in limits.items())
+    if run.config.search.cost:
+        plans = ((n, max(0, limit - len(run.solvers[n]))) for n, limit in limits.items())
+        calls += sum(count * short_cost(run.config, n) for n, count in plans)
     return asked, run.family.per_sample * calls

@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem, start_masked
+from fewstep.samplers import (
+    AnyProblem,
+    Denoiser,
+    MaskedProblem,
+    ParticleProblem,
+    Problem,
+    start_masked,
+)
 from fewstep.samplers.categorical import uniforms
+from fewstep.space.costs import Prices
 from fewstep.space.errors import FewstepError, ModelError, StudyError
 
 
@@ -141,10 +149,44 @@ class _Quicker:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_inner"], name)
 
-    def __call__(self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None, **named: str
+    ) -> Tensor:
         with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
-            found: Tensor = self._call(x, t, cond=cond, guidance=guidance)
+            found: Tensor = self._call(x, t, cond=cond, guidance=guidance, **named)
         return found.to(x.dtype)
+
+
+class Counted:
+    """A denoiser that counts the images it is asked for, or with prices what they cost."""
+
+    def __init__(self, inner: Denoiser, prices: Prices | None = None) -> None:
+        self.inner, self.noise, self._prices, self._paid = inner, inner.noise, prices, 0.0
+        self.piece: int | None = getattr(inner, "piece", None)
+        self.device = getattr(inner, "device", None)
+        self.networks = getattr(inner, "networks", {})
+
+    @property
+    def evaluations(self) -> int:
+        """So far, a whole number."""
+        return round(self._paid)
+
+    def __call__(
+        self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None, **named: str
+    ) -> Tensor:
+        """See `Denoiser`."""
+        each = 1.0
+        if self._prices is not None:
+            once = guidance is None or (isinstance(guidance, float | int) and guidance == 1)
+            each = self._prices.of(guided=not once, network=named.get("network", ""))
+        self._paid += each * len(x)
+        return self.inner(x, t, cond=cond, guidance=guidance, **named)
+
+
+def priced(prices: Prices, problem: AnyProblem) -> Prices:
+    """The prices, with those of the networks that the problem's denoiser offers."""
+    offered = getattr(getattr(problem, "denoiser", None), "networks", {})
+    return replace(prices, networks={**offered, **prices.networks})
 
 
 def watched(problem: AnyProblem) -> AnyProblem:

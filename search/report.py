@@ -49,10 +49,8 @@ def results_table(rows: Sequence[Row], objective: str) -> Table:
         )
     if len(front) < len(rows):
         notes.append("* fewer calls do as well: not on the Pareto front of calls and score")
-    notes += [
-        f"NFE {row.nfe}: nothing gained, use {row.use}" for row in rows if row.use != "found"
-    ]
-    notes += [f"NFE {row.nfe}: {row.failed_stage}" for row in rows if row.failed_stage]
+    notes += [f"{row.title}: nothing gained, use {row.use}" for row in rows if row.use != "found"]
+    notes += [f"{row.title}: {row.failed_stage}" for row in rows if row.failed_stage]
     table.caption = "\n".join(notes) or None
     for row in rows:
         cells = [cell(row) for _, cell in columns]
@@ -84,7 +82,10 @@ def _compared(name: str) -> Callable[[Row], str]:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("cost", lambda row: "–" if row.cost is None else str(row.cost)),
     ("NFE", lambda row: str(row.nfe)),
+    ("depth", lambda row: "–" if row.depth in (None, row.nfe) else str(row.depth)),
+    ("calls", lambda row: row.calls or "–"),
     ("best named", lambda row: row.best_named),
     ("its score", lambda row: number(row.best_named_score)),
     ("found", lambda row: number(row.found_score)),
@@ -104,7 +105,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 """Heads and cells of a row, for the closing table and the page; unknown ones are left out."""
 
-TERMINAL = 13
+TERMINAL = 16
 """So many of them fit a terminal; the page shows all."""
 
 
@@ -125,14 +126,14 @@ def named_table(rows: Sequence[Row]) -> Table:
     table = Table(title="every named schedule in its best variant, noise of the search")
     table.add_column("name", no_wrap=True)
     for row in rows:
-        table.add_column(f"NFE {row.nfe}", justify="right", no_wrap=True)
+        table.add_column(row.title, justify="right", no_wrap=True)
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
         for scored in row.named:
             solver, _, kind = scored.name.partition("/")
-            cells.setdefault(solver, {}).setdefault(row.nfe, f"{number(scored.score)} {kind}")
+            cells.setdefault(solver, {}).setdefault(row.setting, f"{number(scored.score)} {kind}")
     for solver in sorted(cells):
-        table.add_row(solver, *(cells[solver].get(row.nfe, "–") for row in rows))
+        table.add_row(solver, *(cells[solver].get(row.setting, "–") for row in rows))
     return table
 
 
@@ -228,9 +229,9 @@ def errors_picture(path: Path, errors: Mapping[int, tuple[Any, Any]]) -> Path:
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
-    """The rows worth their calls: no row of as many or fewer calls has as low a score."""
+    """The rows worth their calls, or cost: no row of as little has as low a score."""
     front: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r.nfe, r.found_score)):
+    for row in sorted(rows, key=lambda r: (r.setting, r.found_score)):
         if not front or row.found_score < front[-1].found_score:
             front.append(row)
     return front
@@ -240,19 +241,21 @@ def pareto_picture(path: Path, rows: Sequence[Row], objective: str) -> Path:
     """Score against calls on fresh samples: found, with its Pareto front, and best named."""
     from matplotlib.ticker import MaxNLocator
 
-    ordered, front = sorted(rows, key=lambda r: r.nfe), pareto(rows)
+    ordered, front = sorted(rows, key=lambda r: r.setting), pareto(rows)
     figure, (axis,) = _panels(1, 3.6)
-    calls = [r.nfe for r in ordered]
+    calls = [r.setting for r in ordered]
     axis.plot(calls, [r.best_named_score for r in ordered], "s--", color="0.5", label="best named")
     axis.plot(calls, [r.found_score for r in ordered], "o", color="C0", label="found")
     best = [r.found_score for r in front]
-    axis.plot([r.nfe for r in front], best, color="C0", label="Pareto front")
+    axis.plot([r.setting for r in front], best, color="C0", label="Pareto front")
     teacher = ordered[-1].teacher_self_error
     lowest = min(r.found_score for r in ordered)
     if teacher is not None and teacher > 0.03 * lowest:  # far below, it would flatten the picture
         axis.axhline(teacher, color="C1", linestyle=":", label="teacher against itself")
     said = f"{objective}, {ordered[0].samples} fresh samples"
-    axis.set(yscale="log", xlabel="network calls", ylabel=said)
+    axis.set(
+        yscale="log", xlabel="network calls" if ordered[0].cost is None else "cost", ylabel=said
+    )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize=8, frameon=False)

@@ -41,7 +41,7 @@ def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
         "objective": config.objective.name or "",
         "statistic": config.objective.statistic or "mean",
         "rows": [row.to_dict() for row in rows],
-        "pareto": [row.nfe for row in report.pareto(rows)],
+        "pareto": [row.setting for row in report.pareto(rows)],
     }
     written = write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     pictures = _pictures(run, verdicts)
@@ -54,9 +54,9 @@ def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
     for path in (written, out / "study.json", page, *pictures):
         tracker.file(None, path)
     for row in rows:
-        tracker.numbers(row.nfe, metrics(row))
+        tracker.numbers(row.setting, metrics(row))
         if row.ratio is not None:
-            tracker.numbers(None, {f"ratio_nfe{row.nfe:02d}": row.ratio})
+            tracker.numbers(None, {f"ratio_{row.file}": row.ratio})
     return rows
 
 
@@ -65,12 +65,12 @@ def _save_schedule(run: Search, verdict: Verdict) -> None:
     row, tracker = verdict.row, run.tracker
     provenance = _provenance(run.config, row, run.evaluator.problem, tracker.runs)
     schedule = verdict.kept.model_copy(update={"provenance": provenance})
-    path = save_schedule(schedule, schedule_path(run.out, row.nfe, run.config.scale))
+    path = save_schedule(schedule, schedule_path(run.out, row))
     image = path.with_suffix(".safetensors")
     for file in (path, image) if image.exists() else (path,):
-        tracker.file(row.nfe, file, "schedules")
+        tracker.file(row.setting, file, "schedules")
         tracker.file(None, file, "schedules")
-    tracker.tag(row.nfe, **{"fewstep.digest": schedule.digest, "fewstep.source": row.source})
+    tracker.tag(row.setting, **{"fewstep.digest": schedule.digest, "fewstep.source": row.source})
 
 
 def _pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
@@ -83,7 +83,7 @@ def _pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
     if len(verdicts) > 1:
         rows = [v.row for v in verdicts]
         made.append(report.pareto_picture(out / "pareto.png", rows, objective))
-    errors = {v.row.nfe: v.errors for v in verdicts if v.errors is not None}
+    errors = {v.row.setting: v.errors for v in verdicts if v.errors is not None}
     if errors:
         made.append(report.errors_picture(out / "errors.png", errors))
     series = {nfe: best_so_far(rung.known) for nfe, rung in run.rungs.items()}
@@ -105,6 +105,9 @@ def metrics(row: Row) -> dict[str, float]:
         "trials": row.trials,
         "failed": row.failed,
         "calls_spent": row.calls_spent,
+        "calls": row.nfe,
+        "depth": row.depth,
+        "cost": row.cost,
         "fresh_samples": row.samples,
         **{name: found for name, (found, _) in row.facts.items()},
         **{f"frechet_{name}": value for name, value in row.frechet.items()},
@@ -116,10 +119,10 @@ def metrics(row: Row) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def schedule_path(out: Path, nfe: int, guidance: float | None) -> Path:
-    """Where the schedule of a setting lies: schedules/nfe05.json, or schedules/nfe05_w7.5.json."""
-    scale = "" if guidance is None else f"_w{guidance:g}"
-    return out / "schedules" / f"nfe{nfe:02d}{scale}.json"
+def schedule_path(out: Path, row: Row) -> Path:
+    """Where the schedule of a row lies: schedules/nfe05.json, cost08.json, or nfe05_w7.5.json."""
+    scale = "" if row.guidance is None else f"_w{row.guidance:g}"
+    return out / "schedules" / f"{row.file}{scale}.json"
 
 
 def _sheet(run: Search, verdicts: Sequence[Verdict]) -> list[tuple[str, Tensor]]:
@@ -133,10 +136,10 @@ def _sheet(run: Search, verdicts: Sequence[Verdict]) -> list[tuple[str, Tensor]]
     labels: list[str] = []
     schedules: list[Any] = []
     for v in verdicts:
-        shown: dict[str, Any] = dict(own(v.row.nfe)) if own else {}
+        shown: dict[str, Any] = dict(own(v.row.nfe)) if own and v.row.cost is None else {}
         shown |= {v.row.best_named: v.best_named, "found": v.found}
         for name, schedule in shown.items():
-            labels.append(f"{name}, {v.row.nfe} calls")
+            labels.append(f"{name}, {schedule.nfe} calls")
             schedules.append(schedule)
     blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
     samples = [torch.from_numpy(np.array(r.values[0])) for r in run.pool.map(blocks)]

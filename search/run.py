@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.samplers import Problem
 from fewstep.search.cluster import check_address
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
@@ -55,6 +57,8 @@ from fewstep.search.tracking import MlflowTracker, Tracker, beginning, tracking_
 from fewstep.search.verdict import FRESH, Judge, Row, Verdict
 from fewstep.search.work import Block, Evaluator
 from fewstep.search.yardstick import Array
+from fewstep.space import Program
+from fewstep.space.costs import pattern
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Search:
         self.rungs: dict[int, Rung] = {}
         self.references: dict[str, Array] = {}
         self.endpoints: dict[str, Tensor] = {}
+        self.mean: Tensor | None = None
 
     def run(self, resume: bool) -> Outcome:
         """From the study to its files."""
@@ -181,12 +186,14 @@ class Search:
         self.evaluator = Evaluator.from_spec(self._spec)
         self.family = family_of(self.evaluator.problem)
         self.config = config = self.family.settle(self.config)
-        self.domains = {nfe: self.family.domain(config, nfe) for nfe in config.search.nfe}
-        for nfe in config.search.nfe:
+        self.domains = {nfe: self.family.domain(config, nfe) for nfe in config.search.settings}
+        for nfe in config.search.settings:
             self.proposer(nfe, ())
         check_names(config, self.family)
-        self.solvers = {nfe: starters(config, self.family, nfe) for nfe in config.search.nfe}
+        self.solvers = {nfe: starters(config, self.family, nfe) for nfe in config.search.settings}
         self.limits = config.candidates(self.family.per_sample)
+        if config.search.cost and self.limits is not None:  # of plans, beside the rivals
+            self.limits = {n: k + len(self.solvers[n]) for n, k in self.limits.items()}
 
     def _open_store(self, resume: bool) -> None:
         config = self.config
@@ -201,7 +208,7 @@ class Search:
             json.dumps(self.family.readable(config), indent=1) + "\n",
         )
         elapsed, todo = 0.0, []
-        for nfe in config.search.nfe:
+        for nfe in config.search.settings:
             kept = self.store.trials(nfe, domain=self.domains[nfe]).kept()
             elapsed = max([elapsed, *(k.elapsed for k in kept)])
             first = [k for k in kept if k.generation == 0]
@@ -237,11 +244,13 @@ class Search:
             self.store,
             self.references,
             block=config.search.block,
-            per_sample=self.family.per_sample,
+            cost_of=self._cost_of,
             advance=self.display.advance,
         )
         self._refer(SEARCH, config.search.samples)
-        for nfe in config.search.nfe:
+        if config.search.cost:
+            self._refer_fits()
+        for nfe in config.search.settings:
             self._search(nfe)
         spent = self._finish()
         verdicts = self._judge(spent)
@@ -255,24 +264,24 @@ class Search:
 
     def _search(self, nfe: int) -> None:
         """The candidates of one NFE."""
-        begun, nfes = time.monotonic(), self.config.search.nfe
+        begun, nfes = time.monotonic(), self.config.search.settings
         earlier = [e for rung in self.rungs.values() for e in rung.known]
         deadline = self.config.budget.seconds
         if deadline is not None:
             deadline *= sum(nfes[: nfes.index(nfe) + 1]) / sum(nfes)
         limit = None if self.limits is None else self.limits[nfe]
-        self.rungs[nfe] = rung = Rung(
-            self, nfe, earlier if self.config.search.ladder else [], limit, deadline
-        )
+        climbs = self.config.search.ladder and not self.config.search.cost
+        self.rungs[nfe] = rung = Rung(self, nfe, earlier if climbs else [], limit, deadline)
         for name, made in Counter(p.source for p in self.warm.get(nfe, ())).items():
-            self.display.note(f"NFE {nfe}: {made} candidates from {name}")
-        self.display.stage(f"NFE {nfe}: named solvers")
+            self.display.note(f"{self.config.search.word} {nfe}: {made} candidates from {name}")
+        self.display.stage(f"{self.config.search.word} {nfe}: named solvers")
         rung.run()
         if self.limits is not None and self.config.search.race:
             full = self.limits[nfe] * self.config.search.samples * nfe * self.family.per_sample
             self.display.saved(full - sum(rung.costs))
         points = best_so_far(rung.known)
-        text = f"NFE {nfe}: best {points[-1][1]:.4g} of {len(rung.known)} candidates"
+        word = self.config.search.word
+        text = f"{word} {nfe}: best {points[-1][1]:.4g} of {len(rung.known)} candidates"
         named_points = best_so_far(rung.named_known())
         if named_points:
             text += f", best named {named_points[-1][1]:.4g} (search noise)"
@@ -283,12 +292,25 @@ class Search:
         config = self.config
         if config.finish is None:
             return {}
+        self._refer_fits()
+        return finish_rungs(config, self.pool, self.rungs, self.display, self.mean)
+
+    def _refer_fits(self) -> None:
+        """The teacher's samples on the noise that fits use, and their mean, if they may use it."""
+        config = self.config
         for stream, size in streams(config):
             self._refer(stream, size)
-        mean = None
-        if config.finish == "refine" and config.refine.mean:
-            mean = self.endpoints[TRAIN].mean(0)
-        return finish_rungs(config, self.pool, self.rungs, self.display, mean)
+        if TRAIN in self.endpoints and config.refine.mean:
+            self.mean = self.endpoints[TRAIN].mean(0)
+
+    def _cost_of(self, schedule: Any) -> int:
+        """Network evaluations of one sample of a schedule, by the study's prices if it has any."""
+        prices, problem = self.evaluator.prices, self.evaluator.problem
+        if prices is None:
+            return int(schedule.nfe) * self.family.per_sample
+        guided = isinstance(problem, Problem) and problem.guidance not in (None, 1)
+        cost: float = schedule.program.cost(prices, guided=guided)
+        return round(cost)
 
     def _judge(self, spent: Mapping[int, int]) -> list[Verdict]:
         """What was found against the named solvers, on fresh noise."""
@@ -301,7 +323,7 @@ class Search:
         judge = Judge(self.scorer, objective, config.final, self._refer, seed)
         verdicts = []
         for nfe, rung in self.rungs.items():
-            self.display.stage(f"NFE {nfe}: fresh seeds")
+            self.display.stage(f"{self.config.search.word} {nfe}: fresh seeds")
             verdict = judge.verdict(
                 nfe,
                 rung.known,
@@ -310,11 +332,22 @@ class Search:
                 calls_spent=sum(rung.costs) + spent.get(nfe, 0),
             )
             if verdict.row.note:
-                self.display.note(f"NFE {nfe}: {verdict.row.note}")
+                self.display.note(f"{self.config.search.word} {nfe}: {verdict.row.note}")
             failed = "; ".join(rung.failures)
             row = replace(verdict.row, guidance=config.scale, failed_stage=failed)
+            row = replace(row, **self._sorts(nfe, verdict))
             verdicts.append(self._with_features(replace(verdict, row=row)))
         return verdicts
+
+    def _sorts(self, nfe: int, verdict: Verdict) -> dict[str, Any]:
+        """Calls, depth and cost of what was found."""
+        program = getattr(verdict.found, "program", None)
+        if not isinstance(program, Program):
+            return {}
+        if not self.config.search.cost:
+            return {"depth": program.depth}
+        told = {"cost": nfe, "calls": pattern(program, guided=program.guidance is not None)}
+        return told | {"nfe": program.nfe, "depth": program.depth}
 
     def _with_features(self, verdict: Verdict) -> Verdict:
         """The verdict with its paired Frechet distances, where the problem has features."""
@@ -374,7 +407,8 @@ class Search:
             self.tracker.curve(nfe, name, [(standing.trials - 1, value)])
         if standing.best is None:
             return
-        text = f"NFE {nfe}: {standing.trials} candidates, best {standing.best.score:.3g}"
+        text = f"{self.config.search.word} {nfe}: {standing.trials} candidates, "
+        text += f"best {standing.best.score:.3g}"
         if standing.named is not None:
             share = standing.best.score / standing.named.score
             text += f" ({share:.2f} of {standing.named.source})"

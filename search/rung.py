@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.search.scoring import SEARCH, Pending, Race
+from fewstep.search.stages.plans import plan_fit
 from fewstep.search.store import Kept
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.search.work import Result
 from fewstep.space.errors import StudyError
+from fewstep.space.plans import PlanDomain
 
 if TYPE_CHECKING:
     from fewstep.search.run import Search
@@ -91,6 +93,7 @@ class Rung:
         self._calls = run.config.calls_of(nfe)
         self._race = Race(run.scorer, SEARCH, self._search.levels, run.scorer.statistic)
         self._results: dict[str, Result] = {}
+        self._fitted: dict[str, tuple[Any, int]] = {}
         self._seen: set[str] = set()
         self._proposed = self._named_count = 0
         self.known: list[Evaluated] = []
@@ -115,8 +118,8 @@ class Rung:
         if not any(e.status == "ok" for e in self.known):
             reason = self._results[self.known[0].schedule.digest].message
             raise StudyError(
-                f"NFE {self.nfe}: none of {len(self.known)} candidates could be scored "
-                f"({reason}): check the model"
+                f"{self._search.word} {self.nfe}: none of {len(self.known)} candidates could be "
+                f"scored ({reason}): check the model"
             )
         self._settle_stages()
         return self.known
@@ -146,7 +149,7 @@ class Rung:
 
     def _proposals(self, number: int, kept: list[Kept], paid: int) -> list[Proposal]:
         """All of a generation; those that are kept as they are kept."""
-        held = [Proposal(k.evaluated.schedule, k.evaluated.source, dict(k.note)) for k in kept]
+        held = [Proposal(self._asked(k), k.evaluated.source, dict(k.note)) for k in kept]
         if number == 0:
             if len(held) >= paid:
                 return held
@@ -165,19 +168,51 @@ class Rung:
         fresh: dict[str, Any] = {}
         needed = 0
         for k, proposal in enumerate(proposals):
-            digest = proposal.schedule.digest
-            if digest not in self._seen:
-                fresh.setdefault(digest, proposal.schedule)
+            key = self._key(proposal.schedule, number)
+            if key not in self._seen:
+                fresh.setdefault(key, proposal.schedule)
             if k < paid:
                 needed = len(fresh)
         size, proposals = len(proposals), proposals[:paid]
         self._proposed += len(proposals)
+        if self._plans and 0 < number < REFINED and len(kept) < len(proposals):
+            fresh = self._fit(dict(list(fresh.items())[:needed]))
         needed_only, every = dict(list(fresh.items())[:needed]), list(fresh.values())
         made = _Generation(number, proposals, size, kept, needed_only, every, None)
         if len(kept) < len(proposals):
             made.batch = self._submit(every, needed)
         self._seen |= set(made.fresh)
         return made
+
+    def _asked(self, kept: Kept) -> Any:
+        """What was proposed where a kept schedule is what a plan became."""
+        schedule, domain = kept.evaluated.schedule, self._run.domains[self.nfe]
+        if "plan_calls" not in kept.note:
+            return schedule
+        member = domain.canonical(schedule)
+        key = self._key(member, kept.generation)
+        self._fitted[key] = schedule, int(kept.note["plan_calls"])
+        return member
+
+    @property
+    def _plans(self) -> bool:
+        """Whether candidates are plans, which are fitted before they are scored."""
+        return isinstance(self._run.domains[self.nfe], PlanDomain)
+
+    def _key(self, schedule: Any, number: int) -> str:
+        """What tells a candidate from others; a plan is more than the solver it begins as."""
+        plan = "plan " if self._plans and 0 < number < REFINED else ""
+        return f"{plan}{schedule.digest}"
+
+    def _fit(self, fresh: dict[str, Any]) -> dict[str, Any]:
+        """Plans as the programs that a short fit makes of them."""
+        domain, run = self._run.domains[self.nfe], self._run
+        todo = {key: s for key, s in fresh.items() if key not in self._fitted}
+        works = [plan_fit(run.config, domain, s, run.mean) for s in todo.values()]
+        for (key, member), made in zip(todo.items(), run.pool.map(works), strict=True):
+            run.display.advance(made.evaluations)
+            self._fitted[key] = made.schedule or member, made.evaluations
+        return {key: self._fitted[key][0] for key in fresh}
 
     def _submit(self, schedules: list[Any], needed: int) -> Pending:
         if len(self._search.levels) > 1:
@@ -189,9 +224,9 @@ class Rung:
         fresh, batch = generation.fresh, generation.batch
         if batch is None:
             kept: dict[str, Result] = {}
-            for k in generation.kept:
-                kept.setdefault(k.evaluated.schedule.digest, k.result)
-            results = [kept[digest] for digest in fresh]
+            for k, proposal in zip(generation.kept, generation.paid, strict=False):
+                kept.setdefault(self._key(proposal.schedule, generation.number), k.result)
+            results = [kept[key] for key in fresh]
             for r in results:  # the race goes on against the best of all samples
                 best = self._race.best
                 whole = r.status == "ok" and r.samples == self._search.samples
@@ -204,28 +239,36 @@ class Rung:
 
     def _tell(self, generation: _Generation) -> None:
         results = self._scored(generation)
+        if generation.batch is not None:
+            results = [
+                dataclasses.replace(r, calls=r.calls + self._fitted.get(key, (None, 0))[1])
+                for key, r in zip(generation.fresh, results, strict=True)
+            ]
         self._results |= dict(zip(generation.fresh, results, strict=True))
         unpaid = set(generation.fresh)
         for k, proposal in enumerate(generation.paid):
-            result = self._results[proposal.schedule.digest]
-            if proposal.schedule.digest not in unpaid:
+            key = self._key(proposal.schedule, generation.number)
+            result = self._results[key]
+            if key not in unpaid:
                 result = dataclasses.replace(result, calls=0, seconds=0.0)
-            unpaid.discard(proposal.schedule.digest)
+            unpaid.discard(key)
             if k < len(generation.kept):
                 kept = generation.kept[k]
             else:
                 kept = self._keep(generation, proposal, result)
             self.known.append(kept.evaluated)
             self.costs.append(kept.result.calls)
-            if self._proposer is not None and generation.number < REFINED:
+            named = generation.number == 0 and self._plans  # not fitted: no word on a plan
+            if self._proposer is not None and generation.number < REFINED and not named:
                 stopped = bool(kept.note.get("stopped"))
                 self._proposer.tell(kept.evaluated, proposal.trial, stopped)
         self._say(generation, results)
 
     def _keep(self, generation: _Generation, proposal: Proposal, result: Result) -> Kept:
         facts = (result.score, result.status, result.samples, result.per_sample)
-        evaluated = Evaluated(proposal.schedule, *facts, proposal.source)
-        note = dict(proposal.note)
+        fitted = self._fitted.get(self._key(proposal.schedule, generation.number))
+        evaluated = Evaluated(fitted[0] if fitted else proposal.schedule, *facts, proposal.source)
+        note = dict(proposal.note) | ({"plan_calls": fitted[1]} if fitted else {})
         if result.status == "ok" and result.samples < self._search.samples:
             note["stopped"] = True
         kept = Kept(
@@ -235,14 +278,14 @@ class Rung:
             generation.size,
             note,
             self._run.clock(),
-            expressed=proposal.trial is not None,
+            expressed=proposal.trial is not None and fitted is None,
         )
         self._trials.add(kept)
         return kept
 
     def _say(self, generation: _Generation, results: Sequence[Result]) -> None:
         numbers = _numbers([p.note for p in generation.paid])
-        levels, per_sample = self._search.levels, self._run.scorer.per_sample
+        levels, per_sample = self._search.levels, self._run.family.per_sample
         full = per_sample * self.nfe * levels[-1] * len(results)
         if len(levels) > 1 and full:
             numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full

@@ -75,7 +75,7 @@ class Scorer:
         store: keeps results of other streams than the search's.
         references: measures of the teacher's end points by stream.
         block: (candidates, samples) of a block.
-        per_sample: network evaluations of one sample and one call.
+        cost_of: network evaluations of one sample of a schedule.
         advance: called with network evaluations as they are done, kept ones included.
     """
 
@@ -87,12 +87,12 @@ class Scorer:
         references: Mapping[str, Array],
         *,
         block: tuple[int, int],
-        per_sample: int,
+        cost_of: Callable[[Any], int],
         advance: Callable[[int], None],
     ) -> None:
         self._pool, self._objective, self._store = pool, objective, store
         self._references, self._block, self._advance = references, block, advance
-        self.per_sample = per_sample
+        self._cost_of = cost_of
 
     def submit(
         self,
@@ -125,7 +125,7 @@ class Scorer:
             group = [schedules[i] for i in members]
             blocks = Block.cover(group, stream, range(first, samples), self._block[1])
             earlier = None if before is None else [before[i] for i in members]
-            cost = group[0].nfe * self.per_sample * len(group)
+            cost = sum(map(self._cost_of, group))
             piece = _Piece(members, group, blocks, earlier, cost)
             pieces.append(piece)
             if stream == SEARCH:

@@ -3,7 +3,7 @@
 A search is a name in a storage and the studies that belong to it:
 
     digits                  what was asked and other notes, as user attributes; no trials
-    digits-nfe05            the trials of one number of calls, in the order told
+    digits-nfe05            the trials of one number of calls (or digits-cost08), in the order told
     digits-nfe05-select     scores on the noise that chooses the schedule to keep
     digits-nfe05-fresh      scores on fresh noise
 
@@ -41,6 +41,7 @@ from fewstep.search.work import Result
 from fewstep.search.yardstick import Array
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.files import load_schedule
+from fewstep.space.plans import PlanDomain
 from fewstep.space.protocol import Domain
 
 _OWN = (
@@ -154,7 +155,8 @@ class Store:
 
     def trials(self, nfe: int, stream: str = "", domain: Domain | None = None) -> Trials:
         """The trials of a number of calls, on the search's noise or another stream's."""
-        name = f"{self.name}-nfe{nfe:02d}" + (f"-{stream}" if stream else "")
+        word = "cost" if isinstance(domain, PlanDomain) else "nfe"
+        name = f"{self.name}-{word}{nfe:02d}" + (f"-{stream}" if stream else "")
         if name not in self._studies:
             if name in self._optuna.get_all_study_names(self._storage):
                 study = self._optuna.load_study(study_name=name, storage=self._storage)

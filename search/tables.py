@@ -16,6 +16,23 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class TeacherTable(Table):
+    """[teacher]: the reference end points, from many calls on a uniform log-SNR grid.
+
+    Args:
+        nfe: network calls.
+        solver: a multistep recipe of `space.baselines`.
+        check: samples on which the teacher is compared with one of twice the calls; 0 leaves the
+            check out.
+        cache: folder of computed references; None is the output folder's own.
+    """
+
+    nfe: Annotated[int, Field(ge=2)] = 128
+    solver: str = "dpmpp3m/logsnr"
+    check: Annotated[int, Field(ge=0)] = 64
+    cache: str | None = None
+
+
 class RefineTable(Table):
     """[refine]: the continuous stage of strategies that end in "refine".
 
@@ -35,7 +52,9 @@ class RefineTable(Table):
         batch: samples that a fit begins on, and that run as one piece.
         timeout: seconds after which the refinement of one NFE counts as hung; None never.
         knobs: what may move: "times" and "weights" (all numbers of the program), and "guidance"
-            (of every call); "times" alone keeps the start's other choices and its steps.
+            (of every guided call); "times" alone keeps the start's other choices and its steps.
+        stages: keep the zeros that make calls run side by side (`space.costs`).
+        short: (samples, rounds) of the fit that comes before a plan is scored (search.cost).
     """
 
     top: Annotated[int, Field(ge=1)] = 2
@@ -48,6 +67,8 @@ class RefineTable(Table):
     batch: Annotated[int, Field(ge=1)] = 64
     timeout: Annotated[float, Field(gt=0)] | None = None
     knobs: tuple[Literal["times", "weights", "guidance"], ...] = ("times", "weights")
+    stages: bool = False
+    short: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=1)]] = (64, 4)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,6 +78,22 @@ class RefineTable(Table):
                 "guidance"
             )
         return self
+
+
+class PricesTable(Table):
+    """[prices]: what a call of each sort costs, for search.cost; see `space.costs.Prices`.
+
+    The factors of further networks are the denoiser's own.
+
+    Args:
+        guided: a call at a guidance scale other than 1.
+        unguided: a call at scale 1.
+        beside: share of its price that a call beside the first of its stage costs.
+    """
+
+    guided: Annotated[float, Field(gt=0)] = 2.0
+    unguided: Annotated[float, Field(gt=0)] = 1.0
+    beside: Annotated[float, Field(gt=0)] = 1.0
 
 
 class CompensationTable(Table):

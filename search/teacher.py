@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.samplers import Problem
-from fewstep.search.config import TeacherTable
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.problem import DISTANCE, PERTURBED, model_key
+from fewstep.search.tables import TeacherTable
 from fewstep.search.work import Block
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError

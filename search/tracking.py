@@ -358,7 +358,7 @@ def beginning(config: StudyConfig, search: str, out: Path) -> dict[str, Any]:
         "search": search,
         "name": config.name,
         "experiment": config.tracking.experiment,
-        "nfes": list(config.search.nfe),
+        "nfes": list(config.search.settings),
         "params": {key: str(value)[:500] for key, value in config.identity().items()},
         "tags": tags,
         "time": int(time.time() * 1000),

@@ -79,6 +79,9 @@ class Row:
         named: every named solver on its best grid, best first.
         facts: further numbers by name, (found, best named); empty where the objective has none.
         guidance: the scale, where the study lists scales.
+        cost: what the calls may cost, where the study lists costs; `nfe` is then the found calls.
+        depth: stages of the found schedule (`space.costs`); None for other kinds than ODE.
+        calls: its calls in short, where the study lists costs.
         failed_stage: why the last stage did not do all it should; "" if it did.
     """
 
@@ -108,6 +111,24 @@ class Row:
     facts: dict[str, tuple[float, float]] = field(default_factory=dict)
     guidance: float | None = None
     failed_stage: str = ""
+    cost: int | None = None
+    depth: int | None = None
+    calls: str = ""
+
+    @property
+    def setting(self) -> int:
+        """The number of calls, or the cost, that the study asked for."""
+        return self.nfe if self.cost is None else self.cost
+
+    @property
+    def title(self) -> str:
+        """This number with what it is."""
+        return f"NFE {self.nfe}" if self.cost is None else f"cost {self.cost}"
+
+    @property
+    def file(self) -> str:
+        """The same for the names of files: "nfe05", "cost08"."""
+        return f"nfe{self.nfe:02d}" if self.cost is None else f"cost{self.cost:02d}"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

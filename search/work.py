@@ -33,7 +33,6 @@ from torch import Tensor
 
 from fewstep.samplers import (
     AnyProblem,
-    Denoiser,
     MaskedProblem,
     ParticleProblem,
     Problem,
@@ -48,6 +47,7 @@ from fewstep.samplers.ode import on_unit_noise
 from fewstep.samplers.token_denoiser import CountedSequences
 from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
 from fewstep.search.problem import (
+    Counted,
     ModelSpec,
     conditions,
     device_of,
@@ -55,6 +55,7 @@ from fewstep.search.problem import (
     import_path,
     noise_of,
     of_decoded,
+    priced,
     prompts,
     sample_seed,
     uniforms_of,
@@ -62,6 +63,7 @@ from fewstep.search.problem import (
 )
 from fewstep.search.yardstick import Array, Statistic
 from fewstep.space import stack
+from fewstep.space.costs import Prices
 from fewstep.space.errors import FewstepError, ModelError, StudyError
 
 Want = Literal["measures", "samples", "features"]
@@ -248,7 +250,7 @@ class Block(Work):
             "guidance": problem.guidance if self.guidance is None else self.guidance,
             "generator": self._generator(evaluator, device),
         }
-        denoiser, first = Counted(problem.denoiser), self.schedules[0]
+        denoiser, first = Counted(problem.denoiser, evaluator.prices), self.schedules[0]
         try:
             if "time_shift" in first.options:  # compiles its rows as it runs, always alone
                 x = sample(first, denoiser, start(first, z), **shared)[None]
@@ -361,20 +363,6 @@ def cut(schedules: Sequence[Any], size: int) -> list[tuple[int, ...]]:
     ]
 
 
-class Counted:
-    """A denoiser that counts the images it is asked for."""
-
-    def __init__(self, inner: Denoiser) -> None:
-        self.inner, self.noise, self.evaluations = inner, inner.noise, 0
-        self.piece: int | None = getattr(inner, "piece", None)
-        self.device = getattr(inner, "device", None)
-
-    def __call__(self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None) -> Tensor:
-        """See `Denoiser`."""
-        self.evaluations += len(x)
-        return self.inner(x, t, cond=cond, guidance=guidance)
-
-
 @dataclass(frozen=True)
 class EvaluatorSpec:
     """Everything a worker needs to become an evaluator; small, and sent once.
@@ -386,6 +374,7 @@ class EvaluatorSpec:
         seed: the study's seed.
         statistic: of per-sample errors; None is the objective's default.
         piece: images of one network call that suit its processor; None where it was not found.
+        prices: what calls of each sort cost, where evaluations are counted by them.
     """
 
     model: ModelSpec
@@ -394,6 +383,7 @@ class EvaluatorSpec:
     seed: int
     statistic: Statistic | None = None
     piece: int | None = None
+    prices: Prices | None = None
 
 
 class Evaluator:
@@ -403,12 +393,20 @@ class Evaluator:
         problem: the user's model; what it raises reaches us as a ModelError.
         objective: what to measure.
         seed: the study's seed.
+        prices: see `EvaluatorSpec`.
 
     `evaluations` counts what was sent through the network: images, sequences or particles.
     """
 
-    def __init__(self, problem: AnyProblem, objective: Objective, seed: int) -> None:
+    def __init__(
+        self,
+        problem: AnyProblem,
+        objective: Objective,
+        seed: int,
+        prices: Prices | None = None,
+    ) -> None:
         self.problem, self.objective, self.seed = watched(problem), objective, seed
+        self.prices = None if prices is None else priced(prices, problem)
         self.device = device_of(problem)
         self.evaluations = 0
         self.piece: int | None = None
@@ -418,7 +416,7 @@ class Evaluator:
     def from_spec(cls, spec: EvaluatorSpec) -> Self:
         """Load the problem and the objective."""
         problem = spec.model.load()
-        made = cls(problem, make_objective(spec, watched(problem)), spec.seed)
+        made = cls(problem, make_objective(spec, watched(problem)), spec.seed, spec.prices)
         made.set_piece(spec.piece)
         return made
 

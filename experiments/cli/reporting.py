@@ -58,8 +58,8 @@ def of_folder(
     config = _study_of(out, study)
     schedules = []
     for row in rows:
-        file = schedule_path(out, row.nfe, row.guidance)
-        schedules.append((f"NFE {row.nfe}", load_schedule(file)))
+        file = schedule_path(out, row)
+        schedules.append((row.title, load_schedule(file)))
         if not isinstance(schedules[-1][1], OdeSchedule):
             return []
         if schedules[-1][1].digest != row.digest:

@@ -26,11 +26,12 @@ from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool, gathered
+from fewstep.search.problem import Counted
 from fewstep.search.results import schedule_path
 from fewstep.search.stages.refine import batch_of
 from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
 from fewstep.search.verdict import Row
-from fewstep.search.work import Block, Counted, Evaluator, Work
+from fewstep.search.work import Block, Evaluator, Work
 from fewstep.search.yardstick import Array
 from fewstep.space import OdeSchedule
 from fewstep.space.baselines import baseline
@@ -81,6 +82,8 @@ def key(stream: str, guidance: float | None) -> str:
 
 def wanted(config: StudyConfig) -> bool:
     """Whether a study ends in a regression."""
+    if config.search.cost:
+        return False
     settings = len(config.search.nfe) * len(config.search.guidance or (1,))
     if config.cpr.fit is None:
         return settings > 1 and config.objective.name in (None, "endpoint_mse")
@@ -262,7 +265,7 @@ def regress(
     found = {}
     for row in rows:
         scale = row.guidance if row.guidance is not None else problem.guidance
-        schedule = load_schedule(schedule_path(out, row.nfe, row.guidance))
+        schedule = load_schedule(schedule_path(out, row))
         found[Setting(row.nfe, 1.0 if scale is None else scale)] = schedule
     path = out / "cpr.json"
     try:

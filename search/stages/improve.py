@@ -18,6 +18,7 @@ from fewstep.search.display import Display
 from fewstep.search.pool import Pool
 from fewstep.search.rung import Rung, best_of
 from fewstep.search.stages.compensate import STREAM, CompensationTask, compensation_cost
+from fewstep.search.stages.plans import kept_sorts
 from fewstep.search.stages.refine import HELD, TRAIN, RefineTask, best_starts, refine_cost
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, ProgramSchedule
@@ -80,7 +81,7 @@ def _improve(
     groups: dict[int, list[list[Evaluated]]] = {}
     for nfe, rung in rungs.items():
         found = [] if rung.refined_before else starts(config, rung, start, mean)
-        alone = config.finish == "compensation" or not found
+        alone = config.finish == "compensation" or bool(config.search.cost) or not found
         groups[nfe] = [[one] for one in found] if alone else [found]
     total, done = sum(map(len, groups.values())), 0
     display.stage(f"{stage} of {total} schedules")
@@ -93,7 +94,7 @@ def _improve(
             done += 1
             if result.schedule is None:
                 line = f"{stage} of {group[0].source} failed ({result.message})"
-                display.note(f"NFE {nfe}: {line}")
+                display.note(f"{config.search.word} {nfe}: {line}")
                 rung.failures.append(line)
                 continue
             source = f"{stage}:{group[result.start_used].source}"
@@ -124,7 +125,8 @@ def _task(
         return CompensationTask(bare[0], config.compensation)
     # the constant image: what the best start brings along, else the search's
     image = mean if bare[0].constant is None else bare[0].constant
-    return RefineTask(bare, image, config.refine, config.objective.name == "frechet")
+    table = kept_sorts(config.refine) if config.search.cost else config.refine
+    return RefineTask(bare, image, table, config.objective.name == "frechet")
 
 
 def starts(
@@ -177,18 +179,20 @@ def finish_cost(config: StudyConfig) -> int:
     bases = len(config.compensation.base) or config.compensation.top
     count = 1 if config.finish == "refine" else bases
     noise = sum(size for _, size in streams(config)) * config.teacher.nfe
-    return noise + sum(count * _cost(config, nfe, 1) for nfe in config.search.nfe)
+    return noise + sum(count * _cost(config, nfe, 1) for nfe in config.search.settings)
 
 
 def streams(config: StudyConfig) -> list[tuple[str, int]]:
     """The noise of the stage, for which workers need the teacher's end points: (name, samples)."""
-    if config.finish == "refine":
+    if config.finish == "refine" or config.search.cost:
         return [(TRAIN, config.refine.samples), (HELD, config.refine.held)]
     return [(STREAM, config.compensation.samples)] if config.finish else []
 
 
 def _cost(config: StudyConfig, nfe: int, starts: int) -> int:
     """Network evaluations of one task, as announced."""
+    if config.search.cost:  # some of the calls are guided
+        return (config.refine.top + 1) * refine_cost(config.refine, round(nfe / 1.5)) // 2
     if config.finish == "refine":
         return refine_cost(config.refine, nfe)
     return compensation_cost(config.compensation, nfe, starts)

@@ -5,7 +5,8 @@ training and the held-out error agree, or the samples end: then more noise would
 Every start is fitted on the few, and the one that got furthest goes on. Where all numbers at once
 gain nothing on held-out noise, because the noise cannot tell so many, the start's times are fitted
 first, which are few, and all numbers after. A constant image joins after the few samples, which
-would not tell its weights. The iterate with the least held-out error is kept.
+would not tell its weights, and at once where there are no more. The iterate with the least
+held-out error is kept.
 
 The result is a fitted program (`ProgramSchedule`), with the image beside it, and in its provenance
 the schedule it started from.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fewstep.samplers import Denoiser
 from fewstep.samplers.ode import start_scale
-from fewstep.search.problem import conditions, noise_of
+from fewstep.search.problem import Counted, conditions, noise_of
 from fewstep.search.strategies import Evaluated
 from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import CompensationTable, RefineTable
@@ -147,7 +148,8 @@ class _Refinement:
     def __post_init__(self) -> None:
         self.noise = self.start.noise
         self.program: Program = canonical(self.start.program)
-        self.imaged = bool((self.program.k != 0).any() or self.program.init[1] != 0)
+        few = self.train.constant is not None and len(self.train) <= self.table.batch
+        self.imaged = few or bool((self.program.k != 0).any() or self.program.init[1] != 0)
         self.guided = "guidance" in self.table.knobs and self.program.guidance is not None
         self.before = self.error = self._held(self.program)
         self.trial = math.inf
@@ -169,8 +171,6 @@ class _Refinement:
         size, fit = few, self._times if self.table.knobs == ("times",) else self._all
         joins = self.train.constant is not None and not self.imaged and fit == self._all
         self.imaged = self.imaged or joins
-        if joins and few == len(self.train):
-            fit(size)
         while size < len(self.train):
             size = min(_GROWTH * size, len(self.train))
             fit(size)
@@ -184,7 +184,8 @@ class _Refinement:
         )
 
     def _all(self, size: int) -> None:
-        model = FreeProgram(self.program, self.noise, self.guided, self.imaged)
+        free = (self.guided, self.imaged, self.table.stages)
+        model = FreeProgram(self.program, self.noise, *free)
         theta = model.nearer() if not self.curve else torch.zeros(model.size).double()
         self._fit(model, theta, size)
 
@@ -316,7 +317,9 @@ class RefineTask(StageTask):
         }
         train = batch_of(evaluator, TRAIN, table.samples, **shared)
         held = batch_of(evaluator, HELD, table.held, **shared)
-        found = refine(starts, evaluator.ode.denoiser, train, held, table)
+        denoiser = Counted(evaluator.ode.denoiser, evaluator.prices)
+        found = refine(starts, denoiser, train, held, table)
+        found = replace(found, calls=denoiser.evaluations)
         source = starts[found.start].digest
         return found.improved("refine", refined_from=source, refine_samples=found.samples)
 
