@@ -2,7 +2,7 @@
 
     python -m fewstep.experiments.benchmarks.killed [--kills 10] [--strategies s3+refine tpe ...]
 
-A small search of the digits model runs once undisturbed, then is killed and resumed, again and
+A small search of a Gaussian runs once undisturbed, then is killed and resumed, again and
 again, until it has been killed so many times; every search that ends must have the same trials,
 their clock times aside. Prints a line per strategy; the exit code is 1 if any differs.
 """
@@ -24,12 +24,31 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 
 STRATEGIES = ("s3+refine", "evolution", "tpe", "cmaes", "nsgaii")
+MODEL = """
+import torch
+
+from fewstep.samplers import Problem
+from fewstep.space.noise import VPLinear
+
+
+class Gaussian:
+    noise = VPLinear()
+
+    def __call__(self, x, t, *, cond=None, guidance=None):
+        alpha, sigma = (f(t.double()).to(x)[:, None] for f in (self.noise.alpha, self.noise.sigma))
+        v = torch.tensor([0.1, 2.0])
+        return alpha * v / (alpha**2 * v + sigma**2) * x
+
+
+def problem():
+    return Problem(Gaussian(), (2,), fingerprint="gaussian")
+"""
 STUDY = """
 name = "killed"
 [model]
-factory = "fewstep.experiments.models.digits:problem"
+factory = "killed_model:problem"
 [budget]
-candidates = 200
+candidates = 140
 [search]
 nfe = [3]
 generation = 8
@@ -78,6 +97,7 @@ def differing(folder: Path, strategy: str, kills: int, rng: random.Random) -> in
     """How many of the searches that were killed, so often in all, ended with other trials."""
     study, begun = folder / "study.toml", time.monotonic()
     study.write_text(STUDY)
+    (folder / "killed_model.py").write_text(MODEL)
     if started(study, folder / "whole", strategy).wait() != 0:
         raise SystemExit(f"{strategy}: the undisturbed search failed")
     seconds, done, wrong, attempt = time.monotonic() - begun, 0, 0, 0
