@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -P -m fewstep.experiments.benchmarks.scaling WHAT
 
 Each is a whole search with its Optuna journal and MLflow in SQLite, timed from the first candidate
-told to the last (starting workers and the verdict are left out). WHAT is one of
+sent to the last told (starting workers and the verdict are left out). WHAT is one of
 
     cores      the same search of a network that computes, on 1 and on 2 workers
     actors     synthetic evaluators that only wait, on fractional actors: results a second, and the
@@ -55,13 +55,13 @@ def problem(wait: float = 0.0, compute: int = 0) -> Problem:
 
 
 class Clock:
-    """When the first and the last candidates are told, and what their evaluation took."""
+    """When candidates are first sent out, when they are told, and what their evaluation took."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.spent: list[float] = []
         self.busy = 0.0
-        self._tell = rung.Rung._keep
+        self._tell, self._run = rung.Rung._keep, rung.Rung.run
 
     def __enter__(self) -> Clock:
         clock, tell = self, self._tell
@@ -72,11 +72,18 @@ class Clock:
             clock.busy += result.seconds
             return tell(self, generation, proposal, result)
 
-        rung.Rung._keep = keep  # type: ignore[method-assign]
+        begin = self._run
+
+        def started(self: Any) -> Any:
+            clock.times.append(time.perf_counter())
+            clock.spent.append(time.process_time())
+            return begin(self)
+
+        rung.Rung._keep, rung.Rung.run = keep, started  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        rung.Rung._keep = self._tell  # type: ignore[method-assign]
+        rung.Rung._keep, rung.Rung.run = self._tell, self._run  # type: ignore[method-assign]
 
 
 def measure(candidates: int, *, workers: int, nfe: int = 5, **more: Any) -> dict[str, float]:
@@ -97,8 +104,8 @@ def measure(candidates: int, *, workers: int, nfe: int = 5, **more: Any) -> dict
     seconds = clock.times[-1] - clock.times[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
-        "rate": len(clock.times) / seconds,
-        "driver ms": 1e3 * (clock.spent[-1] - clock.spent[0]) / len(clock.spent),
+        "rate": (len(clock.times) - 1) / seconds,
+        "driver ms": 1e3 * (clock.spent[-1] - clock.spent[0]) / (len(clock.spent) - 1),
         "busy": clock.busy / seconds / max(workers, 1),
         "seconds": seconds,
         "peak GiB": peak,
