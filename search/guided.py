@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.preparing import evaluator_spec, open_pool
-from fewstep.search.record import write_text
+from fewstep.search.record import open_storage, write_text
 from fewstep.search.results import schedule_path
 from fewstep.search.stages.cpr import cpr_cost, regress
-from fewstep.search.storage import open_storage
 from fewstep.search.store import Store
 from fewstep.search.verdict import Row
 from fewstep.search.work import Evaluator

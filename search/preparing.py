@@ -30,10 +30,10 @@ from fewstep.search.display import Display, count, duration
 from fewstep.search.family import Family, OdeFamily
 from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
 from fewstep.search.problem import ModelSpec
+from fewstep.search.record import shown_url
 from fewstep.search.stages.cpr import cpr_cost, wanted
 from fewstep.search.stages.improve import finish_cost, named_bases
 from fewstep.search.stages.plans import rivals, short_cost
-from fewstep.search.storage import shown_url
 from fewstep.search.strategies import Evaluated, Proposal, Proposer
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import final_cost

@@ -42,14 +42,13 @@ from fewstep.search.preparing import (
     starters,
     warm_start,
 )
-from fewstep.search.record import held, write_text
+from fewstep.search.record import held, open_storage, write_text
 from fewstep.search.results import write_results
 from fewstep.search.rung import Rung, Standing, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
 from fewstep.search.stages.cpr import regress, wanted
 from fewstep.search.stages.improve import finish_rungs, streams
 from fewstep.search.stages.refine import TRAIN
-from fewstep.search.storage import open_storage
 from fewstep.search.store import Store
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.search.teacher import Teacher

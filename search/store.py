@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.search.storage import reached
+from fewstep.search.record import reached
 from fewstep.search.strategies import Evaluated
 from fewstep.search.work import Result
 from fewstep.search.yardstick import Array
@@ -103,7 +103,7 @@ class Store:
     """One search in a storage.
 
     Args:
-        storage: see `storage.open_storage`.
+        storage: see `record.open_storage`.
         name: the study's name.
         resume: whether to go on with a search that is there.
         folder: the output folder: of several searches of one name it tells which.

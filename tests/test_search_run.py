@@ -13,8 +13,7 @@ import pytest
 
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
-from fewstep.search.record import held
-from fewstep.search.storage import open_storage
+from fewstep.search.record import held, open_storage
 from fewstep.search.store import Store, Trials
 from fewstep.search.yardstick import level
 from fewstep.space import StudyError, load_schedule
