@@ -30,14 +30,14 @@ from fewstep.space.noise import NoiseSchedule
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import distributions
 
-__all__ = ["DECISIONS", "Call", "Plan", "PlanDomain", "plan_of"]
+__all__ = ["DECISIONS", "Plan", "PlanDomain", "PlannedCall", "plan_of"]
 
 _EPS = 1e-9
 _BINS = 6  # of a plan's course, for its features
 
 
 @dataclass(frozen=True)
-class Call:
+class PlannedCall:
     """One call of a plan; the neutral values are those of every named solver."""
 
     guided: bool = True
@@ -45,7 +45,7 @@ class Call:
     beside: bool = False
 
 
-Plan = tuple[Call, ...]
+Plan = tuple[PlannedCall, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PlanDecision:
     """A decision of a call.
 
     Args:
-        name: field of `Call`.
+        name: field of `PlannedCall`.
         options: the values a domain allows, the neutral one first; it is open with two or more.
     """
 
@@ -112,13 +112,13 @@ class PlanDomain:
         self.from_params({})
 
     @cached_property
-    def _sorts(self) -> tuple[tuple[Call, float], ...]:
+    def _sorts(self) -> tuple[tuple[PlannedCall, float], ...]:
         """Every sort of call and its price, the neutral one first."""
         options = [decision.options(self) for decision in DECISIONS]
-        made = [Call(*values) for values in product(*options)]  # type: ignore[arg-type]
+        made = [PlannedCall(*values) for values in product(*options)]  # type: ignore[arg-type]
         return tuple((call, self.price(call)) for call in made)
 
-    def price(self, call: Call) -> float:
+    def price(self, call: PlannedCall) -> float:
         """What a call costs."""
         return self.prices.of(guided=call.guided, network=call.network, beside=call.beside)
 
@@ -136,7 +136,7 @@ class PlanDomain:
         """The same decisions; plans are compared at equal cost, whatever their calls."""
         return self
 
-    def _allowed(self, plan: Sequence[Call]) -> list[Call]:
+    def _allowed(self, plan: Sequence[PlannedCall]) -> list[PlannedCall]:
         """The sorts that the next call may have, the neutral one first."""
         left = self.cost - sum(map(self.price, plan)) + _EPS
         run = 0
@@ -149,7 +149,7 @@ class PlanDomain:
 
     def settled(self, wanted: Callable[[int], Mapping[str, Any]]) -> Plan:
         """The plan nearest to the values wanted of each call, by decision; missing is neutral."""
-        plan: list[Call] = []
+        plan: list[PlannedCall] = []
         neutral = {d.name: d.options(self)[0] for d in DECISIONS}
         while allowed := self._allowed(plan):
             values = neutral | dict(wanted(len(plan)))
@@ -271,7 +271,7 @@ class PlanDomain:
 
     def sample(self, rng: np.random.Generator) -> ProgramSchedule:
         """A random member: every sort that a call may have is as likely."""
-        plan: list[Call] = []
+        plan: list[PlannedCall] = []
         while allowed := self._allowed(plan):
             plan.append(allowed[int(rng.integers(len(allowed)))])
         return self.member(tuple(plan))
@@ -331,4 +331,4 @@ def plan_of(schedule: ProgramSchedule, *, guided: bool = True) -> Plan:
     program = schedule.program
     sorts = zip(guided_calls(program, guided=guided), networks_of(program), strict=True)
     beside = [c != stage[0] for stage in stages(program) for c in stage]
-    return tuple(Call(g, n, b) for (g, n), b in zip(sorts, beside, strict=True))
+    return tuple(PlannedCall(g, n, b) for (g, n), b in zip(sorts, beside, strict=True))

@@ -16,7 +16,7 @@ from fewstep.space import ScheduleError, StudyError, load_schedule
 from fewstep.space import noise as noises
 from fewstep.space.baselines import named
 from fewstep.space.costs import Prices, pattern
-from fewstep.space.plans import Call, PlanDomain, plan_of
+from fewstep.space.plans import PlanDomain, PlannedCall, plan_of
 from tests.studies import STUDY, called, write_study
 
 VP = noises.VPLinear()
@@ -75,7 +75,7 @@ def test_stages_and_networks_are_plans_too_and_what_cannot_be_is_refused():
     mixed = domain.from_params({f"network_{c}": "small" for c in (0, 1, 2, 3)})
     assert calls(mixed, domain) == "u[small]u[small]u[small]u[small]uuuu"
     assert domain.contains(DOMAINS["stages"].from_params({})).startswith("its calls uuuuuu are")
-    assert plan_of(mixed, guided=False)[0] == Call(False, "small")
+    assert plan_of(mixed, guided=False)[0] == PlannedCall(False, "small")
     for wrong, text in (
         ({"cost": 0.5, "networks": ("",)}, r"cost 0\.5 does not pay for one call of 1"),
         ({"width": 0}, "a stage has one call or more"),
