@@ -42,8 +42,8 @@ def follow(tmp_path, monkeypatch, capsys):
     for module in ("my_model", "remote_model"):
         monkeypatch.delitem(sys.modules, module, raising=False)
 
-    def follow_page(name, names=None):
-        names = {} if names is None else names
+    def follow_page(name):
+        names = {}
         blocks = [b.groupdict() for b in BLOCK.finditer((DOCS / name).read_text("utf-8"))]
         assert blocks
         for block in blocks:
@@ -97,6 +97,16 @@ def test_the_tutorial_with_a_remote_model(follow, tmp_path):
         server.shutdown()
         server.server_close()
     assert Path("runs/remote/schedules/nfe04.json").exists()
+
+
+def test_the_questions(follow):
+    names = follow("questions.md")
+    assert len(names["study"].trials) == 20
+    assert abs(names["study"].best_params["x"] - 0.3) < 0.05
+
+
+def test_the_page_of_costs(follow):
+    assert set(follow("costs.md")["denoiser"].networks) == {"small"}
 
 
 def test_the_page_of_the_file_format(follow):
