@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fewstep.experiments.cli.programs import asked
 from fewstep.samplers import from_model, run, sample, start
 from fewstep.samplers.denoiser import Networks, bcast
 from fewstep.samplers.replay import Replay
@@ -25,6 +26,7 @@ from fewstep.space.costs import Prices, call_costs, pattern, stages
 from fewstep.space.growing import grown, widened
 from fewstep.space.unknowns import FreeProgram, canonical
 from tests.oracles import recorded_mixture
+from tests.studies import called
 
 VP = noises.VPLinear()
 MODEL = recorded_mixture(VP)
@@ -226,3 +228,19 @@ def test_a_fit_keeps_stages_and_unguided_calls_and_gains_from_the_second_query()
     assert [len(stage) for stage in stages(found)] == [2, 1, 2]
     assert pattern(found) == "(uu)G(GG)"
     assert not bool((found.guidance == wide.program.guidance)[2:].any())
+
+
+def test_show_says_in_words_what_each_call_asks(tmp_path, capsys):
+    s = widened(sorted_as(fitted(3), [1.0, 3.5, 1.0], ("", "small", "")), (1, 2, 1))
+    assert asked(s.program) == [
+        "unguided",
+        "guided 3.5, network small",
+        "guided 3.5, network small, beside call 1",
+        "unguided",
+    ]
+    plain = sorted_as(s, s.program.guidance.tolist())
+    code, out, _ = called(capsys, "show", save_schedule(plain, tmp_path / "a.json"))
+    assert code == 0
+    assert "4 calls in 3 stages, u(GG)u: 2 unguided (u) ask the network once, 2 guided" in out
+    assert "6 network evaluations" in out
+    assert "unguided" in out.split("asks")[1]
