@@ -112,18 +112,14 @@ def _until(process, met):
 def test_dead_hanging_leaving_and_large_candidates_cost_themselves_alone(
     tmp_path, cluster, undisturbed
 ):
-    plain, times = undisturbed
+    plain, _ = undisturbed
     faults = tmp_path / "faults"
     faults.mkdir()
     (faults / "die").touch()  # one evaluator is killed at its first call
     study = _study(tmp_path / "study", faults)
     guilty = {}
-    candidates = [row for row in plain if row[-1]["generation"] > 0]
-    for row, what in zip(candidates[2:], ("hang", "exit", "memory"), strict=False):
-        own = _times_of(row)
-        value = min(times, key=lambda t: abs(t - own))
-        assert abs(value - own) < 1e-6
-        (faults / f"{what}{value!r}").touch()
+    for row, what in zip(_proposed(undisturbed)[2:], ("hang", "exit", "memory"), strict=False):
+        _fault(faults, what, row, undisturbed)
         guilty[row[0]] = {"hang": "timeout", "exit": "error", "memory": "oom"}[what]
     process = _start(study, tmp_path / "out", cluster, "search.timeout=2", "search.retries=1")
     _, said = process.communicate(timeout=200)
@@ -135,6 +131,21 @@ def test_dead_hanging_leaving_and_large_candidates_cost_themselves_alone(
     assert kept[0] == kept[1]
     proposed = [[r[3] for r in rows] for rows in (found, plain)]
     assert proposed[0] == proposed[1]
+
+
+def _proposed(undisturbed):
+    """The trials that are no named solvers."""
+    return [row for row in undisturbed[0] if row[-1]["generation"] > 0]
+
+
+def _fault(folder, what, row, undisturbed):
+    """Have something happen to a candidate, known by its second time; the file that says so."""
+    own = _times_of(row)
+    value = min(undisturbed[1], key=lambda t: abs(t - own))
+    assert abs(value - own) < 1e-6
+    file = folder / f"{what}{value!r}"
+    file.touch()
+    return file
 
 
 def _without_cost(row):
@@ -169,12 +180,14 @@ def test_ctrl_c_after_workers_have_started_and_on_again(tmp_path, cluster, undis
     faults, out = tmp_path / "faults", tmp_path / "out"
     faults.mkdir()
     study = _study(tmp_path / "study", faults)
+    hang = _fault(faults, "hang", _proposed(undisturbed)[-1], undisturbed)
     process = _start(study, out, cluster)
     _until(process, lambda: _trials(out) > 10)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.endswith("interrupted; a search goes on with --resume\n")
+    hang.unlink()
     words = ("search", str(study), "--out", str(out), "--resume", "-q")
     done = fewstep(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

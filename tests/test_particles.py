@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fewstep.samplers import sample
-from fewstep.samplers.particles import _Run, sample_particles, start_particles
+from fewstep.samplers.particles import _ParticleRun, sample_particles, start_particles
 from fewstep.samplers.resampling import Clocks, effective, systematic
 from fewstep.samplers.targets import Factor, Seen, anneal, average, guidance, product, reward
 from fewstep.space import ModelError, OdeSchedule, ScheduleError, StepSpec, noise
@@ -194,7 +194,7 @@ def test_weighing_the_denoised_interval_instead_of_the_base_gap_is_caught(monkey
         return -math.expm1(-2 * h) / 2 * self.rate
 
     right = near(schedule, target)
-    monkeypatch.setattr(_Run, "_step_weight", denoised)
+    monkeypatch.setattr(_ParticleRun, "_step_weight", denoised)
     wrong = near(schedule, target)
     require(right.mean(right.x**2)[:, 0], square, 0.02)
     with pytest.raises(AssertionError):
