@@ -21,7 +21,15 @@ from fewstep.space.errors import ScheduleError
 if TYPE_CHECKING:
     from fewstep.space.program import Program
 
-__all__ = ["Prices", "call_costs", "guided_calls", "networks_of", "pattern", "stages"]
+__all__ = [
+    "Prices",
+    "call_costs",
+    "call_sorts",
+    "guided_calls",
+    "networks_of",
+    "pattern",
+    "stages",
+]
 
 
 @dataclass(frozen=True)
@@ -93,13 +101,17 @@ def networks_of(program: Program) -> tuple[str, ...]:
     return program.network or ("",) * program.nfe
 
 
+def call_sorts(program: Program, *, guided: bool = True) -> list[tuple[bool, str, bool]]:
+    """Of each call of one program: guided or not, its network, beside the first of its stage."""
+    beside = [c != stage[0] for stage in stages(program) for c in stage]
+    names = networks_of(program)
+    return list(zip(guided_calls(program, guided=guided), names, beside, strict=True))
+
+
 def call_costs(program: Program, prices: Prices, *, guided: bool = True) -> list[float]:
     """The price of each call of one program; see `guided_calls`."""
-    sorts = zip(guided_calls(program, guided=guided), networks_of(program), strict=True)
-    beside = [c != stage[0] for stage in stages(program) for c in stage]
-    return [
-        prices.of(guided=g, network=n, beside=b) for (g, n), b in zip(sorts, beside, strict=True)
-    ]
+    sorts = call_sorts(program, guided=guided)
+    return [prices.of(guided=g, network=n, beside=b) for g, n, b in sorts]
 
 
 def pattern(program: Program, *, guided: bool = True) -> str:

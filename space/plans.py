@@ -23,12 +23,12 @@ import torch
 
 from fewstep.space.baselines import baseline
 from fewstep.space.choices import Parameter, Value
-from fewstep.space.costs import Prices, guided_calls, networks_of, pattern, stages
+from fewstep.space.costs import Prices, call_sorts, pattern
 from fewstep.space.errors import ScheduleError
 from fewstep.space.growing import widened
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.program import ProgramSchedule
-from fewstep.space.protocol import distributions
+from fewstep.space.protocol import Domain
 
 __all__ = ["DECISIONS", "Plan", "PlanDomain", "PlannedCall", "plan_of"]
 
@@ -69,7 +69,7 @@ DECISIONS = (
 
 
 @dataclass(frozen=True)
-class PlanDomain:
+class PlanDomain(Domain):
     """All plans of a cost.
 
     Args:
@@ -127,7 +127,7 @@ class PlanDomain:
         return min(price for call, price in self._sorts if not call.beside)
 
     @property
-    def nfe(self) -> int:
+    def nfe(self) -> int:  # type: ignore[override]
         """Most calls that a member can have."""
         most = 1 + max(0.0, self.cost - self._cheapest) / min(price for _, price in self._sorts)
         return int(most + _EPS) if self.cost + _EPS >= self._cheapest else 0
@@ -155,6 +155,14 @@ class PlanDomain:
             values = neutral | dict(wanted(len(plan)))
             plan.append(min(allowed, key=lambda c: sum(getattr(c, n) != v for n, v in values.items())))  # noqa: E501  # fmt: skip
         return tuple(plan)
+
+    def _nearest(self, plan: Sequence[PlannedCall]) -> Plan:
+        """The plan of this cost that is nearest to another; what it lacks is neutral."""
+        return self.settled(lambda c: vars(plan[c]) if c < len(plan) else {})
+
+    def _plan(self, schedule: ProgramSchedule) -> Plan:
+        """The plan of a program; a model without guidance guides no call."""
+        return plan_of(schedule, guided=self.scale is not None)
 
     def member(self, plan: Plan) -> ProgramSchedule:
         """The program that a plan's fit begins from.
@@ -205,22 +213,15 @@ class PlanDomain:
             return f"a {type(schedule).__name__} is no fitted program"
         if schedule.noise != self.noise:
             return "its noise schedule is another"
-        plan = plan_of(schedule, guided=self.scale is not None)
-        if self.settled(lambda c: vars(plan[c]) if c < len(plan) else {}) != plan:
+        plan = self._plan(schedule)
+        if self._nearest(plan) != plan:
             told = pattern(schedule.program, guided=self.scale is not None)
             return f"its calls {told} are no plan of cost {self.cost:g}"
         return None
 
-    def params(self, schedule: ProgramSchedule) -> dict[str, Value]:
-        """The open decisions of every call that has a choice; `from_params` inverts them.
-
-        Raises:
-            ScheduleError: the schedule is not a member; says why.
-        """
-        reason = self.contains(schedule)
-        if reason is not None:
-            raise ScheduleError(f"not in the search space: {reason}")
-        plan = plan_of(schedule, guided=self.scale is not None)
+    def _values(self, schedule: ProgramSchedule) -> dict[str, Value]:
+        """The open decisions of every call that has a choice."""
+        plan = self._plan(schedule)
         found: dict[str, Value] = {}
         for c, call in enumerate(plan):
             allowed = self._allowed(plan[:c])
@@ -228,10 +229,6 @@ class PlanDomain:
                 if len({getattr(other, decision.name) for other in allowed}) > 1:
                     found[f"{decision.name}_{c}"] = getattr(call, decision.name)
         return found
-
-    def canonical(self, schedule: ProgramSchedule) -> ProgramSchedule:
-        """The member of a program's plan, as a fit begins from it."""
-        return self.from_params(self.params(schedule))
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -243,16 +240,12 @@ class PlanDomain:
             if len(options := d.options(self)) > 1 and (c > 0 or d.name != "beside")
         )
 
-    def distributions(self) -> dict[str, Any]:
-        """The parameters as Optuna distributions (needs the search extra)."""
-        return distributions(self.parameters)
-
     def encode(self, schedule: ProgramSchedule) -> np.ndarray:
         """Calls and stages, and what is spent of each kind along the way, in `_BINS` parts.
 
         Plans of different lengths are alike where they spend alike at the same share of stages.
         """
-        plan = plan_of(schedule, guided=self.scale is not None)
+        plan = self._plan(schedule)
         depth = sum(not call.beside for call in plan)
         bins = np.zeros((_BINS, 3))
         weight, at = np.zeros(_BINS), -1
@@ -289,7 +282,7 @@ class PlanDomain:
         A call changes its sort, trades places with the next, goes, or is made twice; the end of
         the plan then makes up for the cost.
         """
-        before = plan_of(schedule, guided=self.scale is not None)
+        before = self._plan(schedule)
         for _ in range(50):
             plan = list(before)
             for _ in range(1 + int(rng.random() < 0.3)):
@@ -303,7 +296,7 @@ class PlanDomain:
                     del plan[c]
                 else:
                     plan.insert(c, plan[c])
-            made = self.settled(lambda i: vars(plan[i]) if i < len(plan) else {})  # noqa: B023
+            made = self._nearest(plan)
             if made != before:
                 return self.member(made)
         return self.member(before)
@@ -312,23 +305,18 @@ class PlanDomain:
         self, a: ProgramSchedule, b: ProgramSchedule, rng: np.random.Generator
     ) -> ProgramSchedule:
         """A child that has the first calls of one member, and the last ones of another."""
-        guided = self.scale is not None
-        first, second = plan_of(a, guided=guided), plan_of(b, guided=guided)
+        first, second = self._plan(a), self._plan(b)
         cut = int(rng.integers(len(first) + 1))
         joined = [*first[:cut], *second[round(cut / len(first) * len(second)) :]]
-        return self.member(self.settled(lambda c: vars(joined[c]) if c < len(joined) else {}))
+        return self.member(self._nearest(joined))
 
     def adopt(self, schedule: object) -> list[ProgramSchedule]:
         """The member that has the calls of a program, as far as the cost goes; none of others."""
         if not isinstance(schedule, ProgramSchedule) or schedule.noise != self.noise:
             return []
-        plan = plan_of(schedule, guided=self.scale is not None)
-        return [self.member(self.settled(lambda c: vars(plan[c]) if c < len(plan) else {}))]
+        return [self.member(self._nearest(self._plan(schedule)))]
 
 
 def plan_of(schedule: ProgramSchedule, *, guided: bool = True) -> Plan:
     """The plan of a program; `guided` where it leaves the scale open."""
-    program = schedule.program
-    sorts = zip(guided_calls(program, guided=guided), networks_of(program), strict=True)
-    beside = [c != stage[0] for stage in stages(program) for c in stage]
-    return tuple(PlannedCall(g, n, b) for (g, n), b in zip(sorts, beside, strict=True))
+    return tuple(PlannedCall(*sort) for sort in call_sorts(schedule.program, guided=guided))

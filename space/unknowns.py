@@ -142,12 +142,8 @@ def _open(program: Program) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Retimed(Unknowns):
-    """The inner times of a schedule are the unknowns, in lam; its choices and ends stay.
-
-    Few numbers, so that little noise can tell them: where a fit of all numbers begins when that
-    alone gains nothing (times as in LD3, arXiv 2405.15506).
-    """
+class _OfSchedule(Unknowns):
+    """Choices of a schedule's steps as unknowns."""
 
     schedule: OdeSchedule
 
@@ -156,6 +152,15 @@ class Retimed(Unknowns):
         """The schedule's."""
         noise: NoiseSchedule = self.schedule.noise
         return noise
+
+
+@dataclass(frozen=True)
+class Retimed(_OfSchedule):
+    """The inner times of a schedule are the unknowns, in lam; its choices and ends stay.
+
+    Few numbers, so that little noise can tell them: where a fit of all numbers begins when that
+    alone gains nothing (times as in LD3, arXiv 2405.15506).
+    """
 
     @property
     def size(self) -> int:
@@ -186,7 +191,7 @@ class Retimed(Unknowns):
 
 
 @dataclass(frozen=True)
-class Ratios(Unknowns):
+class Ratios(_OfSchedule):
     """The compensation ratios of a schedule (DC-Solver, arXiv 2409.03755), within bounds.
 
     Args:
@@ -195,15 +200,8 @@ class Ratios(Unknowns):
         high: largest ratio.
     """
 
-    schedule: OdeSchedule
     low: float
     high: float
-
-    @property
-    def noise(self) -> NoiseSchedule:  # type: ignore[override]
-        """The schedule's."""
-        noise: NoiseSchedule = self.schedule.noise
-        return noise
 
     @property
     def size(self) -> int:

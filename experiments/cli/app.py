@@ -32,6 +32,8 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the search in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard the search in --out.")]
 File = Annotated[Path, typer.Argument(help="Schedule file.", metavar="FILE", show_default=False)]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fewstep.experiments.cli.app import Settings, app, console
+from fewstep.experiments.cli.app import Overwrite, Resume, Settings, app, console
 from fewstep.experiments.cli.piping import spread, write_study
 from fewstep.space.errors import StudyError
 
@@ -67,12 +67,8 @@ def search(
             "--strategy", help="Short for --set search.strategy=NAME.", show_default=False
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the search in --out.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Discard the search in --out.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     address: Annotated[
         str | None,
         typer.Option(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.experiments.cli.app import Settings, app
+from fewstep.experiments.cli.app import Overwrite, Resume, Settings, app
 from fewstep.space.errors import StudyError
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -51,12 +51,8 @@ def submit(
         ),
     ] = None,
     settings: Settings = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the search in --out.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Discard the search in --out.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the job's log.")] = True,
     follow: Annotated[
         bool, typer.Option("--follow", help="Show the log of a study's latest job.")
