@@ -74,8 +74,8 @@ ui: $(STAMP)  ## open MLflow on the runs of the demo
 	@mkdir -p runs
 	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
-results: $(STAMP)  ## print the committed tables of results
-	@cat experiments/RESULTS.md experiments/results/*.md
+results: $(STAMP)  ## make the tables of results again (TABLE=a: one of them): experiments/results/tables.md
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -P -m fewstep.experiments.benchmarks.tables $(TABLE)
 
 clean:  ## remove what builds and tools leave (keeps .venv, runs and assets)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -187,7 +187,8 @@ class PipelineDenoiser:
             x: samples (B, *shape).
 
         Returns:
-            Images (B, 3, H, W), or videos (B, F, 3, H, W), in 0..1, on the CPU.
+            Images (B, 3, H, W), or videos (B, F, 3, H, W), in 0..1, on the CPU; gray ones have
+            three equal channels.
 
         Raises:
             ModelError: the pipeline cannot decode, or makes no images.
@@ -201,8 +202,9 @@ class PipelineDenoiser:
         scale = None if self.guidance is None else 1.0
         made = self._call.run(self._inner, [0] * len(x), scale, **more)
         images = torch.as_tensor(made[0] if isinstance(made, tuple) else made)
-        if images.ndim not in (4, 5) or images.shape[-1] != 3 or len(images) != len(x):
-            raise ModelError(f"{self._name} decodes to {tuple(images.shape)}: no RGB images")
+        if images.ndim not in (4, 5) or images.shape[-1] not in (1, 3) or len(images) != len(x):
+            raise ModelError(f"{self._name} decodes to {tuple(images.shape)}: no images")
+        images = images.expand(*images.shape[:-1], 3)
         return images.movedim(-1, -3).float().clamp(0, 1)
 
     def picture(self, x: Tensor) -> Tensor:

