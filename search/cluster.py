@@ -321,39 +321,3 @@ class _Taker:
 def _bytes(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(f.stat().st_size for f in files if f.is_file())
-
-
-def lasting(config: StudyConfig, out: Path | None) -> StudyConfig:
-    """The study of a job, whose folder goes with it: everything must lie somewhere that stays.
-
-    The MLflow database of a study that names none lies beside the output folder.
-
-    Raises:
-        StudyError: a relative path; the setting is named.
-    """
-    if out is None or not out.is_absolute():
-        raise StudyError(
-            f"--out {out or 'is missing'}: a job's own folder is deleted with it; name an "
-            f"absolute one that all machines share, e.g. --out /shared/runs/{config.name}"
-        )
-    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    for what, uri in (("search.storage", config.search.storage), ("tracking.uri", given)):
-        if uri is not None and _relative(uri):
-            raise StudyError(
-                f"{what} = {uri!r} is relative, and a job's own folder is deleted with it: name "
-                "an absolute path, or a server"
-            )
-    if config.teacher.cache is not None and not Path(config.teacher.cache).is_absolute():
-        raise StudyError("teacher.cache is relative: name an absolute path, or leave it out")
-    tracking = config.tracking.model_copy(
-        update={"uri": given or f"sqlite:///{out.parent / 'mlflow.db'}"}
-    )
-    return config.model_copy(update={"tracking": tracking})
-
-
-def _relative(uri: str) -> bool:
-    """Whether a URI names a file by a relative path."""
-    scheme, found, rest = uri.partition("://")
-    if not found:
-        return not uri.startswith(("/", "databricks"))
-    return scheme == "sqlite" and not rest.startswith("//")

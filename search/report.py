@@ -1,4 +1,4 @@
-"""What a search leaves for people: tables, two pictures and a page that holds them all."""
+"""What a search leaves for people: pictures, and a page that holds them and the table of rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.search.record import write_text
 from fewstep.search.verdict import Row
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Points = Sequence[tuple[int, float]]
 _PAGE = Path(__file__).with_name("report.html")
@@ -25,38 +22,6 @@ _PAGE = Path(__file__).with_name("report.html")
 def number(value: float | None) -> str:
     """A score in four digits."""
     return "–" if value is None else f"{value:.4g}"
-
-
-def results_table(rows: Sequence[Row], objective: str) -> Table:
-    """The closing table: best named, found, and their ratios in several statistics.
-
-    Also the Frechet distances where the problem has features, the facts of an objective (found |
-    best named), and the teacher's own error.
-    """
-    from rich.table import Table
-
-    most = max((row.samples for row in rows), default=0)
-    table = Table(title=f"{objective} on up to {most} fresh samples")
-    columns = [c for c in COLUMNS[:TERMINAL] if any(c[1](row) != "–" for row in rows)]
-    for head in [*(name for name, _ in columns), *_facts(rows)]:
-        table.add_column(head, justify="left" if head == "best named" else "right", no_wrap=True)
-    front = pareto(rows)
-    notes = []
-    if any(row.comparison is not None for row in rows):
-        notes.append(
-            "ratio: found over best named, geometric means of the samples' errors, with its 95 % "
-            "interval;\nthen ratios of other statistics, and the share of samples that got worse"
-        )
-    if len(front) < len(rows):
-        notes.append("* fewer calls do as well: not on the Pareto front of calls and score")
-    notes += [f"{row.title}: nothing gained, use {row.use}" for row in rows if row.use != "found"]
-    notes += [f"{row.title}: {row.failed_stage}" for row in rows if row.failed_stage]
-    table.caption = "\n".join(notes) or None
-    for row in rows:
-        cells = [cell(row) for _, cell in columns]
-        cells[0] += "" if row in front else "*"
-        table.add_row(*cells, *fact_cells(row))
-    return table
 
 
 def share(value: float | None) -> str:
@@ -105,9 +70,6 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 """Heads and cells of a row, for the closing table and the page; unknown ones are left out."""
 
-TERMINAL = 16
-"""So many of them fit a terminal; the page shows all."""
-
 
 def _frechet(row: Row) -> str:
     """The paired Frechet distance to the teacher, found over best named."""
@@ -117,24 +79,6 @@ def _frechet(row: Row) -> str:
 def fact_cells(row: Row) -> list[str]:
     """The facts of a row, found | best named."""
     return [f"{number(a)} | {number(b)}" for a, b in row.facts.values()]
-
-
-def named_table(rows: Sequence[Row]) -> Table:
-    """Every named solver on its best grid, at every NFE."""
-    from rich.table import Table
-
-    table = Table(title="every named schedule in its best variant, noise of the search")
-    table.add_column("name", no_wrap=True)
-    for row in rows:
-        table.add_column(row.title, justify="right", no_wrap=True)
-    cells: dict[str, dict[int, str]] = {}
-    for row in rows:
-        for scored in row.named:
-            solver, _, kind = scored.name.partition("/")
-            cells.setdefault(solver, {}).setdefault(row.setting, f"{number(scored.score)} {kind}")
-    for solver in sorted(cells):
-        table.add_row(solver, *(cells[solver].get(row.setting, "–") for row in rows))
-    return table
 
 
 def tiles(x: Tensor, low: float, high: float) -> Tensor | None:
@@ -284,7 +228,7 @@ def page(
         ("use", lambda row: row.use),
     )
     columns = [*(c for c in COLUMNS if any(c[1](row) != "–" for row in rows)), *more]
-    heads = [*(name for name, _ in columns), *(f"{n}: found, named" for n in _facts(rows))]
+    heads = [*(name for name, _ in columns), *(f"{n}: found, named" for n in fact_names(rows))]
     template = Template(_PAGE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
     text = template.render(
         title=title,
@@ -298,6 +242,6 @@ def page(
     return write_text(path, text + "\n")
 
 
-def _facts(rows: Sequence[Row]) -> list[str]:
+def fact_names(rows: Sequence[Row]) -> list[str]:
     """Names of the facts that an objective has."""
     return list(rows[0].facts) if rows else []

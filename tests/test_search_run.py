@@ -381,7 +381,8 @@ def test_one_run_fills_a_ladder_and_names_its_pareto_front(tmp_path):
 def test_a_row_that_fewer_calls_match_is_off_the_front(finished):
     from dataclasses import replace
 
-    from fewstep.search.report import pareto, results_table
+    from fewstep.experiments.cli.closing import results_table
+    from fewstep.search.report import pareto
 
     (row,) = finished.rows
     rows = [replace(row, nfe=n, found_score=s) for n, s in ((8, 3.0), (4, 5.0), (6, 2.0))]

@@ -54,7 +54,8 @@ from fewstep.experiments.benchmarks.peers_verdict import (
 )
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.experiments.benchmarks.search import problem
-from fewstep.search.display import Display, Terminal
+from fewstep.experiments.cli.terminal import Terminal
+from fewstep.search.display import Display
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.yardstick import geometric_ratio
 from fewstep.space import ProgramSchedule, load_schedule

@@ -7,11 +7,9 @@ neutral in every step is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.console import RenderableType
 from rich.table import Table
 
 from fewstep.experiments.cli.programs import (
@@ -20,19 +18,14 @@ from fewstep.experiments.cli.programs import (
     program_table,
     sorts_line,
 )
-from fewstep.predictors.cpr import CPR
 from fewstep.space.base import Replayable
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.particles import ParticleSchedule, ParticleStep
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import Frozen, OdeSchedule, StepSpec
 
-if TYPE_CHECKING:
-    from fewstep.search.verdict import Row
-
 Explained = OdeSchedule | MaskedSchedule | ParticleSchedule
 Loaded = Explained | ProgramSchedule
-_LEFT = ("without_its_nfe", "without_its_guidance")
 _ALWAYS = (
     *("order", "formulation", "basis", "corrector"),
     *("count", "mode", "positions"),
@@ -212,60 +205,6 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(f"{v:.4g}" for v in value)
     return str(value)
-
-
-def closing(
-    rows: Sequence[Row], objective: str, out: Path, *, named: bool = True
-) -> list[RenderableType]:
-    """The closing tables of a search: a pair for each guidance scale, and its regression's.
-
-    Args:
-        rows: of results.json.
-        objective: its name.
-        out: the search's folder.
-        named: with the table of every named solver.
-    """
-    from fewstep.search import report as pages
-
-    found: list[RenderableType] = []
-    for scale in dict.fromkeys(row.guidance for row in rows):
-        part = [row for row in rows if row.guidance == scale]
-        if scale is not None:
-            found.append(f"[bold]guidance {scale:g}[/bold]")
-        if named:
-            found.append(pages.named_table(part))
-        found.append(pages.results_table(part, objective))
-    if (out / "cpr.json").exists():
-        found.append(cpr_table(CPR.load(out / "cpr.json")))
-    return found
-
-
-def cpr_table(model: CPR) -> Table:
-    """How good a regression is: held-out errors at the settings it was fitted to."""
-    name = model.template
-    table = Table(
-        title=f"CPR on {name}, NFE {model.nfe[0]} to {model.nfe[1]}, guidance "
-        f"{model.guidance[0]:g} to {model.guidance[1]:g}: held-out error"
-    )
-    table.caption = (
-        "w is guidance; last columns: error when the setting's NFE (w) is left out of the fit, "
-        "over the error with it; at the edges that is extrapolation"
-    )
-    heads = ("NFE", "w", "start", "found", "CPR", "CPR / found", "without NFE", "without w")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in model.provenance.get("settings", []):
-        found, fitted = row["found"], row["fitted"]
-        table.add_row(
-            str(row["nfe"]),
-            f"{row['guidance']:g}",
-            f"{row['start']:.4g}",
-            "–" if found is None else f"{found:.4g}",
-            f"{fitted:.4g}",
-            "–" if not found else f"{fitted / found:.2f}",
-            *("–" if row[k] is None else f"{row[k]:.2f}" for k in _LEFT),
-        )
-    return table
 
 
 def differences(a: Loaded, b: Loaded) -> list[str]:

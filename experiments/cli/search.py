@@ -82,7 +82,8 @@ def search(
     ] = False,
 ) -> None:
     """Find schedules for the model of a study, and the evidence that they are better."""
-    from fewstep.search.cluster import in_job, lasting
+    from fewstep.experiments.cli.submit import lasting
+    from fewstep.search.cluster import in_job
     from fewstep.search.config import load_study
 
     overrides = list(settings or [])
@@ -102,9 +103,10 @@ def search(
     config = load_study(study, overrides)
     if in_job():
         config = lasting(config, out)
-    from fewstep.experiments.cli import explain
+    from fewstep.experiments.cli import closing
+    from fewstep.experiments.cli.terminal import Terminal
     from fewstep.search import run
-    from fewstep.search.display import Display, Terminal, duration
+    from fewstep.search.display import Display, duration
     from fewstep.search.preparing import places
 
     folder = out or Path("runs") / config.name
@@ -113,8 +115,8 @@ def search(
         config, folder, resume=resume, overwrite=overwrite, address=address, display=display
     )
     screen = console()
-    closing = explain.closing(outcome.rows, outcome.objective, folder, named=not quiet)
-    screen.print(*closing, sep="\n", highlight=False)
+    tables = closing.closing(outcome.rows, outcome.objective, folder, named=not quiet)
+    screen.print(*tables, sep="\n", highlight=False)
     each = len(config.search.guidance or ()) > 1
     where = f"in {outcome.out}{' and its folder of each scale' if each else ''}"
     more = {"highlight": False, "soft_wrap": True}

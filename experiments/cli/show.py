@@ -204,8 +204,8 @@ def report(
         sent = send_kept(what, print)
         print(f"{sent} reports sent" if sent else f"{what}: nothing waits for MLflow")
         return
-    from fewstep.experiments.cli import decisions, explain, reporting
-    from fewstep.search.display import Terminal
+    from fewstep.experiments.cli import closing, decisions, reporting
+    from fewstep.experiments.cli.terminal import Terminal
 
     if out is not None and out.is_dir():
         raise StudyError(f"--out {out} is a folder: name a PNG file")
@@ -217,7 +217,7 @@ def report(
         if settings:
             raise StudyError("--set goes with a schedule file: a search's settings are its own")
         rows, objective = reporting.rows_of(folder)
-        screen.print(*explain.closing(rows, objective, folder), sep="\n", highlight=False)
+        screen.print(*closing.closing(rows, objective, folder), sep="\n", highlight=False)
         if not mattered:
             return
         if len({row.guidance for row in rows}) > 1:

@@ -11,12 +11,15 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewstep.experiments.cli.app import Overwrite, Resume, Settings, app
 from fewstep.space.errors import StudyError
+
+if TYPE_CHECKING:
+    from fewstep.search.config import StudyConfig
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -111,7 +114,7 @@ def _send(
     client: Any, study: str, out: Path | None, settings: list[str], words: list[str], python: str
 ) -> str:
     """Submit the job; its id."""
-    from fewstep.search.cluster import lasting, pack, versions
+    from fewstep.search.cluster import pack, versions
     from fewstep.search.config import load_study
 
     config = lasting(load_study(study, settings), out)
@@ -211,3 +214,39 @@ def _stop(client: Any, job: str) -> None:
     while (info := client.get_job_info(job)).status not in _ENDED:
         time.sleep(0.5)
     print(f"{job}: {info.status.lower()}; go on with --resume")
+
+
+def lasting(config: StudyConfig, out: Path | None) -> StudyConfig:
+    """The study of a job, whose folder goes with it: everything must lie somewhere that stays.
+
+    The MLflow database of a study that names none lies beside the output folder.
+
+    Raises:
+        StudyError: a relative path; the setting is named.
+    """
+    if out is None or not out.is_absolute():
+        raise StudyError(
+            f"--out {out or 'is missing'}: a job's own folder is deleted with it; name an "
+            f"absolute one that all machines share, e.g. --out /shared/runs/{config.name}"
+        )
+    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    for what, uri in (("search.storage", config.search.storage), ("tracking.uri", given)):
+        if uri is not None and _relative(uri):
+            raise StudyError(
+                f"{what} = {uri!r} is relative, and a job's own folder is deleted with it: name "
+                "an absolute path, or a server"
+            )
+    if config.teacher.cache is not None and not Path(config.teacher.cache).is_absolute():
+        raise StudyError("teacher.cache is relative: name an absolute path, or leave it out")
+    tracking = config.tracking.model_copy(
+        update={"uri": given or f"sqlite:///{out.parent / 'mlflow.db'}"}
+    )
+    return config.model_copy(update={"tracking": tracking})
+
+
+def _relative(uri: str) -> bool:
+    """Whether a URI names a file by a relative path."""
+    scheme, found, rest = uri.partition("://")
+    if not found:
+        return not uri.startswith(("/", "databricks"))
+    return scheme == "sqlite" and not rest.startswith("//")
