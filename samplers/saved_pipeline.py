@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def load_pipeline(
         from diffusers.utils import logging as progress
     except ImportError:
         raise ModelError("a pipeline needs diffusers: pip install 'fewstep[diffusers]'") from None
+    _check_class(folder)
     renamed = hasattr(deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE")
     options = {"dtype" if renamed else "torch_dtype": kind}
     progress.disable_progress_bar()
@@ -51,6 +53,22 @@ def load_pipeline(
         raise ModelError(f"pipeline {folder}: {type(error).__name__}: {line}") from error
     finally:
         progress.enable_progress_bar()
+
+
+def _check_class(folder: Path) -> None:
+    """Refuse a pipeline of somebody's own class, whose code is not diffusers'."""
+    import diffusers
+
+    try:
+        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+        known = isinstance(name, str) and hasattr(diffusers, name)
+    except Exception:  # no such entry, or a class whose import fails: diffusers says what is wrong
+        return
+    if not known:
+        raise ModelError(
+            f"pipeline {folder}: its class {name} is not one of diffusers': load it in a function "
+            "that returns pipelines.pipeline_problem(pipe), and name that as model.factory"
+        )
 
 
 def read_prompts(path: str | Path) -> list[str]:
