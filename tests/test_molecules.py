@@ -8,8 +8,11 @@ from fewstep.experiments.benchmarks import metrics_molecules
 from fewstep.experiments.models import molecules, train_molecules
 from fewstep.experiments.models.assets import AssetError
 from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig
-from fewstep.samplers import MaskedProblem, from_subs, sample_masked
+from fewstep.samplers import MaskedProblem, fingerprint, from_subs, sample_masked
+from fewstep.samplers.curve import load_curve
+from fewstep.search.family import family_of
 from fewstep.search.objective import Measured
+from fewstep.space.counts import COUNTS, best_counts, counts_by_name, counts_cost
 from fewstep.space.masked import MaskedSchedule
 
 ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
@@ -142,6 +145,16 @@ def test_the_shipped_network_draws_molecules() -> None:
     assert len(set(valid)) == len(valid)
 
 
+def test_the_curve_is_that_of_the_network_shipped() -> None:
+    curve = load_curve(molecules.CURVE)
+    assert curve.model == fingerprint(molecules.load_net(), "molecules")
+    assert len(curve.values) == len(curve.errors) == LENGTH
+    counts = best_counts(curve.values)
+    for calls in (2, 4, 8, 16):
+        costs = [counts_cost(curve.values, counts_by_name(n, LENGTH, calls)) for n in COUNTS]
+        assert counts_cost(curve.values, counts[calls - 1]) <= min(costs)
+
+
 def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:
     pytest.importorskip("rdkit")
     if not molecules.WEIGHTS.exists():
@@ -151,6 +164,7 @@ def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:
     except AssetError as error:
         pytest.skip(str(error))
     assert isinstance(problem, MaskedProblem)
+    assert family_of(problem).named(8)["dp"].counts == best_counts(problem.curve)[7]
     smiles = [ASPIRIN, "CCO", "OCC", "C(C", "CCCCC"]
     tokens = torch.from_numpy(molecules.encode(smiles)).long()
     measures = problem.measure(tokens)

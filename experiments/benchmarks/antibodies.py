@@ -11,8 +11,12 @@ Every sampler gets the same sequences and the same uniforms and draws at tempera
                 sure of everything scores well elsewhere and low here)
     calls       mean network calls of a sequence
 
+The entropy bound and KLASS take a random number of calls: `rules` sets them to means of 4, 8 and
+16 on sequences that `run` does not use.
+
     python -m fewstep.experiments.benchmarks.antibodies curve curve.json
-    python -m fewstep.experiments.benchmarks.antibodies run curve.json scores.jsonl
+    python -m fewstep.experiments.benchmarks.antibodies rules rules.json
+    python -m fewstep.experiments.benchmarks.antibodies run curve.json rules.json scores.jsonl
     python -m fewstep.experiments.benchmarks.antibodies table scores.jsonl
 
 `run` appends to its file, eight sequences after the other, and goes on where it was stopped.
@@ -32,6 +36,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from fewstep.experiments.benchmarks.calibration import RULES, calibrated
 from fewstep.experiments.benchmarks.metrics_antibodies import (
     IgLM,
     draw_sequences,
@@ -42,12 +47,13 @@ from fewstep.experiments.models import antibodies
 from fewstep.samplers import sample_masked
 from fewstep.samplers.categorical import uniforms
 from fewstep.samplers.curve import cross_entropy_curve, load_curve, save_curve
-from fewstep.samplers.token_denoiser import CountedSequences
+from fewstep.samplers.masked import MaskedProgress
 from fewstep.space.counts import best_counts, counts_by_name
 from fewstep.space.errors import FewstepError
 from fewstep.space.masked import MaskedSchedule
 
 FREE, LENGTH, BLOCK = 32, 142, 8
+DP = "dynamic programming"
 _POINTS = (0, 1, 2, 4, 8, 12, 16, 24, 31)
 
 
@@ -80,18 +86,14 @@ def tasks(judge: IgLM, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def rivals(calls: int, curve: tuple[float, ...]) -> dict[str, MaskedSchedule]:
-    """The samplers compared at a number of calls."""
+    """The samplers of fixed counts compared at a number of calls."""
     even = counts_by_name("uniform", FREE, calls)
     make = MaskedSchedule.from_counts
     return {
         "uniform": make(even),
         "cosine": make(counts_by_name("cosine", FREE, calls)),
-        "dynamic programming": make(best_counts(curve, calls)[-1]),
+        DP: make(best_counts(curve, calls)[-1]),
         "confidence": make(even, positions="confidence"),
-        "entropy bound .1": make(even, positions="entropy", max_entropy=0.1),
-        "KLASS .9, .01": make(
-            even, positions="confidence", min_confidence=0.9, max_kl=0.01, kl_window=2
-        ),
     }
 
 
@@ -99,16 +101,23 @@ def scored(
     schedule: MaskedSchedule, tokens: Tensor, free: Tensor, judge: IgLM, start: int
 ) -> Iterator[dict[str, object]]:
     """One row for each sequence."""
+    width = int((tokens != antibodies.PAD).sum(-1).max())  # the network is not asked for padding
     u = torch.stack([
         uniforms(schedule.uniforms, LENGTH, generator=torch.Generator().manual_seed(start + i))
         for i in range(len(tokens))
-    ])  # fmt: skip
-    model = CountedSequences(antibodies.denoiser(_network()))
-    done = sample_masked(schedule, model, tokens.masked_fill(free, antibodies.MASK), u=u)
+    ])[..., :width]  # fmt: skip
+    tokens, free = tokens[:, :width], free[:, :width]
+    model, calls = antibodies.denoiser(_network()), torch.zeros(len(tokens))
+
+    def count(progress: MaskedProgress) -> None:
+        calls.add_(progress.valid.any(-1))
+
+    start_tokens = tokens.masked_fill(free, antibodies.MASK)
+    done = sample_masked(schedule, model, start_tokens, u=u, callback=count)
     nats = surprise(judge, antibodies.decode(done))
     keys = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(start))
     half = free & (keys.masked_fill(~free, math.inf).argsort(-1).argsort(-1) < FREE // 2)
-    logits = model.denoiser(done.masked_fill(half, antibodies.MASK), torch.ones(len(done)))
+    logits = model(done.masked_fill(half, antibodies.MASK), torch.ones(len(done)))
     log_p = logits.double().log_softmax(-1).gather(2, done[..., None])[..., 0]
     for b in range(len(tokens)):
         yield {
@@ -116,7 +125,7 @@ def scored(
             "recovery": float((done[b] == tokens[b])[free[b]].double().mean()),
             "judge": float(nats[b]),
             "own": float(-log_p[b][half[b]].mean()),
-            "calls": model.sequences / len(tokens),
+            "calls": float(calls[b]),
             "drawn": antibodies.decode(done[b][free[b]][None])[0],
         }
 
@@ -145,15 +154,33 @@ def measure_curve(path: Path, sequences: int) -> None:
     print(" ".join(f"{curve.values[m]:.3f}" for m in _POINTS), f"at {_POINTS} visible")
 
 
-def run(curve: Path, out: Path, sequences: int, calls: list[int]) -> None:
+def measure_rules(path: Path, sequences: int, calls: list[int]) -> None:
+    """Set the rules that end early to mean calls, and write their schedules."""
+    tokens, free = tasks(load_judge("IgLM"), sequences, seed=20_000)
+    start = tokens.masked_fill(free, antibodies.MASK)
+    u = uniforms(sequences, 2, LENGTH, generator=torch.Generator().manual_seed(1))
+    model, found = antibodies.denoiser(_network()), dict[str, dict[int, object]]()
+    for name, rule in RULES.items():
+        made = calibrated(rule, calls, model, start, u)
+        found[name] = {n: schedule.to_dict() for n, schedule in made.items()}
+        for n, schedule in made.items():
+            print(name, n, schedule.calls[0].model_dump(exclude_defaults=True),
+                  schedule.provenance, flush=True)  # fmt: skip
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def run(curve: Path, rules: Path, out: Path, sequences: int, calls: list[int]) -> None:
     """Score every sampler on block after block of sequences."""
     values, judge = load_curve(curve).values, load_judge("IgLM")
+    bounds = json.loads(rules.read_text(encoding="utf-8"))
     old = [] if not out.exists() else [json.loads(line) for line in out.open()]
     known = {(r["name"], r["of"], r["sequence"]) for r in old}
     tokens, free = tasks(judge, sequences, seed=0)
     samplers = {("one token a call", FREE): MaskedSchedule.token_by_token(FREE)}
     for n in calls:
         samplers |= {(name, n): made for name, made in rivals(n, values).items()}
+        for name, made in bounds.items():
+            samplers[name, n] = MaskedSchedule.from_dict(made[str(n)])
     with out.open("a", encoding="utf-8") as file, Progress() as bar:
         blocks = range(0, sequences, BLOCK)
         task = bar.add_task("samplers", total=len(blocks) * len(samplers))
@@ -176,33 +203,41 @@ def run(curve: Path, out: Path, sequences: int, calls: list[int]) -> None:
 
 
 def show(path: Path) -> None:
-    """Print means with 95 % intervals over the sequences that every sampler has done."""
+    """Print means with 95 % intervals over the sequences that every sampler has done.
+
+    "Less" is the judge's nats less those of dynamic programming, paired by sequence.
+    """
     rows = [json.loads(line) for line in path.open()]
     groups: dict[tuple[str, int], dict[int, dict[str, object]]] = {}
     for row in rows:
         groups.setdefault((row["name"], row["of"]), {})[row["sequence"]] = row
     shared = sorted(set.intersection(*(set(group) for group in groups.values())))
     print(f"{len(shared)} sequences\n")
-    print("| sampler | calls | recovery | judge, nats | own, nats | entropy |")
-    print("|---|---|---|---|---|---|")
+    print("| sampler | mean calls | recovery | judge, nats | less | own, nats | entropy |")
+    print("|---|---|---|---|---|---|---|")
     for (name, n), group in sorted(groups.items(), key=lambda kv: (kv[0][1], kv[0][0])):
-        mine = [group[i] for i in shared]
-        cells = [
-            _interval([float(str(r[key])) for r in mine]) for key in ("recovery", "judge", "own")
-        ]
-        letters = "".join(str(r["drawn"]) for r in mine)
+        values = {
+            key: np.array([float(str(group[i][key])) for i in shared])
+            for key in ("calls", "recovery", "judge", "own")
+        }
+        if (DP, n) in groups and name != DP:
+            dp = groups[DP, n]
+            values["less"] = values["judge"] - [float(str(dp[i]["judge"])) for i in shared]
+        letters = "".join(str(group[i]["drawn"]) for i in shared)
         share = np.array([letters.count(x) for x in antibodies.RESIDUES]) / len(letters)
         entropy = float(-(share[share > 0] * np.log(share[share > 0])).sum())
-        made = np.mean([float(str(r["calls"])) for r in mine])
-        print(f"| {name} | {made:.1f} of {n} | {' | '.join(cells)} | {entropy:.2f} |")
+        keys = ("recovery", "judge", "less", "own")
+        cells = [_interval(values[key]) if key in values else "–" for key in keys]
+        made = _interval(values["calls"], 1)
+        print(f"| {name} | {made} | {' | '.join(cells)} | {entropy:.2f} |")
 
 
-def _interval(values: list[float]) -> str:
+def _interval(values: np.ndarray, digits: int = 3) -> str:
     mean = float(np.mean(values))
     if math.isnan(mean):
         return "–"
     half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if half else f"{mean:.{digits}f}"
 
 
 def main() -> None:
@@ -212,8 +247,13 @@ def main() -> None:
     curve = commands.add_parser("curve", help="measure the cross-entropy curve")
     curve.add_argument("out", type=Path)
     curve.add_argument("--sequences", type=int, default=64)
+    rules = commands.add_parser("rules", help="set the bounds to mean calls")
+    rules.add_argument("out", type=Path)
+    rules.add_argument("--sequences", type=int, default=16)
+    rules.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16])
     scores = commands.add_parser("run", help="score every sampler")
     scores.add_argument("curve", type=Path)
+    scores.add_argument("rules", type=Path)
     scores.add_argument("out", type=Path)
     scores.add_argument("--sequences", type=int, default=200)
     scores.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16])
@@ -222,8 +262,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "curve":
         measure_curve(args.out, args.sequences)
+    elif args.what == "rules":
+        measure_rules(args.out, args.sequences, args.calls)
     elif args.what == "run":
-        run(args.curve, args.out, args.sequences, args.calls)
+        run(args.curve, args.rules, args.out, args.sequences, args.calls)
     else:
         show(args.scores)
 

@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from fewstep.experiments.models.assets import read_member
 from fewstep.samplers import MaskedProblem, fingerprint, from_subs
+from fewstep.samplers.curve import load_curve
 
 __all__ = [
     "CURVE",
@@ -72,7 +73,7 @@ VOCABULARY = MASK + 1
 LENGTH = 20
 WEIGHTS = Path(__file__).with_name("molecules.safetensors")
 CURVE = Path(__file__).with_name("molecules_curve.json")
-"""The shipped network's cross-entropy curve (`benchmarks.masked curve`)."""
+"""The cross-entropy curve of the network shipped, as `benchmarks.masked curve` writes it."""
 
 _PATTERN = re.compile(r"\[[^\]]+\]|Br|Cl|.")
 _IDS = {token: index for index, token in enumerate(TOKENS)}
@@ -338,8 +339,9 @@ def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedPro
     The score is the distance less what as many molecules of the test set have for being so few
     (`metrics_molecules.fcd_floor`): strings that are no molecule are left out, and a schedule is
     to gain nothing by the number of the others. The plain distance and the shares of valid strings
-    and of distinct molecules among them are reported beside it. Needs rdkit and the `fcd_torch`
-    wheel.
+    and of distinct molecules among them are reported beside it. The counts of least expected
+    divergence of the weights shipped are among the named schedules, as "dp". Needs rdkit and the
+    `fcd_torch` wheel.
 
     Args:
         path: weights of the network; by default those shipped.
@@ -360,6 +362,7 @@ def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedPro
         score=score.distance,
         facts=score.facts,
         prompt=lambda indices: torch.full((len(indices), LENGTH), MASK, device=device),
+        curve=load_curve(CURVE).values if path is None else None,
         fingerprint=fingerprint(net, "molecules"),
         picture=score.picture,
     )
