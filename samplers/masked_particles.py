@@ -29,13 +29,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.samplers import TokenDenoiser, sample_masked
 from fewstep.samplers.categorical import draw, uniforms
-from fewstep.samplers.masked import MaskedProgress
+from fewstep.samplers.masked import MaskedProgress, sample_masked
 from fewstep.samplers.particle_weights import ParticleCollapse, Weights
 from fewstep.samplers.particles import Particles
 from fewstep.samplers.resampling import log_mean
 from fewstep.samplers.rewards import require_numbers, scalar
+from fewstep.samplers.token_denoiser import TokenDenoiser
 from fewstep.space.errors import ScheduleError
 from fewstep.space.masked import CallSpec, MaskedSchedule
 from fewstep.space.particles import ParticleStep

@@ -1,24 +1,29 @@
 """What a study's factory returns: a model, and what makes its samples good.
 
-`Problem` is searched for ODE schedules, `MaskedProblem` for masked ones, `ParticleProblem` for
-those of weighted particles. A `Problem` is scored against its own teacher; the two others, whose
-samples are drawn, bring a measure: numbers per sample, from which a score is made.
+`Problem` is searched for ODE schedules, `MaskedProblem` for masked ones (with a `target`, of
+populations of weighted sequences), `ParticleProblem` for those of weighted particles. A `Problem`
+is scored against its own teacher; the two others, whose samples are drawn, bring a measure:
+numbers per sample, from which a score is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Denoiser
+from fewstep.samplers.masked import sample_masked
+from fewstep.samplers.masked_particles import TiltedLaw, sample_tilted
 from fewstep.samplers.particles import Particles
 from fewstep.samplers.targets import Target
 from fewstep.samplers.token_denoiser import TokenDenoiser
-from fewstep.space.masked import MaskedNoise
+from fewstep.space.masked import MaskedNoise, MaskedSchedule
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
@@ -63,12 +68,16 @@ class Problem:
 class MaskedProblem:
     """A masked diffusion model to find schedules for; a sample is one sequence.
 
+    With a `target` a sample is one population of weighted sequences, resampled where its effective
+    size falls below one half (`sample_tilted`), and counts, temperatures and orders are searched.
+
     Args:
         denoiser: the model behind the TokenDenoiser contract.
         length: tokens of a sequence, a prompt included.
         objective: name of the score, e.g. "fcd"; smaller is better.
-        measure: sequences (B, length) -> numbers (B, K). With a `score`, a row of NaN is a sample
-            that has none, such as a string that is no molecule, and is left out.
+        measure: sequences (B, length) -> numbers (B, K), or with a target B populations
+            (`Particles`). With a `score`, a row of NaN is a sample that has none, such as a string
+            that is no molecule, and is left out.
         score: the measures (N, K) of the samples that have them -> the score. None takes the mean
             of column 0 and compares schedules sample by sample.
         facts: measures (N, K) -> further numbers by name, reported beside the final score.
@@ -80,12 +89,14 @@ class MaskedProblem:
             divergence are then among the named schedules, as "dp". None is unknown.
         fingerprint: a short name and hash of the weights; "" if unknown.
         picture: sequences (B, length) -> (B, H, W) or (B, H, W, 3) in 0..1; None if there is none.
+        target: what populations are weighed towards; None draws from the schedule's law.
+        particles: sequences of a population, with a target.
     """
 
     denoiser: TokenDenoiser
     length: int
     objective: str
-    measure: Callable[[Tensor], Tensor]
+    measure: Callable[[Any], Tensor]
     score: Callable[[Array], float] | None = None
     facts: Callable[[Array], dict[str, float]] | None = None
     noise: MaskedNoise = field(default_factory=MaskedNoise)
@@ -93,6 +104,33 @@ class MaskedProblem:
     curve: Sequence[float] | None = None
     fingerprint: str = ""
     picture: Callable[[Tensor], Tensor] | None = None
+    target: TiltedLaw | None = None
+    particles: int = 1
+
+    def sample(
+        self,
+        schedule: MaskedSchedule,
+        denoiser: TokenDenoiser,
+        tokens: Tensor,
+        *,
+        u: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor | Particles:
+        """Samples of a schedule: what `measure` takes.
+
+        Args:
+            schedule: the schedule.
+            denoiser: the problem's, or one that counts.
+            tokens: sequences to complete, (B, length).
+            u: their uniforms, for sequences.
+            generator: source of all randomness, for populations.
+        """
+        if self.target is None:
+            return sample_masked(schedule, denoiser, tokens, u=u)
+        many = tokens[:, None].repeat(1, self.particles, 1)
+        return sample_tilted(
+            schedule, denoiser, self.target, many, generator=generator, warn_ess=0.0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
-from fewstep.samplers.targets import Target
 from fewstep.search.config import StudyConfig
 from fewstep.search.problem import priced, prompts
 from fewstep.search.yardstick import Statistic
@@ -47,8 +46,8 @@ class Family:
 
     @property
     def per_sample(self) -> int:
-        """One."""
-        return 1
+        """One, or the sequences of a population."""
+        return int(getattr(self.problem, "particles", 1))
 
     def settle(self, config: StudyConfig) -> StudyConfig:
         """The study with what it leaves open filled in.
@@ -171,9 +170,15 @@ class MaskedFamily(Family):
         return count
 
     def domain(self, config: StudyConfig, nfe: int) -> MaskedDomain:
-        """See `Family`; keys are fields of `MaskedDomain`."""
-        values = _values(config, _open(MaskedDomain, "length", "nfe", "noise", "curve"))
+        """See `Family`; keys are fields of `MaskedDomain`, with a target those it weighs."""
+        keys = _open(MaskedDomain, "length", "nfe", "noise", "curve")
+        values = _values(config, keys & {"positions", "temperature"} if self.tilted else keys)
         return _made(lambda: MaskedDomain(self.free, nfe, **self._fixed, **values))
+
+    @property
+    def tilted(self) -> bool:
+        """Whether populations are weighed towards a target."""
+        return self.problem.target is not None
 
     @property
     def _fixed(self) -> dict[str, Any]:
@@ -184,7 +189,7 @@ class MaskedFamily(Family):
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the named counts, the same choices at every call."""
         choices: dict[str, Any] = {
-            "modes": ("parallel", "extrapolate"),
+            "modes": ("parallel",) if self.tilted else ("parallel", "extrapolate"),
             "positions": ("uniform", "confidence"),
         }
         try:
@@ -212,24 +217,20 @@ class ParticleFamily(Family):
     kind: ClassVar[str] = "particles"
 
     @property
-    def target(self) -> Target:
-        """The problem's target."""
-        return self.problem.target
-
-    @property
     def per_sample(self) -> int:
         """See `Family`: a population of K particles, asked of every model."""
-        return self.problem.particles * len(self.target.factors)
+        return self.problem.particles * len(self.problem.target.factors)
 
     @property
     def _two_ways(self) -> bool:
         """Whether the target's reward can be weighed by its gradient as well as by its path."""
-        return self.target.reward is not None and self.target.reward.integrable
+        reward = self.problem.target.reward
+        return reward is not None and reward.integrable
 
     def domain(self, config: StudyConfig, nfe: int) -> ParticleDomain:
         """See `Family`; keys are fields of `ParticleDomain`."""
         settled = ("noise", "nfe", "own", "own_ramp", "rewarded")
-        values, target = _values(config, _open(ParticleDomain, *settled)), self.target
+        values, target = _values(config, _open(ParticleDomain, *settled)), self.problem.target
         if values.get("strength") is not None and target.reward is None:
             for i, factor in enumerate(target.factors):
                 if factor.log_density is None:
@@ -245,7 +246,7 @@ class ParticleFamily(Family):
 
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the authors' policies, with both integrators, on three grids."""
-        target = self.target
+        target = self.problem.target
         strength = 1.0 if target.reward is not None else target.strength
         return dict(named_policies(target.noise, nfe, b=strength, paths=self._two_ways))
 
@@ -253,7 +254,7 @@ class ParticleFamily(Family):
         """See `Family`."""
         super().check(schedule, name)
         assert isinstance(schedule, ParticleSchedule)
-        self.target.require_noise(schedule.noise)
+        self.problem.target.require_noise(schedule.noise)
 
 
 def _with_objective(config: StudyConfig, name: str, statistic: Statistic) -> StudyConfig:

@@ -53,7 +53,7 @@ class Objective(Protocol):
     name: str
     per_sample: bool
     statistic: Statistic
-    partial: bool
+    partial: bool = False
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
         """Samples (M, B, *shape), the teacher's end points (B, *shape) -> (M, B, K)."""
@@ -65,10 +65,10 @@ class Objective(Protocol):
 
     def facts(self, measures: Array) -> dict[str, float]:
         """Measures (N, K) -> further numbers to report."""
-        ...
+        return {}
 
 
-class EndpointMSE:
+class EndpointMSE(Objective):
     """A statistic over samples of the squared distance to the teacher, per element.
 
     Args:
@@ -78,7 +78,6 @@ class EndpointMSE:
 
     name = "endpoint_mse"
     per_sample = True
-    partial = False
 
     def __init__(self, statistic: Statistic = "geometric") -> None:
         self.statistic = statistic
@@ -93,12 +92,8 @@ class EndpointMSE:
         gain = reference[: len(measures), 0] if self.statistic == "backward" else None
         return level(measures[:, 0], self.statistic, gain)
 
-    def facts(self, measures: Array) -> dict[str, float]:
-        """None."""
-        return {}
 
-
-class Frechet:
+class Frechet(Objective):
     """Frechet distance of features to those of the teacher's end points.
 
     Args:
@@ -108,7 +103,6 @@ class Frechet:
     name = "frechet"
     per_sample = False
     statistic: Statistic = "mean"
-    partial = False
 
     def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
         self.features = features
@@ -127,10 +121,6 @@ class Frechet:
     def score(self, measures: Array, reference: Array) -> float:
         """The distance of two sets of features."""
         return frechet_distance(measures, reference)
-
-    def facts(self, measures: Array) -> dict[str, float]:
-        """None."""
-        return {}
 
 
 class Measured:

@@ -203,11 +203,13 @@ def watched(problem: AnyProblem) -> AnyProblem:
             features=safe(problem.features, "Problem.features"),
         )
     if isinstance(problem, MaskedProblem):
+        law = problem.target
         return replace(
             problem,
             denoiser=_Watched(problem.denoiser),
             measure=safe(problem.measure, "MaskedProblem.measure"),
             prompt=safe(problem.prompt, "MaskedProblem.prompt"),
+            target=law and replace(law, reward=safe(law.reward, "the reward")),
         )
     target = problem.target
     factors = tuple(

@@ -66,6 +66,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("worst's share", _compared("worst_share")),
     ("tail index", _compared("tail_index")),
     ("samples", lambda row: str(row.samples)),
+    ("mean calls", lambda row: " | ".join(map(number, row.mean_calls or ())) or "–"),
     ("teacher", lambda row: number(row.teacher_self_error)),
 )
 """Heads and cells of a row, for the closing table and the page; unknown ones are left out."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers import AnyProblem, ParticleProblem, Problem
+from fewstep.samplers import AnyProblem, Problem
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
 from fewstep.search.record import write_text
@@ -178,8 +178,8 @@ def _provenance(
         found["comparison"] = row.comparison.to_dict()
     if row.facts:
         found["facts"] = {name: value for name, (value, _) in row.facts.items()}
-    if isinstance(problem, ParticleProblem):
-        found["particles"] = problem.particles
+    if (particles := getattr(problem, "particles", 1)) > 1:
+        found["particles"] = particles
     if isinstance(problem, Problem):
         found["guidance"] = problem.guidance
         found["teacher"] = {

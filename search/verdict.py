@@ -82,6 +82,7 @@ class Row:
         cost: what the calls may cost, where the study lists costs; `nfe` is then the found calls.
         depth: stages of the found schedule (`space.costs`); None for other kinds than ODE.
         calls: its calls in short, where the study lists costs.
+        mean_calls: network calls of a sample (found, best named) where bounds make them random.
         failed_stage: why the last stage did not do all it should; "" if it did.
     """
 
@@ -114,6 +115,7 @@ class Row:
     cost: int | None = None
     depth: int | None = None
     calls: str = ""
+    mean_calls: tuple[float, float] | None = None
 
     @property
     def setting(self) -> int:
@@ -143,6 +145,7 @@ class Row:
             **{
                 **data,
                 "interval": None if interval is None else tuple(interval),
+                "mean_calls": tuple(data["mean_calls"]) if data.get("mean_calls") else None,
                 "comparison": None if compared is None else Comparison.from_dict(compared),
                 "named": tuple(Scored(**s) for s in data["named"]),
                 "facts": {k: (a, b) for k, (a, b) in data.get("facts", {}).items()},
@@ -240,12 +243,12 @@ class Judge:
         champion = rivals[0]
         stock = next((e for e in rivals if e.source.startswith(STOCK)), None)
         pair = {e.schedule.digest: e for e in (chosen, champion, *([stock] if stock else []))}
-        results = self._fresh([e.schedule for e in pair.values()])
-        by = dict(zip(pair, results, strict=True))
+        by = dict(zip(pair, self._fresh([e.schedule for e in pair.values()]), strict=True))
         a, b = by[chosen.schedule.digest], by[champion.schedule.digest]
         compared = self._paired.compared(a.measures, b.measures)
         found_score, named_score = self._value(a), self._value(b)
         share, interval = self._ratio(a, b)
+        vary = any(getattr(e.schedule, "bounded", False) for e in (chosen, champion))
         gained = interval[1] < 1 if interval is not None else (share or 0.0) < 1
         row = Row(
             nfe=nfe,
@@ -271,6 +274,7 @@ class Judge:
             stock=self._stock(stock, a, by),
             named=_listed(solvers, selected),
             facts=self._facts(a, b),
+            mean_calls=(a.calls / (a.samples or 1), b.calls / (b.samples or 1)) if vary else None,
         )
         both = None
         if compared is not None and a.per_sample is not None and b.per_sample is not None:
@@ -350,10 +354,9 @@ def _listed(solvers: Sequence[Evaluated], selected: Mapping[str, Result]) -> tup
         if (result := selected.get(e.source)) is not None:
             listed.append(Scored(e.source, result.score, _median(result), SELECT))
         else:
-            middle = None if e.per_sample is None else float(np.median(e.per_sample))
-            listed.append(Scored(e.source, e.score, middle))
+            listed.append(Scored(e.source, e.score, _median(e)))
     return tuple(sorted(listed, key=lambda s: s.score))
 
 
-def _median(result: Result) -> float | None:
+def _median(result: Result | Evaluated) -> float | None:
     return None if result.per_sample is None else float(np.median(result.per_sample))

@@ -38,7 +38,6 @@ from fewstep.samplers import (
     Problem,
     run,
     sample,
-    sample_masked,
     sample_particles,
     start,
     start_particles,
@@ -276,16 +275,17 @@ class Block(Work):
         return kept(evaluator.objective.measure(x, reference.to(x)))
 
     def _masked(self, evaluator: Evaluator, problem: MaskedProblem, schedule: Any) -> np.ndarray:
-        """One masked schedule; a sample is a sequence, its uniforms its own whatever the block."""
+        """One masked schedule; a sequence has uniforms of its own, a population the block's."""
         indices = range(self.start, self.stop)
-        tokens = prompts(problem, indices)
+        tokens, counted = prompts(problem, indices), CountedSequences(problem.denoiser)
         shape = (schedule.uniforms, problem.length)
-        u = uniforms_of(evaluator.seed, self.stream, indices, shape)
-        counted = CountedSequences(problem.denoiser)
-        done = sample_masked(schedule, counted, tokens, u=u.to(tokens.device))
+        u = uniforms_of(evaluator.seed, self.stream, indices, shape).to(tokens.device)
+        generator = self._generator(evaluator, tokens.device)
+        done = problem.sample(schedule, counted, tokens, u=u, generator=generator)
         evaluator.evaluations += counted.sequences
         if self.want == "samples":
-            return done.cpu().numpy()
+            one = done if isinstance(done, torch.Tensor) else done.draw(1, generator)[:, 0]
+            return one.cpu().numpy()
         return self._checked(problem.measure(done), problem.objective)
 
     def _particles(
@@ -345,11 +345,11 @@ def cut(schedules: Sequence[Any], size: int) -> list[tuple[int, ...]]:
     """Positions of schedules that run as one batch, at most `size` together, in the order given.
 
     ODE schedules are stacked: equal calls and options, no constant image. Others run one after the
-    other in a block and need equal calls only.
+    other in a block and need equal calls only; one whose calls are random is alone, and counted.
     """
     groups: dict[str, list[int]] = {}
     for i, schedule in enumerate(schedules):
-        shared: list[Any] = [schedule.nfe]
+        shared: list[Any] = [schedule.nfe, i if getattr(schedule, "bounded", False) else -1]
         if schedule.kind == "ode":
             program, options = schedule.program, schedule.options
             alone = schedule.constant is not None or "time_shift" in options

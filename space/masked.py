@@ -323,6 +323,11 @@ class MaskedSchedule(Frozen):
         """Whether the samples follow the model's law exactly."""
         return all(call.exact for call in self.calls)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether bounds make the number of calls of a sequence random."""
+        return any(call.bounded for call in self.calls[:-1])
+
     def fitted(self, free: int) -> tuple[int, ...]:
         """The counts rescaled to another number of free positions; some may become 0.
 
@@ -345,7 +350,7 @@ class MaskedSchedule(Frozen):
         ]
         extrapolates = any(call[1] == "extrapolate" for call in calls)
         shape = [self.kind, f"{self.noise.floor:.11e}", self.variable if extrapolates else ""]
-        if self.ahead != "spread" and any(call.bounded for call in self.calls[:-1]):
+        if self.ahead != "spread" and self.bounded:
             shape.append(self.ahead)
         return hashlib.sha256(json.dumps([shape, calls]).encode()).hexdigest()[:20]
 

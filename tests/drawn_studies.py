@@ -12,6 +12,7 @@ import itertools
 import torch
 
 from fewstep.samplers import MaskedProblem, ParticleProblem, from_subs
+from fewstep.samplers.masked_particles import TiltedLaw
 from fewstep.samplers.targets import Factor, anneal, product, reward
 from fewstep.space.noise import VPLinear
 
@@ -89,6 +90,28 @@ def masked(score="variation", given=0, broken=""):
     )
 
 
+def worth():
+    """What a state is worth: a number of its own."""
+    return torch.randn(len(STATES), generator=torch.Generator().manual_seed(3)).double()
+
+
+def tilted(beta=1.0):
+    """Towards the joint times exp(beta worth); the score is the error of the mean worth."""
+    weights = joint() * torch.exp(beta * worth())
+    exact = float((weights * worth()).sum() / weights.sum())
+
+    def measure(found):
+        mean = found.mean(worth()[index(found.x)])
+        return torch.stack([(mean - exact) ** 2, mean, found.log_normalizer.exp()], dim=1)
+
+    return MaskedProblem(
+        denoiser=from_subs(Table(""), MASK, length=LENGTH), length=LENGTH,
+        objective="mean_error", measure=measure, particles=16, fingerprint="table",
+        target=TiltedLaw(lambda tokens: beta * worth()[index(tokens)]),
+        facts=lambda m: {"mean": float(m[:, 1].mean())},
+    )
+
+
 class Gaussian:
     """N(0, 1/2) in the plane."""
 
@@ -156,7 +179,7 @@ enabled = false
 
 
 def write_drawn(folder: Path, kind: str, text: str = STUDY) -> Path:
-    """The study file of "masked" or "particles", its model beside it."""
+    """The study file of "masked", "tilted" or "particles", its model beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "drawn_model.py").write_text(MODEL)
     path = folder / f"{kind}.toml"

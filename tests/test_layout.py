@@ -273,7 +273,7 @@ NAMED = {
 }
 """Functions of more than eight parameters, and why."""
 
-LARGEST = {"lines": 9345, "files": 36}
+LARGEST = {"lines": 9342, "files": 36}
 """search/ is to shrink, to 6,500 lines in 30 files: lower these with it."""
 
 

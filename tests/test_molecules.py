@@ -1,10 +1,12 @@
 """The molecule model's tokens, network and metrics."""
 
+import math
+
 import pytest
 import torch
 from safetensors import safe_open
 
-from fewstep.experiments.benchmarks import metrics_molecules
+from fewstep.experiments.benchmarks import metrics_molecules, particles_molecules
 from fewstep.experiments.models import molecules, train_molecules
 from fewstep.experiments.models.assets import AssetError
 from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig
@@ -153,6 +155,26 @@ def test_the_curve_is_that_of_the_network_shipped() -> None:
     for calls in (2, 4, 8, 16):
         costs = [counts_cost(curve.values, counts_by_name(n, LENGTH, calls)) for n in COUNTS]
         assert counts_cost(curve.values, counts[calls - 1]) <= min(costs)
+
+
+def test_populations_of_molecules_are_tilted_towards_drug_likeness() -> None:
+    pytest.importorskip("rdkit")
+    problem = particles_molecules.problem(beta=8.0, particles=24)
+    schedule = family_of(problem).named(4)["dp"]
+    tokens, generator = torch.full((6, LENGTH), MASK), torch.Generator().manual_seed(0)
+    u = torch.zeros(6, 2, LENGTH, dtype=torch.float64)  # of sequences; populations do not use it
+    found = problem.sample(schedule, problem.denoiser, tokens, u=u, generator=generator)
+    assert found.x.shape == (6, 24, LENGTH)
+    rows = problem.measure(found)
+    assert rows.shape == (6, 5)
+    assert float(rows.min()) >= 0  # the reward is never positive
+    assert float(rows[:, 1:].max()) <= 1
+    facts = problem.facts(rows.numpy())
+    assert facts["qed"] == pytest.approx(float(rows[:, 1].mean()))
+    alive = found.log_weights > -math.inf
+    valid = ~particles_molecules.qed_of(found.x.flatten(0, 1)).isnan()
+    assert torch.equal(alive.flatten(), valid)
+    assert family_of(problem).per_sample == 24
 
 
 def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:

@@ -63,12 +63,13 @@ def calibrated(
     u: Tensor,
     *,
     within: float = 0.03,
-    rounds: int = 8,
+    rounds: int = 14,
 ) -> dict[int, MaskedSchedule]:
     """The rule's schedules of wanted mean calls; its strictness and mean are their provenance.
 
-    The bracket is cut where the logarithm of the mean, taken as linear, has the wanted value, and
-    never nearer than a tenth of it to its ends. What one mean costs to find helps the others.
+    For six rounds the bracket is cut where the logarithm of the mean, taken as linear, has the
+    wanted value, never nearer than a tenth of it to its ends, and then in halves. What one mean
+    costs to find helps the others.
 
     Args:
         rule: positions and strictness to a schedule.
@@ -83,10 +84,10 @@ def calibrated(
     tried: dict[float, float] = {}
     found = {}
     for calls in wanted:
-        for _ in range(rounds):
+        for turn in range(rounds):
             if any(abs(mean / calls - 1) <= within for mean in tried.values()):
                 break
-            x = _between({0.0: 1.0, 1.0: float(free)} | tried, calls)
+            x = _between({0.0: 1.0, 1.0: float(free)} | tried, calls, halve=turn >= 6)
             tried[x] = mean_calls(rule(free, x), denoiser, tokens, u)
         x = min(tried, key=lambda x: abs(tried[x] - calls))
         facts = {"strictness": x, "mean_calls": tried[x], "sequences": len(tokens)}
@@ -94,10 +95,10 @@ def calibrated(
     return found
 
 
-def _between(tried: Mapping[float, float], calls: int) -> float:
+def _between(tried: Mapping[float, float], calls: int, *, halve: bool) -> float:
     """The strictness to try next."""
     low = max(x for x, mean in tried.items() if mean < calls)
     high = min(x for x in tried if x > low)
     ends = [math.log(tried[x]) for x in (low, high)]
-    share = (math.log(calls) - ends[0]) / (ends[1] - ends[0])
+    share = 0.5 if halve else (math.log(calls) - ends[0]) / (ends[1] - ends[0])
     return low + (high - low) * min(max(share, 0.1), 0.9)

@@ -8,6 +8,9 @@ is a black box: rdkit reads complete strings only. Its mean under the target and
 also estimated by reweighting many plain samples, which needs no resampling and is the control.
 Rows cost the same calls; they differ in what the weights do on the way. Needs
 `fewstep[molecules]` (rdkit).
+
+`problem` is the same target as a study, `experiments/studies/molecules_tilted.toml`, which looks
+for the counts and temperatures whose populations come nearest to it.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ import functools
 import math
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.experiments.benchmarks.metrics_molecules import canonical
 from fewstep.experiments.models.assets import AssetError
-from fewstep.experiments.models.molecules import LENGTH, MASK, decode, load_net
-from fewstep.samplers import from_subs, sample_masked
+from fewstep.experiments.models.molecules import CURVE, LENGTH, MASK, decode, load_net
+from fewstep.samplers import MaskedProblem, fingerprint, from_subs, sample_masked
+from fewstep.samplers.curve import load_curve
 from fewstep.samplers.masked_particles import TiltedLaw, sample_tilted
 from fewstep.samplers.particles import Particles
 from fewstep.samplers.resampling import effective
@@ -55,6 +61,56 @@ def reward_of(beta: float, tokens: Tensor) -> Tensor:
     """beta QED, -inf where a string is no molecule."""
     qed = qed_of(tokens)
     return torch.where(qed.isnan(), -math.inf, beta * qed.nan_to_num())
+
+
+def measure(found: Particles) -> Tensor:
+    """Populations -> free energy, QED, least ESS, ancestors, distinct molecules; see `problem`."""
+    size = found.x.shape[1]
+    qed = qed_of(found.x.flatten(0, 1)).reshape(found.x.shape[:2])
+    rows = found.draw(size, torch.Generator().manual_seed(0))
+    distinct = [len({s for s in canonical(decode(row)) if s}) / size for row in rows]
+    columns = [-found.log_normalizer, found.mean(qed.nan_to_num()), found.ess.amin(0)]
+    columns += [found.unique_ancestors / size, torch.tensor(distinct)]
+    return torch.stack([c.double() for c in columns], dim=1)
+
+
+def facts(measures: NDArray[np.float64]) -> dict[str, float]:
+    """Means of what is measured beside the score."""
+    names = ("qed", "least_ess", "ancestors", "distinct")
+    return dict(zip(names, measures[:, 1:].mean(0).tolist(), strict=True))
+
+
+def problem(*, beta: float = 12.0, particles: int = 32, completions: int = 1) -> MaskedProblem:
+    """The study factory: populations of molecules tilted by exp(-beta (1 - QED)).
+
+    The score is a population's free energy -log Z, in nats: what the tilt costs the law that the
+    schedule draws from, and, the logarithm being concave, what its own scatter costs.
+
+    Args:
+        beta: strength of the tilt, > 0.
+        particles: sequences of a population.
+        completions: see `TiltedLaw`.
+
+    Raises:
+        AssetError: rdkit is missing.
+    """
+    drug_likeness("C")
+    net = load_net()
+
+    def reward(tokens: Tensor) -> Tensor:
+        return reward_of(beta, tokens) - beta
+
+    return MaskedProblem(
+        denoiser=from_subs(net, MASK, length=LENGTH),
+        length=LENGTH,
+        objective="free_energy",
+        measure=measure,
+        facts=facts,
+        curve=load_curve(CURVE).values,
+        fingerprint=fingerprint(net, "molecules"),
+        target=TiltedLaw(reward, completions=completions, floor=FLOOR - beta),
+        particles=particles,
+    )
 
 
 def interval(values: Tensor) -> str:
