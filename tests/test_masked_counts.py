@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from fewstep.samplers import MaskedProblem, from_subs
@@ -114,6 +115,19 @@ def test_the_sweep_measures_the_curve_of_the_model() -> None:
     assert few.values[1] == pytest.approx((2 * few.values[0] + few.values[3]) / 3)
     with pytest.raises(ScheduleError, match=r"points must lie in 0\.\.3"):
         cross_entropy_curve(table_denoiser(joint), tokens, points=[4])
+
+
+def test_a_rise_of_the_curve_is_noise_and_no_counts_are_fitted_to_it() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values, errors = rng.normal(size=9) - np.arange(9) / 4, rng.uniform(0.1, 2, size=9)
+        found = Curve(tuple(values), tuple(errors), 7).falling
+        best = isotonic_regression(values, weights=errors**-2, increasing=False)
+        assert found == pytest.approx(best.x.tolist())
+        assert all(a >= b for a, b in itertools.pairwise(found))
+    assert Curve((3.0, 1.0, 2.0), (math.nan,) * 3, 1).falling == (3.0, 1.5, 1.5)
+    steady = Curve((3.0, 2.0, 1.0), (0.1,) * 3, 5)
+    assert steady.falling == steady.values
 
 
 def test_a_curve_survives_its_file_and_others_are_refused(tmp_path) -> None:

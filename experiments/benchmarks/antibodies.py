@@ -171,7 +171,7 @@ def measure_rules(path: Path, sequences: int, calls: list[int]) -> None:
 
 def run(curve: Path, rules: Path, out: Path, sequences: int, calls: list[int]) -> None:
     """Score every sampler on block after block of sequences."""
-    values, judge = load_curve(curve).values, load_judge("IgLM")
+    values, judge = load_curve(curve).falling, load_judge("IgLM")
     bounds = json.loads(rules.read_text(encoding="utf-8"))
     old = [] if not out.exists() else [json.loads(line) for line in out.open()]
     known = {(r["name"], r["of"], r["sequence"]) for r in old}

@@ -144,7 +144,7 @@ def measure_curve(args: argparse.Namespace) -> None:
     save_curve(curve, molecules.CURVE)
     print(" ".join(f"{v:.3f}" for v in curve.values), f"nats, {curve.samples} molecules")
     print(f"| calls | {' | '.join(COUNTS)} | dp | its counts |\n|{'---|' * (len(COUNTS) + 3)}")
-    exact, every = sum(curve.values), best_counts(curve.values)
+    exact, every = sum(curve.values), best_counts(curve.falling)
     for calls in (2, 4, 8, 12, 16):
         rows = [counts_by_name(name, molecules.LENGTH, calls) for name in COUNTS]
         cells = [counts_cost(curve.values, c) - exact for c in (*rows, every[calls - 1])]

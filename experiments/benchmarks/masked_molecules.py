@@ -63,7 +63,7 @@ def found(calls: int) -> MaskedSchedule:
 
 def samplers(calls: int) -> dict[str, MaskedSchedule]:
     """The samplers of fixed counts at a number of calls, and the schedule found."""
-    curve, length = load_curve(molecules.CURVE).values, molecules.LENGTH
+    curve, length = load_curve(molecules.CURVE).falling, molecules.LENGTH
     counts = {name: counts_by_name(name, length, calls) for name in COUNTS}
     counts["dp"] = best_counts(curve, calls)[-1]
     make = MaskedSchedule.from_counts

@@ -106,7 +106,7 @@ def problem(*, beta: float = 12.0, particles: int = 32, completions: int = 1) ->
         objective="free_energy",
         measure=measure,
         facts=facts,
-        curve=load_curve(CURVE).values,
+        curve=load_curve(CURVE).falling,
         fingerprint=fingerprint(net, "molecules"),
         target=TiltedLaw(reward, completions=completions, floor=FLOOR - beta),
         particles=particles,

@@ -362,7 +362,7 @@ def problem(*, path: Path | str | None = None, device: str = "cpu") -> MaskedPro
         score=score.distance,
         facts=score.facts,
         prompt=lambda indices: torch.full((len(indices), LENGTH), MASK, device=device),
-        curve=load_curve(CURVE).values if path is None else None,
+        curve=load_curve(CURVE).falling if path is None else None,
         fingerprint=fingerprint(net, "molecules"),
         picture=score.picture,
     )
