@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
 from fewstep.experiments.__main__ import main
+from fewstep.experiments.benchmarks import killed
 
 MODEL = '''
 """Two Gaussians in the plane; exact. `broken` breaks the contract on purpose."""
@@ -81,37 +81,14 @@ def fails():
     raise RuntimeError("no weights\\nhere")
 '''
 
-STUDY = """
+STUDY = f"""
 name = "tiny"
 [model]
 factory = "tiny_model:problem"
 [budget]
 candidates = 104
 [search]
-nfe = [3]
-strategy = "evolution"
-generation = 8
-samples = 8
-block = [4, 8]
-workers = 0
-[teacher]
-nfe = 16
-check = 4
-[refine]
-rounds = 2
-samples = 8
-held = 8
-batch = 8
-
-[final]
-samples = 16
-most = 16
-resamples = 200
-top = 3
-pictures = 2
-[tracking]
-enabled = false
-"""
+strategy = "evolution"{killed.SMALL}"""
 
 
 def write_study(folder: Path, text: str = STUDY) -> Path:
@@ -164,18 +141,4 @@ def refused(capsys: Any, *arguments: object) -> str:
 
 def trial_table(out: Path, name: str = "tiny-nfe03") -> list[tuple[Any, ...]]:
     """What a search did: every trial without its clock times."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
-    return table(
-        optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
-    )
-
-
-def table(study: optuna.Study) -> list[tuple[Any, ...]]:
-    """The trials of a study without their clock times."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        clocks = ("seconds", "elapsed")
-        attributes = {k: v for k, v in trial.user_attrs.items() if k not in clocks}
-        rows.append((trial.number, trial.state.name, trial.values, trial.params, attributes))
-    return rows
+    return killed.trials(out, name)

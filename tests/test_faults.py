@@ -10,9 +10,10 @@ import optuna
 import pytest
 import torch
 
+from fewstep.experiments.benchmarks.killed import table
 from fewstep.space.noise import VPLinear
 from tests.clusters import plain_environment
-from tests.studies import MODEL, STUDY, command, fewstep, table, trial_table, write_study
+from tests.studies import MODEL, STUDY, command, fewstep, trial_table, write_study
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import optuna
 import pytest
 
+from fewstep.experiments.benchmarks.killed import table
 from tests.clusters import free_ports
-from tests.studies import command, fewstep, table, trial_table, write_study
+from tests.studies import command, fewstep, trial_table, write_study
 
 pytestmark = pytest.mark.slow
 

@@ -43,13 +43,7 @@ class Gaussian:
 def problem():
     return Problem(Gaussian(), (2,), fingerprint="gaussian")
 """
-STUDY = """
-name = "killed"
-[model]
-factory = "killed_model:problem"
-[budget]
-candidates = 140
-[search]
+SMALL = """
 nfe = [3]
 generation = 8
 samples = 8
@@ -57,7 +51,7 @@ block = [4, 8]
 workers = 0
 [teacher]
 nfe = 16
-check = 0
+check = 4
 [refine]
 rounds = 2
 samples = 8
@@ -72,14 +66,28 @@ pictures = 2
 [tracking]
 enabled = false
 """
+"""What makes [search] and the tables after it small; tests search so, too."""
+
+STUDY = f"""
+name = "killed"
+[model]
+factory = "killed_model:problem"
+[budget]
+candidates = 140
+[search]{SMALL}"""
 
 
-def trials(out: Path) -> list[tuple[Any, ...]]:
-    """What a search did: every trial without its clock times."""
+def trials(out: Path, name: str) -> list[tuple[Any, ...]]:
+    """What a search did, from its journal: see `table`."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(out / "study.journal")))
+    return table(optuna.load_study(study_name=name, storage=storage))
+
+
+def table(study: optuna.Study) -> list[tuple[Any, ...]]:
+    """The trials of a study without their clock times."""
     rows = []
-    for t in optuna.load_study(study_name="killed-nfe03", storage=storage).get_trials():
+    for t in study.get_trials(deepcopy=False):
         said = {k: v for k, v in t.user_attrs.items() if k not in ("seconds", "elapsed")}
         rows.append((t.number, t.state.name, t.values, t.params, said))
     return rows
@@ -101,7 +109,7 @@ def differing(folder: Path, strategy: str, kills: int, rng: random.Random) -> in
     if started(study, folder / "whole", strategy).wait() != 0:
         raise SystemExit(f"{strategy}: the undisturbed search failed")
     seconds, done, wrong, attempt = time.monotonic() - begun, 0, 0, 0
-    whole = trials(folder / "whole")
+    whole = trials(folder / "whole", "killed-nfe03")
     while done < kills:
         out = folder / f"killed{attempt}"
         while True:
@@ -113,7 +121,7 @@ def differing(folder: Path, strategy: str, kills: int, rng: random.Random) -> in
                 process.kill()
                 process.wait()
                 done += 1
-        wrong += process.returncode != 0 or trials(out) != whole
+        wrong += process.returncode != 0 or trials(out, "killed-nfe03") != whole
         attempt += 1
     print(f"{strategy}: {done} kills, {attempt} searches, {wrong} differ", flush=True)
     return wrong
