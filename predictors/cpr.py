@@ -9,7 +9,7 @@ with Chebyshev polynomials T of x = i/NFE, w and NFE, each mapped to [-1, 1] ove
 This is DC-Solver's cascade, which is linear in its coefficients; the basis is well conditioned
 where raw monomials are not. Here (`fit`) coefficients are a ridge regression towards the neutral
 value, its penalty chosen by leaving out one NFE at a time; both leave-one-out errors are kept.
-`search.strategies.joint` fits them to the samples instead, which is what a search does. Decisions:
+`predictors.cpr_joint` fits them to the samples instead, which is what a search does. Decisions:
 
     gap           log of the step's lam gap over the template's; gaps are rescaled to the range
     query, start, land     shifts in lam; compensation; weight0, weight1, ... ; log guidance share

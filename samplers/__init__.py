@@ -2,7 +2,7 @@
 
 from fewstep.samplers.denoiser import Denoiser, ModelDenoiser, fingerprint, from_model
 from fewstep.samplers.masked import sample_masked
-from fewstep.samplers.ode import run, sample, start
+from fewstep.samplers.ode import run, run_candidates, sample, start
 from fewstep.samplers.particles import Particles, sample_particles, start_particles
 from fewstep.samplers.problems import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.token_denoiser import (
@@ -26,6 +26,7 @@ __all__ = [
     "from_model",
     "from_subs",
     "run",
+    "run_candidates",
     "sample",
     "sample_masked",
     "sample_particles",

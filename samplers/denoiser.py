@@ -16,11 +16,12 @@ D = D_null + w (D_cond - D_null), w = 1 being the conditional model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fewstep.space.costs import Prices
 from fewstep.space.errors import ModelError
 from fewstep.space.noise import NoiseSchedule
 
@@ -247,6 +248,65 @@ class Networks:
     ) -> Tensor:
         """See `Denoiser`; `network` is one of the names."""
         return self._by_name[network](x, t, cond=cond, guidance=guidance)
+
+
+class Quicker:
+    """A denoiser in a lower precision, compiled or both; its attributes are the denoiser's own.
+
+    Args:
+        inner: the denoiser.
+        device: where its network runs.
+        autocast: dtype of its network, "bfloat16" or "float16"; None is its own.
+        backend: of torch.compile, which raises what it likes where it knows none; None does not
+            compile.
+    """
+
+    def __init__(
+        self, inner: Denoiser, device: torch.device, autocast: str | None, backend: str | None
+    ) -> None:
+        self._inner: Any = inner
+        self._call: Any = inner
+        self._device = device.type
+        self._dtype = None if autocast is None else getattr(torch, autocast)
+        if backend is not None:
+            self._call = torch.compile(self._inner.__call__, backend=backend)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+    def __call__(
+        self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None, **named: str
+    ) -> Tensor:
+        """See `Denoiser`."""
+        with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
+            found: Tensor = self._call(x, t, cond=cond, guidance=guidance, **named)
+        return found.to(x.dtype)
+
+
+class Counted:
+    """A denoiser that counts the images it is asked for, or with prices what they cost."""
+
+    def __init__(self, inner: Denoiser, prices: Prices | None = None) -> None:
+        self.inner, self.noise, self._prices, self._paid = inner, inner.noise, prices, 0.0
+        self.piece: int | None = getattr(inner, "piece", None)
+        self.device = getattr(inner, "device", None)
+        self.networks = getattr(inner, "networks", {})
+
+    @property
+    def evaluations(self) -> int:
+        """So far, a whole number."""
+        return round(self._paid)
+
+    def __call__(
+        self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None, **named: str
+    ) -> Tensor:
+        """See `Denoiser`."""
+        each = 1.0
+        if self._prices is not None:
+            once = guidance is None or (isinstance(guidance, float | int) and guidance == 1)
+            each = self._prices.of(guided=not once, network=named.get("network", ""))
+        self._paid += each * len(x)
+        return self.inner(x, t, cond=cond, guidance=guidance, **named)
 
 
 def fingerprint(module: torch.nn.Module, name: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.denoiser import Cond, bcast
-from fewstep.samplers.ode import Progress, run
+from fewstep.samplers.ode import Loop, Progress
 from fewstep.samplers.replay import Replayed, from_call, step_starts
 from fewstep.space import OdeSchedule, Program, ScheduleError
 from fewstep.space.noise import NoiseSchedule, RectifiedFlow
@@ -152,16 +152,10 @@ def sample_fewstep(
     generator = torch.Generator(x.device).manual_seed(int(extra["seed"])) if seeded else None
     t = torch.tensor([t_first, t_last], dtype=torch.float64)
     start, end = _scale(noise, t, flow=flow).tolist()
-    y = run(
-        program,
-        KDiffusionDenoiser(model, noise, extra, flow=flow),
-        x * start,
-        m=part.constant,
-        generator=generator,
-        callback=None if callback is None else _told(callback, noise, flow=flow),
-        options=part.options,
-    )
-    found: Tensor = y / end
+    denoiser = KDiffusionDenoiser(model, noise, extra, flow=flow)
+    told = None if callback is None else _told(callback, noise, flow=flow)
+    loop = Loop(program, x * start, part.constant, generator)
+    found: Tensor = loop.through(denoiser, None, None, part.options, callback=told) / end
     return found
 
 

@@ -26,7 +26,7 @@ from fewstep.samplers.denoiser import Cond, Denoiser, bcast
 from fewstep.samplers.shift import Shifter
 from fewstep.space.errors import ModelError, ScheduleError
 from fewstep.space.options import Threshold
-from fewstep.space.program import Program, ProgramSchedule
+from fewstep.space.program import Program, ProgramSchedule, stack
 from fewstep.space.schedule import OdeSchedule
 
 
@@ -107,18 +107,8 @@ def sample(
     shifter = None
     if "time_shift" in schedule.options and isinstance(schedule, OdeSchedule):
         shifter = Shifter(schedule)
-    return run(
-        schedule.program,
-        denoiser,
-        x_T,
-        cond=cond,
-        guidance=guidance,
-        m=schedule.constant,
-        generator=generator,
-        callback=callback,
-        options=schedule.options,
-        shifter=shifter,
-    )
+    loop = Loop(schedule.program, x_T, schedule.constant, generator, shifter)
+    return loop.through(denoiser, cond, guidance, schedule.options, callback=callback)
 
 
 def run(
@@ -129,61 +119,40 @@ def run(
     cond: Cond | None = None,
     guidance: float | None = None,
     m: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    callback: Callable[[Progress], None] | None = None,
     options: dict[str, Any] | None = None,
-    shifter: Shifter | None = None,
-    check: bool = True,
-    share: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Run one program on x_T (B, *shape), or M stacked ones on the same x_T: (M, B, *shape).
 
-    `check` raises a ModelError at the first data prediction that is not finite; without it NaN
-    travels to the result, so that a batch of candidates survives one that diverges. `share` asks
-    the network once for candidates whose rows so far are equal, as those of the first call are.
-    `shifter` compiles the rows of one program while it runs, maybe into a program per image.
+    See `sample`; m is the constant image, options are those of a schedule.
     """
-    if options and "time_shift" in options and shifter is None:
-        raise ScheduleError(
-            "options.time_shift compiles rows while it samples, from the steps: call sample() "
-            "with a schedule that holds its steps"
-        )
-    x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    loop = _Loop(program, x_T, m, generator, shifter)
-    require_networks(program, denoiser)
-    groups = prefix_groups(program) if share and program.r.ndim == 2 else None
-    batches = questions(program, groups, loop.batch, x_T, alone=shifter is not None)
-    finite: list[Tensor | None] = []  # read after the last call: no wait on the device in between
-    for turn in range(len(batches)):
-        first, *others = batches[turn].calls
-        if loop.recompiled(first):
-            batches = questions(loop.program, None, loop.batch, x_T, alone=True)
-        q, states = batches[turn], [loop.y]
-        for c in others:
-            states.append(loop.advance(c - 1))
-        flat = loop.y if len(states) == 1 else torch.cat(states)
-        flat = (flat if q.rows is None else flat[q.rows]).reshape(-1, *x_T.shape[1:])
-        D = ask(denoiser, flat, q, cond, guidance, whole=shifter is not None).to(x_T.dtype)
-        if options and "threshold" in options:
-            D = threshold(D, **options["threshold"])
-        finite.append(torch.isfinite(D).all() if check else None)
-        if callback is not None and not others:
-            callback(Progress(first, q.t, flat, D))
-        D = D.reshape(q.asked, loop.batch, *x_T.shape[1:])
-        outputs = (D if q.back is None else D[q.back]).split(loop.count)
-        loop.history += outputs
-        if callback is not None and others:
-            for c, state, output in zip(q.calls, states, outputs, strict=True):
-                t = loop.program.t[..., c].reshape(-1).repeat_interleave(loop.batch)
-                callback(Progress(c, t.to(x_T.device), state.flatten(0, 1), output.flatten(0, 1)))
-        loop.advance(q.calls[-1])
-    for q, good in zip(batches, finite, strict=True):
-        if good is not None and not bool(good):
-            raise _not_finite(q.calls[0], loop.program)
-    return loop.y if program.r.ndim == 2 else loop.y.reshape(x_T.shape)
+    return Loop(program, x_T, m, generator).through(denoiser, cond, guidance, options)
 
 
-class _Loop:
+def run_candidates(
+    programs: Sequence[Program],
+    denoiser: Denoiser,
+    x_T: Tensor,
+    *,
+    cond: Cond | None = None,
+    guidance: float | None = None,
+    m: Tensor | None = None,
+    options: dict[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Run M programs of equal calls side by side, (M, B, *shape); see `run`.
+
+    The network is asked once for candidates whose rows so far are equal, as those of the first
+    call are, unless they carry gradients. What is not finite travels to the result, so that the
+    others survive one that diverges.
+    """
+    together = stack(programs)
+    carried = any(v.requires_grad for v in vars(together).values() if isinstance(v, Tensor))
+    loop = Loop(together, x_T, m, generator)
+    return loop.through(denoiser, cond, guidance, options, check=False, share=not carried)
+
+
+class Loop:
     """A run on its way: the program's numbers, the states of M candidates, and their outputs."""
 
     def __init__(
@@ -192,8 +161,9 @@ class _Loop:
         x_T: Tensor,
         m: Tensor | None,
         generator: torch.Generator | None,
-        shifter: Shifter | None,
+        shifter: Shifter | None = None,
     ) -> None:
+        x_T = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
         self.program, self.numbers = program, _Coefficients(program, x_T)
         self.x_T, self.generator, self.shifter = x_T, generator, shifter
         self.constant = _image(m, x_T, used=self.numbers.uses_m)
@@ -203,6 +173,63 @@ class _Loop:
         self.y = self.numbers.at("p", 0) * self.origin
         if self.constant is not None:
             self.y = self.y + self.numbers.at("k0", 0) * self.constant
+
+    def through(
+        self,
+        denoiser: Denoiser,
+        cond: Cond | None,
+        guidance: float | None,
+        options: dict[str, Any] | None,
+        *,
+        callback: Callable[[Progress], None] | None = None,
+        check: bool = True,
+        share: bool = False,
+    ) -> Tensor:
+        """From the first call to the last.
+
+        `check` refuses outputs that are not finite; `share` asks the network once for candidates
+        whose rows so far are equal.
+        """
+        program, x_T, shifter = self.program, self.x_T, self.shifter
+        if options and "time_shift" in options and shifter is None:
+            raise ScheduleError(
+                "options.time_shift compiles rows while it samples, from the steps: call sample() "
+                "with a schedule that holds its steps"
+            )
+        require_networks(program, denoiser)
+        groups = prefix_groups(program) if share else None
+        batches = questions(program, groups, self.batch, x_T, alone=shifter is not None)
+        finite: list[Tensor | None] = []  # read after the last call: no wait on the device between
+        for turn in range(len(batches)):
+            first, *others = batches[turn].calls
+            if self.recompiled(first):
+                batches = questions(self.program, None, self.batch, x_T, alone=True)
+            q, states = batches[turn], [self.y]
+            for c in others:
+                states.append(self.advance(c - 1))
+            flat = self.y if len(states) == 1 else torch.cat(states)
+            flat = (flat if q.rows is None else flat[q.rows]).reshape(-1, *x_T.shape[1:])
+            D = ask(denoiser, flat, q, cond, guidance, whole=shifter is not None).to(x_T.dtype)
+            if options and "threshold" in options:
+                D = threshold(D, **options["threshold"])
+            finite.append(torch.isfinite(D).all() if check else None)
+            if callback is not None and not others:
+                callback(Progress(first, q.t, flat, D))
+            D = D.reshape(q.asked, self.batch, *x_T.shape[1:])
+            outputs = (D if q.back is None else D[q.back]).split(self.count)
+            self.history += outputs
+            if callback is not None and others:
+                for c, state, output in zip(q.calls, states, outputs, strict=True):
+                    callback(self._progress(c, state, output))
+            self.advance(q.calls[-1])
+        for q, good in zip(batches, finite, strict=True):
+            if good is not None and not bool(good):
+                raise _not_finite(q.calls[0], self.program)
+        return self.y if program.r.ndim == 2 else self.y.reshape(x_T.shape)
+
+    def _progress(self, c: int, state: Tensor, output: Tensor) -> Progress:
+        t = self.program.t[..., c].reshape(-1).repeat_interleave(self.batch)
+        return Progress(c, t.to(self.x_T.device), state.flatten(0, 1), output.flatten(0, 1))
 
     def advance(self, c: int) -> Tensor:
         """The states after row c; its fresh noise is one draw, shared by candidates."""

@@ -22,12 +22,21 @@ from fewstep.samplers.masked import sample_masked
 from fewstep.samplers.masked_particles import TiltedLaw, sample_tilted
 from fewstep.samplers.particles import Particles
 from fewstep.samplers.targets import Target
-from fewstep.samplers.token_denoiser import TokenDenoiser
+from fewstep.samplers.token_denoiser import TokenDenoiser, start_masked
+from fewstep.space.errors import StudyError
 from fewstep.space.masked import MaskedNoise, MaskedSchedule
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
-__all__ = ["AnyProblem", "MaskedProblem", "ParticleProblem", "Problem"]
+__all__ = [
+    "AnyProblem",
+    "MaskedProblem",
+    "ParticleProblem",
+    "Problem",
+    "conditions",
+    "device_of",
+    "prompts",
+]
 
 Array = NDArray[np.float64]
 
@@ -164,3 +173,31 @@ class ParticleProblem:
 
 
 AnyProblem = Problem | MaskedProblem | ParticleProblem
+
+
+def device_of(problem: AnyProblem) -> torch.device:
+    """Where the network runs, as its denoiser's `device` says; the CPU where it says nothing."""
+    denoiser = problem.denoiser if isinstance(problem, Problem) else None
+    return torch.device(getattr(denoiser, "device", None) or "cpu")
+
+
+def conditions(problem: Problem, indices: Sequence[int]) -> dict[str, Tensor] | None:
+    """The conditioning tensors of samples, or None for an unconditional model."""
+    return None if problem.cond is None else problem.cond(torch.as_tensor(list(indices)))
+
+
+def prompts(problem: MaskedProblem, indices: range) -> Tensor:
+    """The sequences that samples start from, `(B, length)`.
+
+    Raises:
+        StudyError: the problem's prompts have another shape.
+    """
+    if problem.prompt is None:
+        return start_masked(problem.denoiser, len(indices), problem.length)
+    tokens = problem.prompt(torch.as_tensor(list(indices)))
+    if tokens.shape != (len(indices), problem.length):
+        raise StudyError(
+            f"the prompt returned {tuple(tokens.shape)} for {len(indices)} samples: (B, "
+            f"{problem.length}) is needed"
+        )
+    return tokens

@@ -34,9 +34,8 @@ LIMIT = 90 * 2**20
 
 def cpus() -> int:
     """CPU cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def in_job() -> bool:
@@ -69,10 +68,8 @@ def start_local(workers: int) -> None:
 def connect(address: str | None, workers: int, folder: Path | None = None) -> tuple[Any, bool]:
     """Ray, and whether it was connected here, which then is to be shut down here.
 
-    Args:
-        address: cluster to join; None starts one on loopback.
-        workers: of a cluster that is started, at least.
-        folder: what every machine gets as its working directory.
+    It joins the cluster at an address, whose machines get `folder` as their working directory, or
+    starts one on loopback with CPUs for so many workers at least.
 
     Raises:
         StudyError: Ray is not installed, or the cluster does not let us in.
@@ -97,9 +94,11 @@ def connect(address: str | None, workers: int, folder: Path | None = None) -> tu
         try:
             ray.init(address=address, runtime_env=environment, **_QUIET)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise StudyError(f"--address {address}: no Ray cluster ({one_line(error)})") from None
+            raise StudyError(
+                f"--address {address}: no Ray cluster ({first_line(error)})"
+            ) from None
         except Exception as error:  # whatever a client of another version raises
-            raise StudyError(f"--address {address}: {one_line(error)}") from None
+            raise StudyError(f"--address {address}: {first_line(error)}") from None
     return ray, True
 
 
@@ -189,7 +188,7 @@ def differing(here: Mapping[str, str], there: Mapping[str, str]) -> str:
     )
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a foreign exception that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
@@ -201,15 +200,10 @@ def one_line(error: BaseException) -> str:
 def pack(
     config: StudyConfig, folder: Path, say: Callable[[str], None] = lambda line: None
 ) -> StudyConfig:
-    """Put into `folder` what other machines need, and nothing else.
+    """Put into an empty folder what other machines need, and nothing else.
 
-    Args:
-        config: the study.
-        folder: an empty folder.
-        say: called with a line on what stays where it is.
-
-    Returns:
-        The study as it reads there, paths relative to the folder.
+    `say` is called with a line on what stays where it is. Returns the study as it reads there,
+    paths relative to the folder.
 
     Raises:
         StudyError: a file that is not there, or too much to send; the setting is named.
@@ -238,12 +232,7 @@ def pack(
         changes["model"] = type(model)(**extra)
     warm = tuple(taken.file(name, "search.warm") for name in config.search.warm)
     changes["search"] = config.search.model_copy(update={"warm": warm})
-    if taken.size > LIMIT:
-        raise StudyError(
-            f"the study's files are {taken.size / 2**20:.0f} MiB, and {LIMIT / 2**20:.0f} can be "
-            f"sent ({taken.largest} is the largest): put it where every machine sees it, and name "
-            "its absolute path"
-        )
+    taken.copy()
     return config.model_copy(update=changes)
 
 
@@ -273,11 +262,11 @@ def _copy_modules(base: Path, folder: Path) -> None:
 
 
 class _Taker:
-    """Copies files of a study; counts their bytes."""
+    """Takes files of a study to a folder."""
 
     def __init__(self, base: Path, folder: Path, say: Callable[[str], None]) -> None:
         self._base, self._folder, self._say = base, folder, say
-        self.size, self.largest, self._most = 0, "", 0
+        self._found: dict[Path, Path] = {}  # sources by target
         self._count = 0
 
     def beside(self, name: str) -> None:
@@ -286,7 +275,7 @@ class _Taker:
             raise StudyError(f"search.files: {self._base / name}: no such file")
         inside = (self._base / name).resolve().is_relative_to(self._base.resolve())
         if not Path(name).is_absolute() and inside:
-            self._copy(self._base / name, self._folder / name)
+            self._found[Path(name)] = self._base / name
 
     def file(self, name: str, what: str) -> str:
         """A file or folder that the study names; where it will lie."""
@@ -298,24 +287,26 @@ class _Taker:
             return name
         self._count += 1
         target = Path("files") / f"{self._count}" / source.name
-        self._copy(source, self._folder / target)
+        self._found[target] = source
         image = source.with_suffix(".safetensors")
         if source.suffix == ".json" and image.is_file():
-            self._copy(image, (self._folder / target).with_suffix(".safetensors"))
+            self._found[target.with_suffix(".safetensors")] = image
         return str(target)
 
-    def _copy(self, source: Path, target: Path) -> None:
-        size = _bytes(source)
-        self.size += size
-        if size > self._most:
-            self.largest, self._most = str(source), size
-        if self.size > LIMIT or target.exists():
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copy(source, target)
+    def copy(self) -> None:
+        """Copy what was taken, if it can be sent."""
+        sizes = {source: _bytes(source) for source in self._found.values()}
+        if sum(sizes.values()) > LIMIT:
+            raise StudyError(
+                f"the study's files are {sum(sizes.values()) / 2**20:.0f} MiB, and "
+                f"{LIMIT / 2**20:.0f} can be sent ({max(sizes, key=sizes.__getitem__)} is the "
+                "largest): put it where every machine sees it, and name its absolute path"
+            )
+        for target, source in self._found.items():
+            place = self._folder / target
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(source, place) if source.is_dir() else shutil.copy(source, place)
 
 
 def _bytes(path: Path) -> int:

@@ -20,6 +20,7 @@ from fewstep.search.tables import (
     CompensationTable,
     CprTable,
     ObjectiveTable,
+    Positive,
     PricesTable,
     RefineTable,
     Table,
@@ -29,18 +30,9 @@ from fewstep.search.tables import (
 from fewstep.space.errors import StudyError
 
 RUN_ONLY = (
-    "search.workers",
-    "search.storage",
-    "search.timeout",
-    "search.retries",
-    "search.cpus",
-    "search.gpus",
-    "search.files",
-    "refine.timeout",
-    "compensation.timeout",
-    "description",
-    "teacher.cache",
-    "tracking",
+    *("search.workers", "search.cpus", "search.gpus", "search.timeout", "search.retries"),
+    *("search.storage", "search.files", "refine.timeout", "compensation.timeout"),
+    *("teacher.cache", "tracking", "description"),
 )
 """Settings that a resumed search may change: they decide speed and place, never a score."""
 
@@ -93,11 +85,7 @@ class ModelTable(BaseModel):
                 raise ValueError(f"{name} = {value!r} must be {what}")
 
     def built_by(self, folder: str) -> tuple[str, dict[str, Any]]:
-        """What makes the problem: an import path and keyword arguments.
-
-        Args:
-            folder: folder of the study file.
-        """
+        """What makes the problem, given the study file's folder: import path and arguments."""
         arguments = dict(self.model_extra or {})
         if self.factory is not None:
             return self.factory, arguments
@@ -105,10 +93,9 @@ class ModelTable(BaseModel):
         arguments["pipeline"] = str(base / str(self.pipeline))
         if "prompts" in arguments:
             arguments["prompts"] = str(base / arguments["prompts"])
-        call = arguments.get("call", {})
         arguments["call"] = {
             name: str(base / value) if "image" in name and isinstance(value, str) else value
-            for name, value in call.items()
+            for name, value in arguments.get("call", {}).items()
         }
         return "fewstep.samplers.pipelines:pipeline_problem", arguments
 
@@ -125,8 +112,8 @@ class BudgetTable(Table):
             the machine.
     """
 
-    candidates: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    calls: Annotated[int, Field(ge=1)] | None = None
+    candidates: Positive | tuple[Positive, ...] | None = None
+    calls: Positive | None = None
     seconds: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -184,19 +171,15 @@ class SearchTable(Table):
     guidance: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     strategy: str = "s3+refine"
     options: dict[str, Any] = Field(default_factory=dict)
-    generation: Annotated[int, Field(ge=1)] = 32
+    generation: Positive = 32
     ladder: bool = True
-    lag: Annotated[int, Field(ge=1)] = 1
+    lag: Positive = 1
     warm: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0)] = 0
     samples: Annotated[int, Field(ge=2)] = 256
     race: tuple[Annotated[int, Field(ge=8)], ...] = ()
-    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (8, 64)
-    workers: (
-        Annotated[int, Field(ge=0)]
-        | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-        | None
-    ) = None
+    block: tuple[Positive, Positive] = (8, 64)
+    workers: Annotated[int, Field(ge=0)] | tuple[Positive, Positive] | None = None
     storage: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
     retries: Annotated[int, Field(ge=0)] = 2
@@ -269,7 +252,7 @@ class FinalTable(Table):
 
     samples: Annotated[int, Field(ge=2)] = 1024
     most: Annotated[int, Field(ge=2)] | None = None
-    top: Annotated[int, Field(ge=1)] = 8
+    top: Positive = 8
     named: Literal["best_grid", "all"] = "best_grid"
     resamples: Annotated[int, Field(ge=100)] = 1000
     pictures: Annotated[int, Field(ge=1, le=64)] = 16
@@ -352,25 +335,23 @@ class StudyConfig(Table):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as JSON."""
-        data: dict[str, Any] = json.loads(self.model_dump_json())
-        return data
+        return self.model_dump(mode="json")
 
     def identity(self, *, budget: bool = True) -> dict[str, Any]:
         """The resolved settings that decide scores, flat: {"search.samples": 256, ...}.
 
-        Args:
-            budget: with the budget, which decides only where a search ends.
+        The budget, which decides only where a search ends, may be left out.
         """
-        flat = dict(_flatten(self.resolved()))
         left = RUN_ONLY if budget else (*RUN_ONLY, "budget")
         return {
-            k: v for k, v in flat.items() if not any(k == r or k.startswith(f"{r}.") for r in left)
+            name: value
+            for name, value in _flatten(self.resolved())
+            if not any(name == r or name.startswith(f"{r}.") for r in left)
         }
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        given = self.budget.candidates
-        search = self.search
+        given, search = self.budget.candidates, self.search
         if isinstance(given, tuple) and len(given) != len(search.settings):
             raise ValueError(
                 f"budget.candidates holds {len(given)} numbers for {len(search.settings)} "
@@ -378,10 +359,10 @@ class StudyConfig(Table):
             )
         if search.cost and (self.finish == "compensation" or self.cpr.fit):
             raise ValueError("compensation and cpr go with search.nfe, not with search.cost")
-        if self.search.race and self.objective.name == "frechet":
+        if search.race and self.objective.name == "frechet":
             raise ValueError(
-                f"search.race compares candidates sample by sample, which the objective "
-                f"{self.objective.name} cannot: remove race"
+                "search.race compares candidates sample by sample, which the objective frechet "
+                "cannot: remove race"
             )
         return self
 
@@ -394,8 +375,7 @@ class StudyConfig(Table):
     def candidates(self, per_sample: int = 1) -> dict[int, int] | None:
         """Candidates that the budget pays for by NFE; None if that shows as the search goes.
 
-        Args:
-            per_sample: network evaluations of one sample and one call.
+        One sample and one call take `per_sample` network evaluations.
 
         Raises:
             StudyError: the calls do not pay for one candidate.

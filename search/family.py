@@ -6,13 +6,15 @@ the strategies to the report, is the same for all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
+from fewstep.samplers.problems import prompts
 from fewstep.search.config import StudyConfig
-from fewstep.search.problem import priced, prompts
+from fewstep.search.problem import priced
 from fewstep.search.yardstick import Statistic
 from fewstep.space.baselines import named
 from fewstep.space.costs import Prices
@@ -25,8 +27,6 @@ from fewstep.space.particle_policies import named_policies
 from fewstep.space.particles import ParticleSchedule
 from fewstep.space.plans import PlanDomain
 from fewstep.space.step_choices import StepChoices
-
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,31 @@ class Family:
     def settle(self, config: StudyConfig) -> StudyConfig:
         """The study with what it leaves open filled in.
 
+        By default there is no teacher: the score is the problem's, and nothing is refined.
+
         Raises:
             StudyError: a setting that this kind does not have.
         """
-        return _without_teacher(self, config)
+        own, kind = self.problem.objective, type(self.problem).__name__
+        if config.search.race and self.problem.score is not None:
+            raise StudyError(
+                f"search.race compares sample by sample, which {own} cannot: remove race"
+            )
+        if config.search.guidance is not None:
+            raise StudyError(f"search.guidance: a {kind} has no guidance scale: leave it out")
+        for table in _TEACHERS:
+            if table in config.model_fields_set:
+                raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
+        if config.finish is not None:
+            if "strategy" in config.search.model_fields_set:
+                done = "refined" if config.finish == "refine" else "compensated"
+                raise StudyError(
+                    f"search.strategy {config.search.strategy}: schedules of kind {self.kind!r} "
+                    f"cannot be {done}: use {config.base_strategy or 's3'}"
+                )
+            search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
+            config = config.model_copy(update={"search": search})
+        return _with_objective(config, own, "mean")
 
     def readable(self, config: StudyConfig) -> dict[str, Any]:
         """The settled study as it is written down: it reads back."""
@@ -110,19 +131,15 @@ class OdeFamily(Family):
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain | PlanDomain:
         """See `Family`; keys are fields of `OdeDomain` and of its `StepChoices`."""
-        if config.search.cost:
-            return _made(lambda: self._plans(config, nfe))
-        noise = self.problem.denoiser.noise
         steps = {f.name for f in dataclasses.fields(StepChoices)}
         ours = _open(OdeDomain, "noise", "nfe", "choices", "constant")
-        values = _values(config, ours | steps)
-
-        def make() -> OdeDomain:
+        with _space_named():
+            if config.search.cost:
+                return self._plans(config, nfe)
+            values = _values(config, ours | steps)
             choices = StepChoices(**{k: v for k, v in values.items() if k in steps})
             mine = {k: v for k, v in values.items() if k in ours}
-            return OdeDomain(noise, nfe, choices=choices, **mine)
-
-        return _made(make)
+            return OdeDomain(self.problem.denoiser.noise, nfe, choices=choices, **mine)
 
     def _plans(self, config: StudyConfig, cost: int) -> PlanDomain:
         """The plans of a cost; the model's networks and guidance are open, stages are not."""
@@ -173,7 +190,8 @@ class MaskedFamily(Family):
         """See `Family`; keys are fields of `MaskedDomain`, with a target those it weighs."""
         keys = _open(MaskedDomain, "length", "nfe", "noise", "curve")
         values = _values(config, keys & {"positions", "temperature"} if self.tilted else keys)
-        return _made(lambda: MaskedDomain(self.free, nfe, **self._fixed, **values))
+        with _space_named():
+            return MaskedDomain(self.free, nfe, **self._fixed, **values)
 
     @property
     def tilted(self) -> bool:
@@ -242,7 +260,8 @@ class ParticleFamily(Family):
             )
         own: dict[str, Any] = {"own": target.strength, "own_ramp": target.ramp}
         own["rewarded"] = target.reward is not None
-        return _made(lambda: ParticleDomain(target.noise, nfe, **own, **values))
+        with _space_named():
+            return ParticleDomain(target.noise, nfe, **own, **values)
 
     def named(self, nfe: int) -> dict[str, Any]:
         """See `Family`: the authors' policies, with both integrators, on three grids."""
@@ -267,28 +286,6 @@ _TEACHERS = ("teacher", "refine", "compensation", "cpr", "prices")
 """Tables of studies with a teacher."""
 
 
-def _without_teacher(family: Family, config: StudyConfig) -> StudyConfig:
-    """Fill in a study without a teacher: its score is the problem's, nothing is refined."""
-    own, kind = family.problem.objective, type(family.problem).__name__
-    if config.search.race and family.problem.score is not None:
-        raise StudyError(f"search.race compares sample by sample, which {own} cannot: remove race")
-    if config.search.guidance is not None:
-        raise StudyError(f"search.guidance: a {kind} has no guidance scale: leave it out")
-    for table in _TEACHERS:
-        if table in config.model_fields_set:
-            raise StudyError(f"{table}: a {kind} has no teacher to match: remove the table")
-    if config.finish is not None:
-        if "strategy" in config.search.model_fields_set:
-            done = "refined" if config.finish == "refine" else "compensated"
-            raise StudyError(
-                f"search.strategy {config.search.strategy}: schedules of kind {family.kind!r} "
-                f"cannot be {done}: use {config.base_strategy or 's3'}"
-            )
-        search = config.search.model_copy(update={"strategy": config.base_strategy or "s3"})
-        config = config.model_copy(update={"search": search})
-    return _with_objective(config, own, "mean")
-
-
 def _open(domain: type[Any], *fixed: str) -> set[str]:
     return {f.name for f in dataclasses.fields(domain) if f.init} - set(fixed)
 
@@ -307,8 +304,10 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _made(make: Callable[[], _T]) -> _T:
+@contextlib.contextmanager
+def _space_named() -> Iterator[None]:
+    """Say that what is wrong with a domain stands in [space]."""
     try:
-        return make()
+        yield
     except (ScheduleError, TypeError) as error:
         raise StudyError(f"space: {error}") from None

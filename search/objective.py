@@ -17,7 +17,7 @@ teacher; samples that have no measure are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from fewstep.search.yardstick import (
 from fewstep.space.errors import StudyError
 
 
-class Objective(Protocol):
+class Objective:
     """Workers `measure` samples; the driver turns all measures of a schedule into a score.
 
     Attributes:
@@ -51,17 +51,17 @@ class Objective(Protocol):
     """
 
     name: str
-    per_sample: bool
-    statistic: Statistic
+    per_sample: bool = True
+    statistic: Statistic = "mean"
     partial: bool = False
 
     def measure(self, x: Tensor, reference: Tensor) -> Tensor:
         """Samples (M, B, *shape), the teacher's end points (B, *shape) -> (M, B, K)."""
-        ...
+        raise StudyError(f"objective {self.name} has no teacher to measure")
 
     def score(self, measures: Array, reference: Array) -> float:
         """Measures (N, K) of a schedule and of the teacher -> the number minimised."""
-        ...
+        raise NotImplementedError
 
     def facts(self, measures: Array) -> dict[str, float]:
         """Measures (N, K) -> further numbers to report."""
@@ -77,7 +77,6 @@ class EndpointMSE(Objective):
     """
 
     name = "endpoint_mse"
-    per_sample = True
 
     def __init__(self, statistic: Statistic = "geometric") -> None:
         self.statistic = statistic
@@ -102,7 +101,6 @@ class Frechet(Objective):
 
     name = "frechet"
     per_sample = False
-    statistic: Statistic = "mean"
 
     def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
         self.features = features
@@ -123,7 +121,7 @@ class Frechet(Objective):
         return frechet_distance(measures, reference)
 
 
-class Measured:
+class Measured(Objective):
     """A problem's own score; its blocks measure samples themselves, and there is no teacher.
 
     Args:
@@ -133,12 +131,7 @@ class Measured:
     def __init__(self, problem: MaskedProblem | ParticleProblem) -> None:
         self.problem, self.name = problem, problem.objective
         self.per_sample = problem.score is None
-        self.statistic: Statistic = "mean"
         self.partial = isinstance(problem, MaskedProblem) and not self.per_sample
-
-    def measure(self, x: Tensor, reference: Tensor) -> Tensor:
-        """Refuses: populations of particles are more than their states."""
-        raise StudyError(f"objective {self.name} has no teacher to measure")
 
     def score(self, measures: Array, reference: Array) -> float:
         """The problem's score of the samples that have measures; inf below two of them."""
@@ -155,14 +148,9 @@ class Measured:
 
 
 def frechet_distance(a: Array, b: Array) -> float:
-    """Frechet distance between the Gaussians fitted to two sets of features.
+    """Frechet distance of the Gaussians fitted to features (N, F) and (N', F), N >= 2.
 
-    Args:
-        a: features, shape (N, F), N >= 2.
-        b: features, shape (N', F).
-
-    Returns:
-        A number >= 0, 0 for equal sets; inf if a feature is not finite.
+    It is >= 0, 0 for equal sets; inf if a feature is not finite.
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")
@@ -192,17 +180,10 @@ def score_interval(
 ) -> tuple[float, float] | None:
     """Paired bootstrap interval (95 %) of score(a) / score(b) for an objective's own score.
 
-    Samples are drawn with replacement, the SAME ones for both schedules; the interval holds the
-    middle 95 % of the ratios (Efron and Tibshirani 1993, chapter 13). None where the scores have
-    no ratio.
-
-    Args:
-        a: measures of one schedule, shape (N, K).
-        b: those of the other on the same samples.
-        score: (measures, chosen samples) -> score. Resamples that have no score, because too few
-            samples have measures, are left out.
-        resamples: how often.
-        seed: of the resampling.
+    The measures a, b (N, K) are of the same samples, of which `score` gets those drawn: with
+    replacement, the SAME ones for both; the interval holds the middle 95 % of the ratios (Efron
+    and Tibshirani 1993, chapter 13). Resamples that have no score, because too few samples have
+    measures, are left out. None where the scores have no ratio.
 
     Raises:
         StudyError: no resample has a score.
@@ -219,10 +200,7 @@ def score_interval(
 class Paired:
     """Measures of schedules on the same samples, compared as an objective says.
 
-    Args:
-        objective: what was measured.
-        resamples: bootstrap resamples of intervals that have no formula.
-        seed: of the resampling.
+    Intervals that have no formula come from `resamples` bootstrap resamples of seed `seed`.
     """
 
     def __init__(self, objective: Objective, *, resamples: int, seed: int) -> None:

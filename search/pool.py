@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.search.cluster import connect, differing, one_line, versions
-from fewstep.search.config import SearchTable
+from fewstep.search.cluster import connect, differing, first_line, versions
+from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.problem import leave_checkout
-from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Work
-from fewstep.space.errors import FewstepError, StudyError
+from fewstep.search.work import Block, Evaluator, Work
+from fewstep.space.errors import FewstepError, StudyError, one_line
 
 _TOGETHER = 0.1  # seconds of work that are sent at once
 _LOOK = 10.0  # seconds between looks at how large the cluster is, and how far long works are
@@ -45,14 +45,8 @@ class SerialPool:
 
     workers = 0
 
-    def __init__(
-        self,
-        spec: EvaluatorSpec,
-        evaluator: Evaluator | None = None,
-        display: Display | None = None,
-    ) -> None:
-        self._evaluator = evaluator or Evaluator.from_spec(spec)
-        self._display, self._begun = display or Display(), 0
+    def __init__(self, evaluator: Evaluator, display: Display | None = None) -> None:
+        self._evaluator, self._display, self._begun = evaluator, display or Display(), 0
         network = getattr(self._evaluator.problem, "denoiser", None)
         if network is not None:
             network.on_asked = self._tell
@@ -101,10 +95,10 @@ def one_thread() -> Iterator[None]:
 class Worker:
     """The body of an actor: an evaluator, loaded when first needed, on one thread."""
 
-    def __init__(self, spec: EvaluatorSpec) -> None:
+    def __init__(self, config: StudyConfig, piece: int | None) -> None:
         torch.set_num_threads(1)
         leave_checkout()
-        self._spec, self._begun = spec, 0
+        self._config, self._piece, self._begun = config, piece, 0
         self._evaluator: Evaluator | None = None
         self._shared: dict[str, Any] = {}
 
@@ -130,7 +124,7 @@ class Worker:
 
     def _loaded(self) -> Evaluator:
         if self._evaluator is None:
-            self._evaluator = Evaluator.from_spec(self._spec)
+            self._evaluator = Evaluator.of(self._config, self._piece)
         return self._evaluator
 
 
@@ -165,22 +159,23 @@ class RayPool:
     """Evaluator actors on a Ray cluster, or on one started here for this run.
 
     Args:
-        spec: what each worker evaluates.
-        settings: workers, time limit, retries, CPUs and GPUs of each.
+        config: the study that workers evaluate; how many and how large they are.
         address: cluster to join ("auto", "host:port", "ray://..."); None starts one on loopback.
         folder: what the cluster's machines get as their working directory.
         display: told how many workers are there, as they come and go.
+        piece: images of one network call that suit the workers' processor, where it was found.
     """
 
     def __init__(
         self,
-        spec: EvaluatorSpec,
-        settings: SearchTable,
+        config: StudyConfig,
         address: str | None = None,
         folder: Path | None = None,
         display: Display | None = None,
+        piece: int | None = None,
     ) -> None:
-        self._spec, self._settings, self._display = spec, settings, display or Display()
+        self._config, self._settings, self._piece = config, config.search, piece
+        self._display, settings = display or Display(), config.search
         self._least, self._most = settings.bounds
         self._shared: dict[str, Any] = {}
         self._queue: deque[_Job] = deque()
@@ -271,7 +266,7 @@ class RayPool:
             if settings.gpus:
                 wanted = min(wanted, int(whole.get("GPU", 0) / settings.gpus))
         for _ in range(max(wanted, 1) - self.workers):
-            self._await(self._actor.remote(self._spec))
+            self._await(self._actor.remote(self._config, self._piece))
 
     def _await(self, actor: Any) -> None:
         self._coming[actor.ready.remote()] = actor
@@ -343,10 +338,9 @@ class RayPool:
             there = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            line = " ".join(str(cause).split())
-            raise StudyError(f"a worker could not load the model: {line}") from error
+            raise StudyError(f"a worker could not load the model: {one_line(cause)}") from error
         except self._ray.exceptions.RayError as error:
-            self._stillborn, self._lost = one_line(error), self._lost + 1
+            self._stillborn, self._lost = first_line(error), self._lost + 1
             return
         self._failed = 0
         self._idle.append(actor)
@@ -444,13 +438,7 @@ Pool = SerialPool | RayPool
 def gathered(
     pool: Pool, blocks: Iterable[Block], advance: Callable[[int], None] = lambda evaluations: None
 ) -> np.ndarray:
-    """What blocks of one schedule give, in sample order.
-
-    Args:
-        pool: where they run.
-        blocks: of one schedule each.
-        advance: called with network evaluations as they are done.
-    """
+    """What blocks of one schedule give, in sample order; `advance` gets the evaluations done."""
     parts = []
     for result in pool.map(blocks):
         parts.append(result.values[0])

@@ -17,7 +17,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, count, duration
 from fewstep.search.family import Family, OdeFamily
 from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
-from fewstep.search.problem import ModelSpec
 from fewstep.search.record import shown_url
 from fewstep.search.stages.cpr import cpr_cost, wanted
 from fewstep.search.stages.improve import finish_cost, named_bases
@@ -37,12 +35,11 @@ from fewstep.search.stages.plans import rivals, short_cost
 from fewstep.search.strategies import Evaluated, Proposal, Proposer
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import final_cost
-from fewstep.search.work import Block, Evaluator, EvaluatorSpec, Want, cut
+from fewstep.search.work import Block, Evaluator, Want, cut
 from fewstep.space.baselines import baseline
-from fewstep.space.costs import Prices
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
-from fewstep.space.growing import grown
+from fewstep.space.growing import with_calls
 from fewstep.space.plans import PlanDomain
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
@@ -52,46 +49,28 @@ if TYPE_CHECKING:
     from fewstep.search.run import Search
 
 
-def evaluator_spec(config: StudyConfig) -> EvaluatorSpec:
-    """What workers need to know of a study."""
-    built, search = config.model.built_by(config.folder), config.search
-    model = ModelSpec(*built, config.folder, config.scale, search.autocast, search.compile)
-    return EvaluatorSpec(
-        model,
-        config.objective.name,
-        config.objective.features,
-        config.search.seed,
-        config.objective.statistic,
-        prices=Prices(**config.prices.model_dump()) if config.search.cost else None,
-    )
-
-
 def open_pool(
-    config: StudyConfig,
-    spec: EvaluatorSpec,
-    evaluator: Evaluator,
-    address: str | None,
-    display: Display,
+    config: StudyConfig, evaluator: Evaluator, address: str | None, display: Display
 ) -> Pool:
     """The pool a study asks for: `workers = 0` runs here, anything else on Ray.
 
     Workers of another machine get the study's files, and find them in the folder they start in.
     """
-    if config.search.workers == 0 and address is None:
-        return SerialPool(spec, evaluator, display)
-    if config.search.workers == 0:
+    piece = evaluator.piece
+    if address is None and config.search.workers == 0:
+        return SerialPool(evaluator, display)
+    if address is None:
+        return RayPool(config, display=display, piece=piece)
+    if config.search.workers == 0:  # as many as the cluster has room for
         config = config.model_copy(
             update={"search": config.search.model_copy(update={"workers": None})}
         )
-    if address is None:
-        return RayPool(spec, config.search, display=display)
     if sent_already():
-        there = config.model_copy(update={"folder": os.path.relpath(config.folder or ".")})
-        model = evaluator_spec(there).model
-        return RayPool(replace(spec, model=model), config.search, address, display=display)
+        config = config.model_copy(update={"folder": os.path.relpath(config.folder or ".")})
+        return RayPool(config, address, display=display, piece=piece)
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
-        model = evaluator_spec(pack(config, Path(folder), display.note)).model
-        return RayPool(replace(spec, model=model), config.search, address, Path(folder), display)
+        packed = pack(config, Path(folder), display.note)
+        return RayPool(packed, address, Path(folder), display, piece)
 
 
 def make_proposer(
@@ -197,16 +176,11 @@ def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
 def warm_start(
     schedules: Mapping[str, Any], domain: Domain, taken: Iterable[Any]
 ) -> list[Proposal]:
-    """The candidates that schedules give at one NFE, each once.
+    """The candidates that schedules (see `load_warm`) give at one NFE, each once.
 
-    Args:
-        schedules: by name, see `load_warm`.
-        domain: the space at one NFE.
-        taken: schedules that are candidates already.
-
-    Returns:
-        Candidates of source "import:NAME". Where the schedule is no member, a note says why: under
-        "outside" of the schedule itself, under "adopted" of members made from it.
+    Those that are `taken` are candidates already. Their source is "import:NAME". Where the
+    schedule is no member, a note says why: under "outside" of the schedule itself, under "adopted"
+    of members made from it.
     """
     seen = {schedule.digest for schedule in taken}
     found = []
@@ -214,7 +188,7 @@ def warm_start(
         source, reason = f"import:{name}", domain.contains(schedule)
         note = {} if reason is None else {"adopted": reason}
         made = [Proposal(member, source, note) for member in domain.adopt(schedule)]
-        itself = _at(domain.nfe, schedule)
+        itself = with_calls(schedule, domain.nfe)
         outside = None if itself is None else domain.contains(itself)
         if outside is not None:
             made.insert(0, Proposal(itself, source, {"outside": outside}))
@@ -223,18 +197,6 @@ def warm_start(
                 seen.add(proposal.schedule.digest)
                 found.append(proposal)
     return found
-
-
-def _at(nfe: int, schedule: Any) -> Any:
-    """The same sampler with `nfe` calls, None where there is none."""
-    if getattr(schedule, "first", None) == "mean" and schedule.constant is None:
-        return None
-    if isinstance(schedule, OdeSchedule | ProgramSchedule) and schedule.nfe < nfe:
-        try:
-            return grown(schedule, nfe)
-        except ScheduleError:
-            return None
-    return schedule if schedule.nfe == nfe else None
 
 
 def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[float, int | None]:
@@ -273,8 +235,7 @@ def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[fl
 def announce(run: Search, per_call: float) -> None:
     """Say what the search will cost, before it does."""
     config, pool = run.config, run.pool
-    reference, verdict, last = _around(run)
-    around = reference + verdict + last
+    around = _around(run)
     at_once = max(1, min(pool.workers, cpus()) if run.address is None else pool.workers)
     where = f"{pool.workers} workers" if pool.workers else "this process"
     each = f"({per_call * 1e6:.0f} µs each, measured)"
@@ -315,7 +276,7 @@ def places(config: StudyConfig, out: Path, name: str) -> str:
     return f"{said}, MLflow {shown_url(uri)} (experiment {experiment})"
 
 
-def _around(run: Search) -> tuple[int, int, int]:
+def _around(run: Search) -> int:
     """Network evaluations of the teacher, the verdict and the last stages, at most."""
     config, final, reference = run.config, run.config.final, 0
     if run.family.has_teacher:
@@ -323,7 +284,7 @@ def _around(run: Search) -> tuple[int, int, int]:
         reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
     verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
     fitting = cpr_cost(config, 1) if wanted(config) else 0
-    return reference, run.family.per_sample * verdict, finish_cost(config) + fitting
+    return reference + run.family.per_sample * verdict + finish_cost(config) + fitting
 
 
 def _candidates(run: Search) -> tuple[str, int]:

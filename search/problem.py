@@ -1,4 +1,4 @@
-"""The user's model: the factory that a study names, and the noise of every sample.
+"""The user's model: the factory that a study names, loaded, and guarded where it may fail.
 
 Only what the study file names by import path is executed. The folder of the study file is put on
 the import path only when it holds the factory's module, and never when it is this project's own
@@ -11,79 +11,61 @@ import functools
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fewstep.samplers import (
-    AnyProblem,
-    Denoiser,
-    MaskedProblem,
-    ParticleProblem,
-    Problem,
-    start_masked,
-)
-from fewstep.samplers.categorical import uniforms
+from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
+from fewstep.samplers.denoiser import Quicker
+from fewstep.samplers.problems import conditions as conditions
+from fewstep.samplers.problems import device_of
+from fewstep.samplers.sample_noise import noise_of as noise_of
+from fewstep.search.config import StudyConfig
 from fewstep.space.costs import Prices
-from fewstep.space.errors import FewstepError, ModelError, StudyError
+from fewstep.space.errors import FewstepError, ModelError, StudyError, one_line
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """How to build the problem anywhere.
+def load_problem(config: StudyConfig) -> AnyProblem:
+    """Import the factory that a study names, and call it.
 
-    Args:
-        factory: "module.path:function".
-        arguments: its keyword arguments.
-        folder: where its module may lie.
-        guidance: scale that replaces the problem's; None keeps it.
-        autocast: dtype that the network of a `Problem` runs in; None is its own.
-        compile: backend of torch.compile for its calls; None does not compile.
+    Raises:
+        StudyError: the module or function is missing, the arguments do not fit, or something else
+            than a problem came back.
     """
-
-    factory: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    folder: str = ""
-    guidance: float | None = None
-    autocast: str | None = None
-    compile: str | None = None
-
-    def load(self) -> AnyProblem:
-        """Import the factory and call it.
-
-        Raises:
-            StudyError: the module or function is missing, the arguments do not fit, or something
-                else than a problem came back.
-        """
-        function = import_path(self.factory, self.folder, "model.factory")
-        try:
-            problem = function(**self.arguments)
-        except FewstepError:
-            raise
-        except TypeError as error:
-            raise StudyError(f"model.factory {self.factory}: {error}") from error
-        except Exception as error:
-            raise StudyError(
-                f"model.factory {self.factory} failed: {type(error).__name__}: {_line(error)}"
-            ) from error
-        if isinstance(problem, Problem) and self.guidance is not None:
-            problem = replace(problem, guidance=self.guidance)
-        if isinstance(problem, Problem) and (self.autocast or self.compile):
-            return replace(problem, denoiser=_Quicker(problem, self.autocast, self.compile))
-        if self.autocast or self.compile:
-            raise StudyError(
-                "search.autocast and compile are a Problem's: set them in its factory"
-            )
-        if isinstance(problem, Problem | MaskedProblem | ParticleProblem):
-            return problem
+    factory, arguments = config.model.built_by(config.folder)
+    function = import_path(factory, config.folder, "model.factory")
+    try:
+        problem = function(**arguments)
+    except FewstepError:
+        raise
+    except TypeError as error:
+        raise StudyError(f"model.factory {factory}: {error}") from error
+    except Exception as error:
         raise StudyError(
-            f"model.factory {self.factory} returned {type(problem).__name__}: it must return a "
+            f"model.factory {factory} failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    autocast, backend = config.search.autocast, config.search.compile
+    if isinstance(problem, Problem):
+        if config.scale is not None:
+            problem = replace(problem, guidance=config.scale)
+        if not (autocast or backend):
+            return problem
+        try:
+            quicker = Quicker(problem.denoiser, device_of(problem), autocast, backend)
+        except Exception as error:
+            raise StudyError(f"search.compile = {backend!r}: {one_line(error)}") from None
+        return replace(problem, denoiser=quicker)
+    if not isinstance(problem, MaskedProblem | ParticleProblem):
+        raise StudyError(
+            f"model.factory {factory} returned {type(problem).__name__}: it must return a "
             "Problem, MaskedProblem or ParticleProblem of fewstep.samplers"
         )
+    if autocast or backend:
+        raise StudyError("search.autocast and compile are a Problem's: set them in its factory")
+    return problem
 
 
 def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
@@ -99,7 +81,7 @@ def guarded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
         except (FewstepError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            line = f"{type(error).__name__}: {_line(error)}"
+            line = f"{type(error).__name__}: {one_line(error)}"
             if "out of memory" in line.lower():
                 raise MemoryError(line) from error
             raise ModelError(f"{what} raised {line}") from error
@@ -130,57 +112,6 @@ class _Watched:
 
 def _nothing(images: int) -> None:
     """Nobody looks."""
-
-
-class _Quicker:
-    """A denoiser in a lower precision, compiled or both; its attributes are the denoiser's own."""
-
-    def __init__(self, problem: Problem, autocast: str | None, backend: str | None) -> None:
-        self._inner: Any = problem.denoiser
-        self._device = device_of(problem).type
-        self._dtype = None if autocast is None else getattr(torch, autocast)
-        self._call: Any = self._inner
-        if backend is not None:
-            try:
-                self._call = torch.compile(self._inner.__call__, backend=backend)
-            except Exception as error:
-                raise StudyError(f"search.compile = {backend!r}: {_line(error)}") from None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_inner"], name)
-
-    def __call__(
-        self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None, **named: str
-    ) -> Tensor:
-        with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
-            found: Tensor = self._call(x, t, cond=cond, guidance=guidance, **named)
-        return found.to(x.dtype)
-
-
-class Counted:
-    """A denoiser that counts the images it is asked for, or with prices what they cost."""
-
-    def __init__(self, inner: Denoiser, prices: Prices | None = None) -> None:
-        self.inner, self.noise, self._prices, self._paid = inner, inner.noise, prices, 0.0
-        self.piece: int | None = getattr(inner, "piece", None)
-        self.device = getattr(inner, "device", None)
-        self.networks = getattr(inner, "networks", {})
-
-    @property
-    def evaluations(self) -> int:
-        """So far, a whole number."""
-        return round(self._paid)
-
-    def __call__(
-        self, x: Tensor, t: Tensor, *, cond: Any = None, guidance: Any = None, **named: str
-    ) -> Tensor:
-        """See `Denoiser`."""
-        each = 1.0
-        if self._prices is not None:
-            once = guidance is None or (isinstance(guidance, float | int) and guidance == 1)
-            each = self._prices.of(guided=not once, network=named.get("network", ""))
-        self._paid += each * len(x)
-        return self.inner(x, t, cond=cond, guidance=guidance, **named)
 
 
 def priced(prices: Prices, problem: AnyProblem) -> Prices:
@@ -226,18 +157,6 @@ def watched(problem: AnyProblem) -> AnyProblem:
     )
 
 
-def of_decoded(features: Callable[[Tensor], Tensor], problem: Problem) -> Any:
-    """A study's feature function as one of samples: latents are decoded first."""
-    decode = problem.decode
-    return features if decode is None else lambda x: features(decode(x)).to(x.device)
-
-
-def device_of(problem: AnyProblem) -> torch.device:
-    """Where the network runs, as its denoiser's `device` says; the CPU where it says nothing."""
-    denoiser = problem.denoiser if isinstance(problem, Problem) else None
-    return torch.device(getattr(denoiser, "device", None) or "cpu")
-
-
 def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:
     """The function at "module.path:function".
 
@@ -252,13 +171,13 @@ def import_path(path: str, folder: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise StudyError(
-            f"{what} {path}: cannot import {module_name} ({_line(error)}): put it beside the "
+            f"{what} {path}: cannot import {module_name} ({one_line(error)}): put it beside the "
             "study file or on PYTHONPATH"
         ) from error
     except Exception as error:
         raise StudyError(
             f"{what} {path}: importing {module_name} failed: {type(error).__name__}: "
-            f"{_line(error)}"
+            f"{one_line(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -291,80 +210,6 @@ def is_checkout(folder: Path) -> bool:
     return (folder / "space" / "program.py").is_file() and (
         folder / "samplers" / "ode.py"
     ).is_file()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def sample_seed(seed: int, stream: str, index: int) -> int:
-    """The seed of one sample's noise: no batch size and no worker can change it."""
-    digest = hashlib.sha256(f"fewstep/{seed}/{stream}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-PERTURBED, DISTANCE = "~", 0.01
-"""The stream "search~1" holds the noise of "search" moved by `DISTANCE` times other unit noise."""
-
-
-def noise_of(seed: int, stream: str, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Unit noise of the samples `indices` of a stream, shape (B, *shape), float32.
-
-    Args:
-        seed: the study's seed.
-        stream: "search", "select" or "fresh": streams share no noise.
-        indices: sample indices.
-        shape: shape of one sample.
-    """
-    whole, moved, _ = stream.partition(PERTURBED)
-    if moved:
-        other = noise_of(seed, stream.replace(PERTURBED, "/moved"), indices, shape)
-        return noise_of(seed, whole, indices, shape) + DISTANCE * other
-    return _drawn(seed, stream, tuple(indices), tuple(shape)).clone()
-
-
-@functools.lru_cache(maxsize=8)
-def _drawn(seed: int, stream: str, indices: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """The blocks of a stream come again with every group of candidates."""
-    draws = []
-    for index in indices:
-        generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))
-        draws.append(torch.randn(shape, generator=generator))
-    return torch.stack(draws)
-
-
-def prompts(problem: MaskedProblem, indices: range) -> Tensor:
-    """The sequences that samples start from, `(B, length)`.
-
-    Raises:
-        StudyError: the problem's prompts have another shape.
-    """
-    if problem.prompt is None:
-        return start_masked(problem.denoiser, len(indices), problem.length)
-    tokens = problem.prompt(torch.as_tensor(list(indices)))
-    if tokens.shape != (len(indices), problem.length):
-        raise StudyError(
-            f"the prompt returned {tuple(tokens.shape)} for {len(indices)} samples: (B, "
-            f"{problem.length}) is needed"
-        )
-    return tokens
-
-
-def uniforms_of(seed: int, stream: str, indices: range, shape: tuple[int, int]) -> Tensor:
-    """The uniforms of the samples `indices` of a stream, float64 `(B, *shape)`.
-
-    The rows that schedules have in common are the same.
-    """
-    draws = []
-    for index in indices:
-        generator = torch.Generator().manual_seed(sample_seed(seed, stream, index))
-        draws.append(uniforms(*shape, generator=generator))
-    return torch.stack(draws)
-
-
-def conditions(problem: Problem, indices: Sequence[int]) -> dict[str, Tensor] | None:
-    """The conditioning tensors of samples, or None for an unconditional model."""
-    return None if problem.cond is None else problem.cond(torch.as_tensor(list(indices)))
 
 
 def model_key(problem: Problem) -> str:

@@ -14,29 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.space.errors import FewstepError, StudyError
+from fewstep.space.errors import FewstepError, StudyError, one_line
 
 _LEFT = (
-    "study.journal",
-    "results.json",
-    "samples.png",
-    "curves.png",
-    "pareto.png",
-    "report.html",
-    "study.json",
-    "cpr.json",
-    "decisions.json",
-    "decisions.png",
+    *("study.journal", "study.json", "results.json", "report.html", "cpr.json"),
+    *("samples.png", "curves.png", "pareto.png", "decisions.json", "decisions.png"),
 )
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file whole: to a temporary name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
 @contextlib.contextmanager
@@ -116,7 +99,7 @@ def open_storage(url: str | None, out: Path) -> Any:
     except StudyError:
         raise
     except Exception as error:
-        line = " ".join(str(error.__cause__ or error).split())[:200]
+        line = one_line(error.__cause__ or error, 200)
         raise StudyError(f"search.storage {shown_url(url or str(out))}: {line}") from None
 
 

@@ -13,25 +13,20 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import AnyProblem, Problem
+from fewstep.samplers.pictures import contact_sheet
 from fewstep.search import report
 from fewstep.search.config import StudyConfig
-from fewstep.search.record import write_text
 from fewstep.search.rung import best_so_far
 from fewstep.search.verdict import FRESH, Row, Verdict
 from fewstep.search.work import Block
-from fewstep.space.files import save_schedule
+from fewstep.space.files import save_schedule, write_text
 
 if TYPE_CHECKING:
     from fewstep.search.run import Search
 
 
 def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
-    """Write everything a search ends with; the rows of results.json.
-
-    Args:
-        run: the search.
-        verdicts: one per NFE.
-    """
+    """Write everything a search ends with; the rows of results.json, one per verdict."""
     config, out, tracker = run.config, run.out, run.tracker
     rows = tuple(v.row for v in verdicts)
     for verdict in verdicts:
@@ -79,7 +74,7 @@ def _pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
     made: list[Path | None] = []
     if run.family.has_teacher or problem.picture is not None:
         drawn = _sheet(run, verdicts)
-        made.append(report.contact_sheet(out / "samples.png", drawn, problem.picture))
+        made.append(contact_sheet(out / "samples.png", drawn, problem.picture))
     if len(verdicts) > 1:
         rows = [v.row for v in verdicts]
         made.append(report.pareto_picture(out / "pareto.png", rows, objective))
@@ -182,9 +177,6 @@ def _provenance(
         found["particles"] = particles
     if isinstance(problem, Problem):
         found["guidance"] = problem.guidance
-        found["teacher"] = {
-            "solver": config.teacher.solver,
-            "nfe": config.teacher.nfe,
-            "self_error": row.teacher_self_error,
-        }
+        teacher = {"solver": config.teacher.solver, "nfe": config.teacher.nfe}
+        found["teacher"] = teacher | {"self_error": row.teacher_self_error}
     return found

@@ -10,6 +10,7 @@ more budget as if it had had it from the start.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -28,13 +29,11 @@ from fewstep.search.cluster import check_address
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
 from fewstep.search.family import family_of
-from fewstep.search.guided import regress_all, search_each
 from fewstep.search.objective import Frechet, frechet_distance
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.preparing import (
     announce,
     check_names,
-    evaluator_spec,
     load_warm,
     make_proposer,
     open_pool,
@@ -42,11 +41,11 @@ from fewstep.search.preparing import (
     starters,
     warm_start,
 )
-from fewstep.search.record import held, open_storage, write_text
-from fewstep.search.results import write_results
-from fewstep.search.rung import Rung, Standing, best_so_far
+from fewstep.search.record import held, open_storage
+from fewstep.search.results import schedule_path, write_results
+from fewstep.search.rung import Rung, best_of, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
-from fewstep.search.stages.cpr import regress, wanted
+from fewstep.search.stages.cpr import cpr_cost, regress, wanted
 from fewstep.search.stages.improve import finish_rungs, streams
 from fewstep.search.stages.refine import TRAIN
 from fewstep.search.store import Store
@@ -58,6 +57,7 @@ from fewstep.search.work import Block, Evaluator
 from fewstep.search.yardstick import Array
 from fewstep.space import Program
 from fewstep.space.costs import pattern
+from fewstep.space.files import load_schedule, save_schedule, write_text
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,6 @@ def search(
         address: Ray cluster; None joins RAY_ADDRESS or starts one on loopback.
         display: where progress is shown.
 
-    Returns:
-        The rows of results.json.
-
     Raises:
         FewstepError: a study, a model or a folder that cannot be used.
     """
@@ -99,33 +96,65 @@ def search(
     if config.search.workers != 0 or address is not None:
         address = check_address(address)
     with held(out, resume=resume, overwrite=overwrite):
-        if len(config.search.guidance or ()) < 2:
-            one = Search(config, out, display, address)
-            try:
-                return one.run(resume)
-            finally:
-                if hasattr(one, "store"):
-                    one.store.close()
-        begun = time.monotonic()
+        if len(config.search.guidance or ()) > 1:
+            return _search_scales(config, out, resume, overwrite, address, display)
+        one = Search(config, out, display, address)
+        try:
+            return one.run(resume)
+        finally:
+            if hasattr(one, "store"):
+                one.store.close()
 
-        def part(study: StudyConfig, folder: Path, again: bool) -> Outcome:
-            more = {"resume": again and not overwrite, "overwrite": overwrite}
-            return search(study, folder, address=address, display=display, **more)
 
-        objective, rows = search_each(config, out, part, resume, display)
-        if wanted(config):
-            regress_all(config, out, rows, address, display)
-        return Outcome(objective, rows, out, time.monotonic() - begun)
+def _search_scales(
+    config: StudyConfig,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    address: str | None,
+    display: Display,
+) -> Outcome:
+    """A search for each guidance scale, in a folder of its own, and what they found together.
+
+        OUT/w7.5/...                       all that the search at scale 7.5 leaves
+        OUT/schedules/nfe05_w7.5.json      every schedule found
+        OUT/results.json                   all rows, each with its guidance
+        OUT/cpr.json                       schedules for the settings between (`stages.cpr`)
+
+    A scale changes what the teacher samples, so the searches share nothing but the study; each
+    resumes by itself.
+    """
+    begun, objective, rows = time.monotonic(), "", list[Row]()
+    storage, scales = open_storage(config.search.storage, out), config.search.guidance or ()
+    store = Store(storage, config.name, out, config.identity(budget=False), resume)
+    write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
+    off = {"cpr": config.cpr.model_copy(update={"fit": False})}
+    more: dict[str, Any] = {"overwrite": overwrite, "address": address, "display": display}
+    try:
+        for scale in scales:
+            folder, part = out / f"w{scale:g}", config.at_guidance(scale).model_copy(update=off)
+            display.note(f"guidance {scale:g}")
+            found = search(part, folder, resume=store.resumed and not overwrite, **more)
+            for row in found.rows:
+                save_schedule(load_schedule(schedule_path(folder, row)), schedule_path(out, row))
+            rows, objective = [*rows, *found.rows], found.objective
+    finally:
+        store.close(keep=any(out.glob("w*/study.json")))
+    listed = [row.to_dict() for row in rows]
+    results = {"study": config.name, "objective": objective, "rows": listed}
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    if wanted(config):
+        first = config.at_guidance(scales[0])
+        evaluator = Evaluator.of(first)
+        pool = open_pool(first, evaluator, address, display)
+        with contextlib.closing(pool), display:
+            display.total(cpr_cost(config, len(scales)))
+            regress(config, out, rows, evaluator.ode, pool, display)
+    return Outcome(objective, tuple(rows), out, time.monotonic() - begun)
 
 
 class Search:
     """One search: everything its parts ask for.
-
-    Args:
-        config: the study.
-        out: folder for everything it leaves.
-        display: where progress is shown.
-        address: Ray cluster.
 
     Attributes:
         solvers: named schedules by NFE.
@@ -162,9 +191,7 @@ class Search:
             opening = background.submit(self._open_tracker)
             status = "FAILED"
             try:
-                spec = replace(self._spec, piece=self.evaluator.piece)
-                more = (self.evaluator, self.address, self.display)
-                self.pool = open_pool(self.config, spec, *more)
+                self.pool = open_pool(self._given, self.evaluator, self.address, self.display)
                 opening.result()
                 announce(self, per_call)
                 outcome = self._work()
@@ -181,8 +208,8 @@ class Search:
 
     def _prepare(self) -> None:
         """Load the model and check what can be checked before anything runs."""
-        self._spec = evaluator_spec(self.config)
-        self.evaluator = Evaluator.from_spec(self._spec)
+        self._given = self.config  # as workers load it
+        self.evaluator = Evaluator.of(self._given)
         self.family = family_of(self.evaluator.problem)
         self.config = config = self.family.settle(self.config)
         self.domains = {nfe: self.family.domain(config, nfe) for nfe in config.search.settings}
@@ -236,16 +263,12 @@ class Search:
 
     def _work(self) -> Outcome:
         config = self.config
-        self.teacher = self._make_teacher() if self.family.has_teacher else None
-        self.scorer = Scorer(
-            self.pool,
-            self.evaluator.objective,
-            self.store,
-            self.references,
-            block=config.search.block,
-            cost_of=self._cost_of,
-            advance=self.display.advance,
-        )
+        self.teacher: Teacher | None = None
+        if self.family.has_teacher:
+            cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
+            problem, advance = self.evaluator.ode, self.display.advance
+            self.teacher = Teacher(problem, config, self.pool, cache, advance)
+        self.scorer = Scorer(self)
         self._refer(SEARCH, config.search.samples)
         if config.search.cost:
             self._refer_fits()
@@ -263,36 +286,34 @@ class Search:
 
     def _search(self, nfe: int) -> None:
         """The candidates of one NFE."""
-        begun, nfes = time.monotonic(), self.config.search.settings
+        begun, search = time.monotonic(), self.config.search
+        nfes, what = search.settings, f"{search.word} {nfe}"
         earlier = [e for rung in self.rungs.values() for e in rung.known]
         deadline = self.config.budget.seconds
         if deadline is not None:
             deadline *= sum(nfes[: nfes.index(nfe) + 1]) / sum(nfes)
         limit = None if self.limits is None else self.limits[nfe]
-        climbs = self.config.search.ladder and not self.config.search.cost
+        climbs = search.ladder and not search.cost
         self.rungs[nfe] = rung = Rung(self, nfe, earlier if climbs else [], limit, deadline)
         for name, made in Counter(p.source for p in self.warm.get(nfe, ())).items():
-            self.display.note(f"{self.config.search.word} {nfe}: {made} candidates from {name}")
-        self.display.stage(f"{self.config.search.word} {nfe}: named solvers")
+            self.display.note(f"{what}: {made} candidates from {name}")
+        self.display.stage(f"{what}: named solvers")
         rung.run()
-        if self.limits is not None and self.config.search.race:
-            full = self.limits[nfe] * self.config.search.samples * nfe * self.family.per_sample
+        if limit is not None and search.race:
+            full = limit * search.samples * nfe * self.family.per_sample
             self.display.saved(full - sum(rung.costs))
-        points = best_so_far(rung.known)
-        word = self.config.search.word
-        text = f"{word} {nfe}: best {points[-1][1]:.4g} of {len(rung.known)} candidates"
-        named_points = best_so_far(rung.named_known())
-        if named_points:
-            text += f", best named {named_points[-1][1]:.4g} (search noise)"
+        best, named = best_of(rung.known), best_of(rung.named_known())
+        text = f"{what}: best {best.score:.4g} of {len(rung.known)} candidates" if best else what
+        if named is not None:
+            text += f", best named {named.score:.4g} (search noise)"
         self.display.note(f"{text}, {duration(time.monotonic() - begun)}")
 
     def _finish(self) -> dict[int, int]:
         """The last stage of the strategy; its network evaluations by NFE."""
-        config = self.config
-        if config.finish is None:
+        if self.config.finish is None:
             return {}
         self._refer_fits()
-        return finish_rungs(config, self.pool, self.rungs, self.display, self.mean)
+        return finish_rungs(self)
 
     def _refer_fits(self) -> None:
         """The teacher's samples on the noise that fits use, and their mean, if they may use it."""
@@ -302,7 +323,7 @@ class Search:
         if TRAIN in self.endpoints and config.refine.mean:
             self.mean = self.endpoints[TRAIN].mean(0)
 
-    def _cost_of(self, schedule: Any) -> int:
+    def cost_of(self, schedule: Any) -> int:
         """Network evaluations of one sample of a schedule, by the study's prices if it has any."""
         prices, problem = self.evaluator.prices, self.evaluator.problem
         if prices is None:
@@ -322,19 +343,18 @@ class Search:
         judge = Judge(self.scorer, objective, config.final, self._refer, seed)
         verdicts = []
         for nfe, rung in self.rungs.items():
-            self.display.stage(f"{self.config.search.word} {nfe}: fresh seeds")
-            verdict = judge.verdict(
-                nfe,
-                rung.known,
-                len(rung.named_known()),
+            self.display.stage(f"{config.search.word} {nfe}: fresh seeds")
+            verdict = judge.verdict(nfe, rung.known, len(rung.named_known()))
+            if verdict.row.note:
+                self.display.note(f"{config.search.word} {nfe}: {verdict.row.note}")
+            row = replace(
+                verdict.row,
                 teacher_self_error=own_error,
                 calls_spent=sum(rung.costs) + spent.get(nfe, 0),
+                guidance=config.scale,
+                failed_stage="; ".join(rung.failures),
+                **self._sorts(nfe, verdict),
             )
-            if verdict.row.note:
-                self.display.note(f"{self.config.search.word} {nfe}: {verdict.row.note}")
-            failed = "; ".join(rung.failures)
-            row = replace(verdict.row, guidance=config.scale, failed_stage=failed)
-            row = replace(row, **self._sorts(nfe, verdict))
             verdicts.append(self._with_features(replace(verdict, row=row)))
         return verdicts
 
@@ -365,19 +385,6 @@ class Search:
         frechet = dict(zip(("found", "named"), scores, strict=True))
         return replace(verdict, row=replace(verdict.row, frechet=frechet))
 
-    def _make_teacher(self) -> Teacher:
-        config = self.config
-        cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
-        return Teacher(
-            self.evaluator.ode,
-            config.teacher,
-            self.pool,
-            cache,
-            seed=config.search.seed,
-            block=config.search.block[1],
-            advance=self.display.advance,
-        )
-
     def _refer(self, stream: str, samples: int) -> Array:
         """The teacher's end points of a stream, given to every worker, and their measures."""
         if len(self.references.get(stream, ())) >= samples:
@@ -399,16 +406,18 @@ class Search:
         self.references[stream] = np.asarray(measures[0].to(torch.float32).to(torch.float64))
         return self.references[stream]
 
-    def on_progress(self, nfe: int, standing: Standing) -> None:
-        """Show and report where the search at an NFE is."""
-        self.tracker.curve(nfe, f"best_{self.config.objective.name}", standing.curve)
-        for name, value in standing.numbers.items():
-            self.tracker.curve(nfe, name, [(standing.trials - 1, value)])
-        if standing.best is None:
+    def on_progress(self, rung: Rung, numbers: Mapping[str, float]) -> None:
+        """Show and report where a rung is after a generation, and numbers of the generation."""
+        nfe, known = rung.nfe, rung.known
+        best, named = best_of(known), best_of(rung.named_known())
+        self.tracker.curve(nfe, f"best_{self.config.objective.name}", best_so_far(known))
+        for name, value in numbers.items():
+            self.tracker.curve(nfe, name, [(len(known) - 1, value)])
+        if best is None:
             return
-        text = f"{self.config.search.word} {nfe}: {standing.trials} candidates, "
-        text += f"best {standing.best.score:.3g}"
-        if standing.named is not None:
-            share = standing.best.score / standing.named.score
-            text += f" ({share:.2f} of {standing.named.source})"
+        text = f"{self.config.search.word} {nfe}: {len(known)} candidates, "
+        text += f"best {best.score:.3g}"
+        if named is not None:
+            share = best.score / named.score
+            text += f" ({share:.2f} of {named.source})"
         self.display.stage(text)

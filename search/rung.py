@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.search.scoring import SEARCH, Pending, Race
+from fewstep.search.scoring import SEARCH, Race, Waiting
 from fewstep.search.stages.plans import plan_fit
 from fewstep.search.store import Kept
-from fewstep.search.strategies import Evaluated, Proposal
+from fewstep.search.strategies import Evaluated, Proposal, ranked
 from fewstep.search.work import Result
 from fewstep.space.errors import StudyError
 from fewstep.space.plans import PlanDomain
@@ -29,26 +29,6 @@ if TYPE_CHECKING:
 
 REFINED = 1_000_000
 """The number of the generation that holds refined schedules; no proposals follow from it."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a rung stands after a generation.
-
-    Args:
-        trials: candidates told.
-        best: the best so far.
-        named: the best named solver.
-        curve: (trial, best score until then).
-        numbers: of the generation: means of the numbers in its proposals' notes, and where
-            candidates race, the share of network evaluations that stopping them saved.
-    """
-
-    trials: int
-    best: Evaluated | None
-    named: Evaluated | None
-    curve: Sequence[tuple[int, float]]
-    numbers: Mapping[str, float]
 
 
 @dataclass
@@ -61,7 +41,7 @@ class _Generation:
     kept: list[Kept]
     fresh: dict[str, Any]
     every: list[Any]
-    batch: Pending | None
+    batch: Waiting | None
 
 
 class Rung:
@@ -73,6 +53,8 @@ class Rung:
         earlier: results of other NFEs that the strategy may learn from.
         limit: candidates that the budget pays for; None for a budget that shows as it goes.
         deadline: clock at which to stop proposing, for a budget in seconds.
+
+    `known` holds every trial in the order told, `costs` what each one cost in network evaluations.
     """
 
     def __init__(
@@ -91,7 +73,8 @@ class Rung:
         for kept in self._trials.kept():
             self._kept.setdefault(kept.generation, []).append(kept)
         self._calls = run.config.calls_of(nfe)
-        self._race = Race(run.scorer, SEARCH, self._search.levels, run.scorer.statistic)
+        statistic = run.evaluator.objective.statistic
+        self._race = Race(run.scorer, SEARCH, self._search.levels, statistic)
         self._results: dict[str, Result] = {}
         self._fitted: dict[str, tuple[Any, int]] = {}
         self._seen: set[str] = set()
@@ -100,8 +83,8 @@ class Rung:
         self.failures: list[str] = []
         self.costs: list[int] = []
 
-    def run(self) -> list[Evaluated]:
-        """Run to the end of the budget; every trial in the order told."""
+    def run(self) -> None:
+        """Run to the end of the budget."""
         waiting: deque[_Generation] = deque()
         number = 0
         while True:
@@ -122,7 +105,6 @@ class Rung:
                 f"scored ({reason}): check the model"
             )
         self._settle_stages()
-        return self.known
 
     def _next(self, number: int) -> _Generation | None:
         """A generation on its way; None where the budget ends."""
@@ -180,7 +162,7 @@ class Rung:
         needed_only, every = dict(list(fresh.items())[:needed]), list(fresh.values())
         made = _Generation(number, proposals, size, kept, needed_only, every, None)
         if len(kept) < len(proposals):
-            made.batch = self._submit(every, needed)
+            made.batch = self._race.start(every, needed)
         self._seen |= set(made.fresh)
         return made
 
@@ -214,11 +196,6 @@ class Rung:
             self._fitted[key] = made.schedule or member, made.evaluations
         return {key: self._fitted[key][0] for key in fresh}
 
-    def _submit(self, schedules: list[Any], needed: int) -> Pending:
-        if len(self._search.levels) > 1:
-            return self._race.start(schedules)
-        return self._run.scorer.submit(schedules, SEARCH, self._search.samples, needed=needed)
-
     def _scored(self, generation: _Generation) -> list[Result]:
         """The results of a generation's new schedules."""
         fresh, batch = generation.fresh, generation.batch
@@ -233,9 +210,7 @@ class Rung:
                 if whole and (best is None or r.score < best.score):
                     self._race.best = r
             return results
-        if len(self._search.levels) > 1:
-            return self._race.finish(generation.every, batch, len(fresh))
-        return self._run.scorer.wait(batch)
+        return self._race.finish(generation.every, batch, len(fresh))
 
     def _tell(self, generation: _Generation) -> None:
         results = self._scored(generation)
@@ -265,21 +240,15 @@ class Rung:
         self._say(generation, results)
 
     def _keep(self, generation: _Generation, proposal: Proposal, result: Result) -> Kept:
-        facts = (result.score, result.status, result.samples, result.per_sample)
         fitted = self._fitted.get(self._key(proposal.schedule, generation.number))
-        evaluated = Evaluated(fitted[0] if fitted else proposal.schedule, *facts, proposal.source)
+        schedule = fitted[0] if fitted else proposal.schedule
+        evaluated = Evaluated.of(schedule, result, proposal.source)
         note = dict(proposal.note) | ({"plan_calls": fitted[1]} if fitted else {})
         if result.status == "ok" and result.samples < self._search.samples:
             note["stopped"] = True
-        kept = Kept(
-            evaluated,
-            result,
-            generation.number,
-            generation.size,
-            note,
-            self._run.clock(),
-            expressed=proposal.trial is not None and fitted is None,
-        )
+        expressed = proposal.trial is not None and fitted is None
+        where = generation.number, generation.size
+        kept = Kept(evaluated, result, *where, note, self._run.clock(), expressed)
         self._trials.add(kept)
         return kept
 
@@ -289,9 +258,7 @@ class Rung:
         full = per_sample * self.nfe * levels[-1] * len(results)
         if len(levels) > 1 and full:
             numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full
-        best, named = best_of(self.known), best_of(self.named_known())
-        curve = best_so_far(self.known)
-        self._run.on_progress(self.nfe, Standing(len(self.known), best, named, curve, numbers))
+        self._run.on_progress(self, numbers)
 
     def _settle_stages(self) -> None:
         """Tell what stages have left; those of a smaller budget stay as candidates."""
@@ -340,8 +307,7 @@ def _numbers(notes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def best_of(evaluated: Sequence[Evaluated]) -> Evaluated | None:
     """The lowest score, the earliest of equals; None if nothing was scored."""
-    ok = [e for e in evaluated if e.status == "ok"]
-    return min(ok, key=lambda e: e.score) if ok else None
+    return next(iter(ranked(evaluated)), None)
 
 
 def best_so_far(known: Sequence[Evaluated]) -> list[tuple[int, float]]:

@@ -22,18 +22,21 @@ leader's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import wilcoxon
 
 from fewstep.search.objective import Objective
-from fewstep.search.pool import Pool
-from fewstep.search.store import Store, remember, remembered
+from fewstep.search.store import Kept
+from fewstep.search.strategies import Evaluated
 from fewstep.search.work import Block, BlockResult, Result, cut
 from fewstep.search.yardstick import Array, Statistic, comparable, level
+
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
 
 SEARCH = "search"
 """The stream of noise that candidates are scored on."""
@@ -42,57 +45,19 @@ LEVEL = 0.1
 """Of the test by which candidates are stopped."""
 
 
-@dataclass
-class _Piece:
-    """Schedules that run together: their positions, their blocks, and results once known."""
-
-    members: tuple[int, ...]
-    schedules: list[Any]
-    blocks: list[Block]
-    before: list[Result] | None
-    cost: int
-    results: list[Result] | None = None
-
-
-@dataclass
-class Pending:
-    """Schedules under evaluation, in the order given; the first `size` are wanted."""
-
-    size: int
-    stream: str
-    samples: int
-    measures: bool
-    pieces: list[_Piece]
-    coming: Iterator[BlockResult]
+Waiting = Callable[[], list[Result]]
+"""Schedules under evaluation: waits for their results, in the order given; to be called once."""
 
 
 class Scorer:
-    """Cuts schedules into blocks, runs them, and makes results of them.
+    """Cuts a search's schedules into blocks, runs them in its pool, and makes results of them.
 
-    Args:
-        pool: where blocks run.
-        objective: turns measures into scores.
-        store: keeps results of other streams than the search's.
-        references: measures of the teacher's end points by stream.
-        block: (candidates, samples) of a block.
-        cost_of: network evaluations of one sample of a schedule.
-        advance: called with network evaluations as they are done, kept ones included.
+    Those of other streams than the search's are kept. Network evaluations are shown as they are
+    done, kept ones included.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        objective: Objective,
-        store: Store,
-        references: Mapping[str, Array],
-        *,
-        block: tuple[int, int],
-        cost_of: Callable[[Any], int],
-        advance: Callable[[int], None],
-    ) -> None:
-        self._pool, self._objective, self._store = pool, objective, store
-        self._references, self._block, self._advance = references, block, advance
-        self._cost_of = cost_of
+    def __init__(self, run: Search) -> None:
+        self._run, self._objective = run, run.evaluator.objective
 
     def submit(
         self,
@@ -103,73 +68,75 @@ class Scorer:
         measures: bool = False,
         before: Sequence[Result] | None = None,
         needed: int | None = None,
-    ) -> Pending:
-        """Start evaluating schedules of any NFE on samples 0..samples-1 of a stream.
+    ) -> Waiting:
+        """Start evaluating distinct schedules of any NFE on samples 0..samples-1 of a stream.
 
-        Args:
-            schedules: distinct schedules.
-            stream: which noise.
-            samples: how many samples.
-            measures: results must carry their measures (only then is an objective without
-                per-sample scores run again).
-            before: results of these schedules on fewer samples of the stream, all the same number,
-                to go on from; the objective must have per-sample scores.
-            needed: only the first so many are wanted. All are cut into blocks, so that a score
-                does not depend on how many are wanted, and blocks without one of these are left.
+        With `measures` results carry them (only then is an objective without per-sample scores run
+        again). `before` are results of these schedules on fewer samples of the stream, all the
+        same number, to go on from; the objective must have per-sample scores. Only the first
+        `needed` are wanted: all are cut into blocks, so that a score does not depend on how many
+        are wanted, and blocks without one of these are left.
         """
         first = before[0].samples if before else 0
-        pieces = []
-        for members in cut(schedules, self._block[0]):
+        members_at_once, samples_at_once = self._run.config.search.block
+        pieces: list[tuple[tuple[int, ...], list[Block], list[Result]]] = []
+        for members in cut(schedules, members_at_once):
             if needed is not None and min(members) >= needed:
                 continue
-            group = [schedules[i] for i in members]
-            blocks = Block.cover(group, stream, range(first, samples), self._block[1])
-            earlier = None if before is None else [before[i] for i in members]
-            cost = sum(map(self._cost_of, group))
-            piece = _Piece(members, group, blocks, earlier, cost)
-            pieces.append(piece)
-            if stream == SEARCH:
-                continue
-            known = remembered(self._store, stream, samples, group)
-            if all(r is not None and not _lacks(r, measures) for r in known):
-                piece.results = [r for r in known if r is not None]
-                self._advance((samples - first) * cost)
-        coming = self._pool.map(b for p in pieces if p.results is None for b in p.blocks)
-        size = len(schedules) if needed is None else needed
-        return Pending(size, stream, samples, measures, pieces, coming)
+            group, blocks = [schedules[i] for i in members], list[Block]()
+            known = self._known(group, stream, samples, measures)
+            if known:
+                self._run.display.advance((samples - first) * sum(map(self._run.cost_of, group)))
+            else:
+                blocks = Block.cover(group, stream, range(first, samples), samples_at_once)
+            pieces.append((members, blocks, known))
+        coming = self._run.pool.map(block for _, blocks, _ in pieces for block in blocks)
 
-    def wait(self, batch: Pending) -> list[Result]:
-        """A batch's results in the order of its schedules."""
-        found: dict[int, Result] = {}
-        for piece in batch.pieces:
-            if piece.results is None:
-                piece.results = self._finish(batch, piece)
-            found |= dict(zip(piece.members, piece.results, strict=True))
-        return [found[i] for i in range(batch.size)]
+        def wait() -> list[Result]:
+            found: dict[int, Result] = {}
+            for members, blocks, known in pieces:
+                earlier = None if before is None else [before[i] for i in members]
+                results = known or self._finish(blocks, coming, measures, earlier)
+                found |= dict(zip(members, results, strict=True))
+            return [found[i] for i in range(len(schedules) if needed is None else needed)]
 
-    @property
-    def statistic(self) -> Statistic:
-        """Of the errors of a schedule's samples, its score."""
-        return self._objective.statistic
+        return wait
 
-    def _finish(self, batch: Pending, piece: _Piece) -> list[Result]:
-        parts = []
-        for block in piece.blocks:
-            parts.append(next(batch.coming))
-            self._advance((block.stop - block.start) * piece.cost)
-        reference = self._references[batch.stream]
-        results = assemble(parts, self._objective, reference, piece.before)
-        if not (batch.measures or self._objective.per_sample):  # features are large
+    def _known(
+        self, group: Sequence[Any], stream: str, samples: int, measures: bool
+    ) -> list[Result]:
+        """What is kept of schedules on another stream than the search's; none if one is not."""
+        if stream == SEARCH:
+            return []
+        kept = (self._run.store.trials(s.nfe, stream).result(s.digest, samples) for s in group)
+        found = [
+            r
+            for r in kept
+            if r is not None and not (measures and r.status == "ok" and r.measures is None)
+        ]
+        return found if len(found) == len(group) else []
+
+    def _finish(
+        self,
+        blocks: Sequence[Block],
+        coming: Iterator[BlockResult],
+        measures: bool,
+        before: Sequence[Result] | None,
+    ) -> list[Result]:
+        stream, samples, group = blocks[0].stream, blocks[-1].stop, blocks[0].schedules
+        cost, parts = sum(map(self._run.cost_of, group)), []
+        for block in blocks:
+            parts.append(next(coming))
+            self._run.display.advance((block.stop - block.start) * cost)
+        results = assemble(parts, self._objective, self._run.references[stream], before)
+        if not (measures or self._objective.per_sample):  # features are large
             results = [replace(r, measures=None) for r in results]
-        if batch.stream != SEARCH:
-            for schedule, result in zip(piece.schedules, results, strict=True):
-                kept = replace(result, samples=batch.samples)
-                remember(self._store, batch.stream, schedule, kept)
+        if stream != SEARCH:
+            for schedule, result in zip(group, results, strict=True):
+                kept = replace(result, samples=samples)
+                trial = Kept(Evaluated.of(schedule, kept), kept, expressed=True)
+                self._run.store.trials(schedule.nfe, stream).add(trial)
         return results
-
-
-def _lacks(result: Result, measures: bool) -> bool:
-    return measures and result.status == "ok" and result.measures is None
 
 
 def assemble(
@@ -180,11 +147,8 @@ def assemble(
 ) -> list[Result]:
     """The results of candidates that ran together from their blocks, in sample order.
 
-    Args:
-        parts: the blocks.
-        objective: turns measures into a score.
-        reference: measures of the teacher's end points.
-        before: results on the samples before the first block's, which these go on from.
+    `reference` holds measures of the teacher's end points; `before`, results on the samples before
+    the first block's, which these go on from.
     """
     results = []
     count = len(parts[0].status)
@@ -229,12 +193,8 @@ def loses(candidate: Array, leader: Array, statistic: Statistic = "mean") -> boo
 class Race:
     """Scores the generations of one NFE on growing numbers of samples.
 
-    Args:
-        scorer: evaluates.
-        stream: which noise.
-        levels: numbers of samples, ascending; one alone is no race.
-        statistic: what the study compares.
-        best: the best result over all samples so far.
+    `levels` are these numbers, ascending; one alone is no race. `best` is the best result over all
+    samples so far.
     """
 
     scorer: Scorer
@@ -243,19 +203,23 @@ class Race:
     statistic: Statistic = "mean"
     best: Result | None = field(default=None, init=False)
 
-    def start(self, schedules: Sequence[Any]) -> Pending:
-        """Begin a generation of distinct schedules on the fewest samples."""
-        return self.scorer.submit(schedules, self.stream, self.levels[0])
+    def start(self, schedules: Sequence[Any], needed: int | None = None) -> Waiting:
+        """Begin a generation of distinct schedules on the fewest samples.
+
+        All race, so that no result depends on how many the budget pays for; where there is no
+        race, only the first `needed` are wanted.
+        """
+        needed = needed if len(self.levels) == 1 else None
+        return self.scorer.submit(schedules, self.stream, self.levels[0], needed=needed)
 
     def finish(
-        self, schedules: Sequence[Any], batch: Pending, told: int | None = None
+        self, schedules: Sequence[Any], wait: Waiting, told: int | None = None
     ) -> list[Result]:
         """A generation's results, in order; `Result.samples` says how far each one came.
 
-        All of a generation race, so that no result depends on how many the budget pays for; the
-        first `told` [all] are returned, and only these can become the best known.
+        The first `told` [all] are returned, and only these can become the best known.
         """
-        results = self.scorer.wait(batch)
+        results = wait()
         alive = [i for i, r in enumerate(results) if r.status == "ok"]
         known = self.best
         stopped: list[tuple[int, int | None, float]] = []
@@ -272,7 +236,7 @@ class Race:
                 size,
                 before=[results[i] for i in alive],
             )
-            for i, result in zip(alive, self.scorer.wait(grown), strict=True):
+            for i, result in zip(alive, grown(), strict=True):
                 results[i] = result
             alive = [i for i in alive if results[i].status == "ok"]
         told = len(results) if told is None else told

@@ -26,7 +26,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,21 +44,9 @@ from fewstep.space.files import load_schedule
 from fewstep.space.plans import PlanDomain
 from fewstep.space.protocol import Domain
 
-_OWN = (
-    "digest",
-    "source",
-    "status",
-    "samples",
-    "calls",
-    "seconds",
-    "elapsed",
-    "generation",
-    "size",
-    "message",
-    "schedule",
-    "image",
-    "scores",
-    "further",
+_OWN = frozenset(
+    "digest source status samples calls seconds elapsed generation size message schedule image "
+    "scores further".split()
 )
 
 
@@ -83,8 +71,7 @@ class Kept:
     Args:
         evaluated: the candidate and its score.
         result: what its evaluation gave and cost; calls and seconds are 0 for one scored before.
-        generation: number of its generation.
-        size: candidates of that generation.
+        generation: number of its generation, which has `size` candidates.
         note: further numbers and words.
         elapsed: seconds since the search began.
         expressed: whether its parameters express its schedule.
@@ -243,12 +230,7 @@ def _count(study: str, name: str) -> int:
 
 
 class Trials:
-    """The trials of one study.
-
-    Args:
-        study: the Optuna study.
-        domain: answers `params(schedule)` and `distributions()`; None keeps no parameters.
-    """
+    """The trials of one Optuna study; without a domain they keep no parameters."""
 
     def __init__(self, study: Any, domain: Domain | None) -> None:
         import optuna
@@ -258,7 +240,7 @@ class Trials:
         self.count = len(study.get_trials(deepcopy=False))
         self._results: dict[tuple[str, int], Result] | None = None
 
-    def add(self, kept: Kept, params: Mapping[str, Any] | None = None) -> None:
+    def add(self, kept: Kept) -> None:
         """Append a trial.
 
         Raises:
@@ -267,12 +249,12 @@ class Trials:
         evaluated, result = kept.evaluated, kept.result
         ok = evaluated.status == "ok"
         stopped = bool(kept.note.get("stopped"))
-        params = self._params(evaluated.schedule) if params is None else params
+        params = self._params(evaluated.schedule)
         states = self._optuna.trial.TrialState
         trial = self._optuna.trial.create_trial(
             state=(states.PRUNED if stopped else states.COMPLETE) if ok else states.FAIL,
             value=evaluated.score if ok else None,
-            params=dict(params),
+            params=params,
             distributions={name: self._distributions[name] for name in params},
             intermediate_values={evaluated.samples: evaluated.score} if ok and stopped else {},
             user_attrs=_attributes(kept),
@@ -322,37 +304,14 @@ class Trials:
             schedule = self._domain.from_params(trial.params)
         else:
             raise StudyError(f"{self.study.study_name}: trial {trial.number} has no schedule")
-        evaluated = Evaluated(
-            schedule,
-            result.score,
-            result.status,
-            result.samples,
-            result.per_sample,
-            attrs["source"],
-        )
+        evaluated = Evaluated.of(schedule, result, attrs["source"])
         note = {k: v for k, v in attrs.items() if k not in _OWN}
         where = attrs["generation"], attrs["size"]
         return Kept(evaluated, result, *where, note, attrs["elapsed"], "schedule" not in attrs)
 
 
-def remembered(
-    store: Store, stream: str, samples: int, schedules: Sequence[Any]
-) -> list[Result | None]:
-    """What is kept of schedules on another stream than the search's."""
-    return [store.trials(s.nfe, stream).result(s.digest, samples) for s in schedules]
-
-
-def remember(store: Store, stream: str, schedule: Any, result: Result) -> None:
-    """Keep a result on another stream than the search's."""
-    facts = (result.score, result.status, result.samples, result.per_sample)
-    store.trials(schedule.nfe, stream).add(
-        Kept(Evaluated(schedule, *facts), result, expressed=True)
-    )
-
-
 def _attributes(kept: Kept) -> dict[str, Any]:
-    evaluated, result = kept.evaluated, kept.result
-    schedule = evaluated.schedule
+    evaluated, result, schedule = kept.evaluated, kept.result, kept.evaluated.schedule
     found: dict[str, Any] = {
         "digest": schedule.digest,
         "source": evaluated.source,
@@ -381,18 +340,17 @@ def _attributes(kept: Kept) -> dict[str, Any]:
 
 def _result(trial: Any) -> Result:
     attrs = trial.user_attrs
-    cost = {"calls": attrs["calls"], "seconds": attrs["seconds"]}
+    cost = {name: attrs[name] for name in ("calls", "seconds", "samples")}
     if attrs["status"] != "ok":
-        message = attrs.get("message", "")
-        return Result(float("inf"), attrs["status"], message, samples=attrs["samples"], **cost)
-    per_sample: Array | None = None
-    if "scores" in attrs:
-        per_sample = _unpacked(attrs["scores"])
-    measures = None if per_sample is None else per_sample[:, None]
-    if measures is not None and "further" in attrs:
+        return Result(float("inf"), attrs["status"], attrs.get("message", ""), **cost)
+    if "scores" not in attrs:
+        return Result(trial.value, **cost)
+    per_sample = _unpacked(attrs["scores"])
+    measures = per_sample[:, None]
+    if "further" in attrs:
         further = _unpacked(attrs["further"]).reshape(len(measures), -1)
         measures = np.concatenate([measures, further], axis=1)
-    return Result(trial.value, "ok", "", per_sample, measures, samples=attrs["samples"], **cost)
+    return Result(trial.value, "ok", "", per_sample, measures, **cost)
 
 
 def packed_image(image: Tensor) -> dict[str, Any]:

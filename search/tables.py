@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fewstep.predictors.cpr_family import Decision
 from fewstep.search.yardstick import Statistic
 
+Positive = Annotated[int, Field(ge=1)]
+
 
 class Table(BaseModel):
     """A table of a study file: frozen, unknown keys refused."""
@@ -57,18 +59,18 @@ class RefineTable(Table):
         short: (samples, rounds) of the fit that comes before a plan is scored (search.cost).
     """
 
-    top: Annotated[int, Field(ge=1)] = 2
+    top: Positive = 2
     grow: bool = False
     mean: bool = True
     samples: Annotated[int, Field(ge=2)] = 1024
     held: Annotated[int, Field(ge=2)] = 512
     loss: Literal["huber", "mean"] = "huber"
-    rounds: Annotated[int, Field(ge=1)] = 12
-    batch: Annotated[int, Field(ge=1)] = 64
+    rounds: Positive = 12
+    batch: Positive = 64
     timeout: Annotated[float, Field(gt=0)] | None = None
     knobs: tuple[Literal["times", "weights", "guidance"], ...] = ("times", "weights")
     stages: bool = False
-    short: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=1)]] = (64, 4)
+    short: tuple[Annotated[int, Field(ge=8)], Positive] = (64, 4)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -114,7 +116,7 @@ class CompensationTable(Table):
     """
 
     base: tuple[str, ...] = ()
-    top: Annotated[int, Field(ge=1)] = 4
+    top: Positive = 4
     samples: Annotated[int, Field(ge=2)] = 256
     order: Annotated[int, Field(ge=1, le=3)] = 2
     variable: Literal["t", "lam"] = "t"
@@ -152,7 +154,7 @@ class CprTable(Table):
     )
     samples: Annotated[int, Field(ge=8)] = 64
     held: Annotated[int, Field(ge=8)] = 64
-    rounds: Annotated[int, Field(ge=1)] = 6
+    rounds: Positive = 6
 
 
 class TrackingTable(Table):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,41 +23,37 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.samplers import Problem
+from fewstep.samplers.sample_noise import DISTANCE, PERTURBED
+from fewstep.search.config import StudyConfig
 from fewstep.search.pool import Pool, gathered
-from fewstep.search.problem import DISTANCE, PERTURBED, model_key
-from fewstep.search.tables import TeacherTable
+from fewstep.search.problem import model_key
 from fewstep.search.work import Block
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
+from fewstep.space.files import write_whole
 from fewstep.space.schedule import OdeSchedule
 
 
 class Teacher:
-    """Computes and caches references.
+    """Computes a study's references in a pool, and caches them in a folder.
 
-    Args:
-        problem: the model.
-        table: the study's [teacher].
-        pool: where to compute.
-        cache: folder of references.
-        seed: the study's seed.
-        block: samples per batch.
-        advance: called with network evaluations as they are done, cached ones included.
+    `advance` is called with network evaluations as they are done, cached ones included.
     """
 
     def __init__(
         self,
         problem: Problem,
-        table: TeacherTable,
+        config: StudyConfig,
         pool: Pool,
         cache: Path,
-        *,
-        seed: int,
-        block: int,
         advance: Callable[[int], None] = lambda evaluations: None,
     ) -> None:
-        self.problem, self.table, self.pool, self.cache = problem, table, pool, cache
-        self.seed, self.block, self.advance = seed, block, advance
+        self.problem, self.pool, self.cache, self.advance = problem, pool, cache, advance
+        self.table, self.seed, self.block = (
+            config.teacher,
+            config.search.seed,
+            config.search.block[1],
+        )
         self._model = model_key(problem)
         self._known: dict[str, Tensor] = {}
 
@@ -114,19 +109,12 @@ class Teacher:
                 f"the teacher's end points of {self.problem.fingerprint or 'the model'} are not "
                 "finite: check its output kind"
             )
-        _write(path, made)
+        write_whole(path, save({"endpoints": made.contiguous()}))
         return made
 
     def _key(self, schedule: OdeSchedule, stream: str, span: tuple[int, int]) -> str:
-        parts = [
-            self._model,
-            schedule.digest,
-            list(self.problem.shape),
-            self.seed,
-            stream,
-            list(span),
-            self.block,
-        ]
+        what = [self._model, schedule.digest, list(self.problem.shape)]
+        parts = [*what, self.seed, stream, list(span), self.block]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -138,10 +126,3 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     except (SafetensorError, KeyError, OSError):
         return None  # torn or foreign: computed again and replaced
     return found if tuple(found.shape) == shape else None
-
-
-def _write(path: Path, values: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(save({"endpoints": values.contiguous()}))  # readable as files here are
-    temporary.replace(path)

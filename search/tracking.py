@@ -27,12 +27,11 @@ from typing import Any
 
 from fewstep.search.cluster import in_job, versions
 from fewstep.search.config import StudyConfig
-from fewstep.search.record import write_text
-from fewstep.space.errors import StudyError
+from fewstep.space.errors import StudyError, one_line
+from fewstep.space.files import write_text
 
 DEFAULT_URI = "sqlite:///runs/mlflow.db"
 SPOOL = "mlflow.jsonl"
-_BATCH, _PARAMS = 900, 90
 _PROBE, _AGAIN = 3.0, 15.0  # seconds: for an answer, and between tries
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -46,25 +45,40 @@ Report = list[Any]
 
 
 class Tracker:
-    """Where a search reports; this one, nowhere."""
+    """Where a search reports, of a number of calls or (None) of the whole; this one, nowhere."""
 
     runs: Mapping[str, str] = {}
     """Run ids, as far as they are known: {"parent": id, "5": id, ...}."""
 
     def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
         """Add (trial, value) points of a metric; points already there are skipped."""
+        self._send(["curve", _key(nfe), metric, _now(), [list(point) for point in points]])
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
-        """Final numbers of an NFE, or of the whole search."""
+        """Final numbers."""
+        self._send(["numbers", _key(nfe), _now(), {k: float(v) for k, v in values.items()}])
 
     def tag(self, nfe: int | None, **tags: str) -> None:
         """Words to find a run by."""
+        self._send(["tags", _key(nfe), tags])
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """Keep a file as an artifact."""
+        self._send(["file", _key(nfe), str(path.resolve()), folder])
 
     def close(self, status: str) -> None:
         """End the runs: FINISHED, FAILED or KILLED."""
+
+    def _send(self, report: Report) -> None:
+        pass
+
+
+def _key(nfe: int | None) -> str:
+    return "parent" if nfe is None else str(nfe)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def tracking_uri(config: StudyConfig) -> str:
@@ -114,12 +128,14 @@ class MlflowTracker(Tracker):
         except Exception as error:
             status = getattr(error, "get_http_status_code", lambda: 0)()
             if self.uri.startswith("http") and status >= 500:
-                self._go_away(_line(error))
+                self._go_away(one_line(error, 200))
                 return
-            raise StudyError(f"tracking.uri {self.uri}: {_line(error)}") from None
+            raise StudyError(f"tracking.uri {self.uri}: {one_line(error, 200)}") from None
 
     def _start(self) -> None:
         """Find the runs of this search by their tag, or make them."""
+        from mlflow.entities import Param
+
         begin, client = self._begin, self._client
         experiment = self._find_experiment()
         mine = f"tags.`fewstep.search` = '{begin['search']}'"
@@ -137,7 +153,8 @@ class MlflowTracker(Tracker):
                 tags["mlflow.parentRunId"] = self.runs["parent"]
                 name, params["nfe"] = f"{name} NFE {key}", key
             made = client.create_run(experiment, begin["time"], tags=tags, run_name=name)
-            self._describe(made.info.run_id, params)
+            listed = [Param(key, value) for key, value in params.items()]
+            self._log(made.info.run_id, "params", listed, 90)
             self.runs = {**self.runs, key: str(made.info.run_id)}
         if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "true":
             with contextlib.suppress(Exception):
@@ -145,13 +162,6 @@ class MlflowTracker(Tracker):
 
                 self._monitor = SystemMetricsMonitor(self.runs["parent"], tracking_uri=self.uri)
                 self._monitor.start()
-
-    def _describe(self, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        listed = [Param(key, value) for key, value in params.items()]
-        for start in range(0, len(listed), _PARAMS):
-            self._client.log_batch(run_id, params=listed[start : start + _PARAMS])
 
     def _find_experiment(self) -> str:
         name = self._begin["experiment"]
@@ -166,29 +176,11 @@ class MlflowTracker(Tracker):
         kind = {"mlflow.experimentKind": "custom_model_development"}  # its page under training
         return str(self._client.create_experiment(name, artifact_location=location, tags=kind))
 
-    def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
-        """See `Tracker`."""
-        now = int(time.time() * 1000)
-        self._send(["curve", str(nfe), metric, now, [list(point) for point in points]])
-
-    def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
-        """See `Tracker`."""
-        now = int(time.time() * 1000)
-        self._send(["numbers", _key(nfe), now, {k: float(v) for k, v in values.items()}])
-
-    def tag(self, nfe: int | None, **tags: str) -> None:
-        """See `Tracker`."""
-        self._send(["tags", _key(nfe), tags])
-
-    def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
-        """See `Tracker`."""
-        self._send(["file", _key(nfe), str(path.resolve()), folder])
-
     def close(self, status: str) -> None:
         """See `Tracker`; what is not written by then is kept in the search's folder."""
         if self._monitor is not None:
             self._monitor.finish()
-        self._send(["end", status, int(time.time() * 1000)])
+        self._send(["end", status, _now()])
         self._thread.submit(self._drain, last=True)
         self._thread.shutdown(wait=True)
         left = [*self._aside, *self._waiting]
@@ -232,10 +224,12 @@ class MlflowTracker(Tracker):
                 return
             except Exception as error:  # whatever a client of a service may raise
                 if not (self._complete and self._answers()):
-                    self._go_away(_line(error))
+                    self._go_away(one_line(error, 200))
                     return
                 if not (self._aside or last):
-                    self._say(f"MLflow at {self.uri}: {_line(error)}; tried again at the end")
+                    self._say(
+                        f"MLflow at {self.uri}: {one_line(error, 200)}; tried again at the end"
+                    )
                 self._aside.append(self._waiting.popleft())  # the rest can be written
 
     @property
@@ -294,9 +288,12 @@ class MlflowTracker(Tracker):
     def _metrics(self, run_id: str, values: Sequence[tuple[str, float, int, int]]) -> None:
         from mlflow.entities import Metric
 
-        listed = [Metric(*value) for value in values]
-        for start in range(0, len(listed), _BATCH):
-            self._client.log_batch(run_id, metrics=listed[start : start + _BATCH])
+        self._log(run_id, "metrics", [Metric(*value) for value in values], 900)
+
+    def _log(self, run_id: str, what: str, listed: Sequence[Any], most: int) -> None:
+        """Send what one request may hold at a time."""
+        for start in range(0, len(listed), most):
+            self._client.log_batch(run_id, **{what: listed[start : start + most]})
 
 
 def client_of(uri: str) -> Any:
@@ -322,7 +319,7 @@ def client_of(uri: str) -> Any:
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri)
     except Exception as error:
-        raise StudyError(f"tracking.uri {uri}: {_line(error)}") from None
+        raise StudyError(f"tracking.uri {uri}: {one_line(error, 200)}") from None
 
 
 def _hush() -> None:
@@ -331,13 +328,7 @@ def _hush() -> None:
 
 
 def beginning(config: StudyConfig, search: str, out: Path) -> dict[str, Any]:
-    """What the runs of a search are, as JSON.
-
-    Args:
-        config: the study.
-        search: the search's id, by which its runs are found.
-        out: its folder.
-    """
+    """What the runs of a search are, as JSON; by its id `search` they are found."""
     model = config.model.factory or str(config.model.pipeline)
     told = config.description or f"fewstep: schedules for {model}, {config.search.strategy}"
     tags = {
@@ -361,7 +352,7 @@ def beginning(config: StudyConfig, search: str, out: Path) -> dict[str, Any]:
         "nfes": list(config.search.settings),
         "params": {key: str(value)[:500] for key, value in config.identity().items()},
         "tags": tags,
-        "time": int(time.time() * 1000),
+        "time": _now(),
     }
 
 
@@ -385,11 +376,3 @@ def send_kept(out: Path, say: Callable[[str], None]) -> int:
     if (out / SPOOL).exists():
         raise StudyError(f"MLflow at {tracker.uri} did not take everything: try again later")
     return len(reports)
-
-
-def _key(nfe: int | None) -> str:
-    return "parent" if nfe is None else str(nfe)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

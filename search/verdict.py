@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from fewstep.search.config import FinalTable
 from fewstep.search.objective import Objective, Paired, ratio
 from fewstep.search.scoring import Scorer
-from fewstep.search.strategies import Evaluated
+from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.work import Result
 from fewstep.search.yardstick import Array, Comparison, geometric_ratio
 from fewstep.space.errors import StudyError
@@ -61,14 +62,11 @@ class Row:
             errors has none).
         teacher_self_error: the teacher against one of twice its calls.
         calls_spent: network evaluations paid for this NFE in the search.
-        best_named_median: median over samples; None for an objective without per-sample errors.
-        found_median: median over samples.
+        best_named_median, found_median: over samples; None without per-sample errors.
         found_search_score: what the search thought of it.
         gap: found_score / found_search_score, the winner's curse if above 1.
-        source: where the found schedule came from.
-        digest: of the found schedule.
-        trials: candidates told.
-        failed: of them, not scored.
+        source, digest: where the found schedule came from, and its digest.
+        trials, failed: candidates told, and how many of them could not be scored.
         samples: fresh samples.
         use: what to sample with: "found", or the named solver where nothing was gained.
         note: what stood against a finalist that was not taken; "" if nothing.
@@ -140,17 +138,7 @@ class Row:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
         """Read the JSON form."""
-        interval, compared = data.get("interval"), data.get("comparison")
-        return cls(
-            **{
-                **data,
-                "interval": None if interval is None else tuple(interval),
-                "mean_calls": tuple(data["mean_calls"]) if data.get("mean_calls") else None,
-                "comparison": None if compared is None else Comparison.from_dict(compared),
-                "named": tuple(Scored(**s) for s in data["named"]),
-                "facts": {k: (a, b) for k, (a, b) in data.get("facts", {}).items()},
-            }
-        )
+        return TypeAdapter(cls).validate_python(data)
 
 
 @dataclass(frozen=True)
@@ -173,22 +161,16 @@ def contenders(
 ) -> tuple[list[Evaluated], list[Evaluated]]:
     """(named solvers, best first; best distinct candidates to choose from), by search score.
 
-    Args:
-        known: every trial in the order told.
-        named: how many of the first are named solvers.
-        table: the study's [final].
+    The first `named` of all trials, in the order told, are the named solvers.
     """
-    ok = [e for e in known[:named] if e.status == "ok"]
     picks: dict[str, Evaluated] = {}
-    for e in sorted(ok, key=lambda e: e.score):
+    for e in ranked(known[:named]):
         solver = e.source.split("/")[0] if table.named == "best_grid" else e.source
         picks.setdefault(solver, e)
     best: dict[str, Evaluated] = {}
-    for e in sorted((e for e in known if e.status == "ok"), key=lambda e: e.score):
+    for e in ranked(known):
         best.setdefault(e.schedule.digest, e)
-        if len(best) == table.top:
-            break
-    return list(picks.values()), list(best.values())
+    return list(picks.values()), list(best.values())[: table.top]
 
 
 def final_cost(nfe: int, table: FinalTable) -> int:
@@ -197,15 +179,10 @@ def final_cost(nfe: int, table: FinalTable) -> int:
 
 
 class Judge:
-    """Re-scores one NFE.
+    """Re-scores one NFE as the study's [final] says; the bootstrap has seed `seed`.
 
-    Args:
-        scorer: evaluates on any stream.
-        objective: the score.
-        table: the study's [final].
-        refer: (stream, samples) -> the teacher's measures of these samples, computed where they
-            are not known yet, and every worker's from then on.
-        seed: of the bootstrap.
+    `refer` maps (stream, samples) to the teacher's measures of these samples, computed where they
+    are not known yet, and every worker's from then on.
     """
 
     def __init__(
@@ -216,20 +193,13 @@ class Judge:
         refer: Callable[[str, int], Array],
         seed: int,
     ) -> None:
-        self._scorer, self._objective, self._table = scorer, objective, table
-        self._refer = refer
+        self._scorer, self._objective, self._table, self._refer = scorer, objective, table, refer
         self._paired = Paired(objective, resamples=table.resamples, seed=seed)
 
-    def verdict(
-        self,
-        nfe: int,
-        known: Sequence[Evaluated],
-        named: int,
-        *,
-        teacher_self_error: float | None,
-        calls_spent: int,
-    ) -> Verdict:
+    def verdict(self, nfe: int, known: Sequence[Evaluated], named: int) -> Verdict:
         """Choose the schedule to keep and compare it with the best named solver.
+
+        What the search cost and the teacher's own error are the caller's to fill in.
 
         Raises:
             StudyError: no named solver could be scored.
@@ -257,8 +227,8 @@ class Judge:
             found_score=found_score,
             ratio=share,
             interval=interval,
-            teacher_self_error=teacher_self_error,
-            calls_spent=calls_spent,
+            teacher_self_error=None,
+            calls_spent=0,
             best_named_median=_median(b),
             found_median=_median(a),
             found_search_score=chosen.score,
@@ -289,10 +259,9 @@ class Judge:
         rivals += [e for e in solvers[_RIVALS:] if e.source.startswith(STOCK)]
         every = {e.schedule.digest: e for e in (*best, *rivals)}
         self._refer(SELECT, self._table.samples)
-        batch = self._scorer.submit(
-            [e.schedule for e in every.values()], SELECT, self._table.samples
-        )
-        by = dict(zip(every, self._scorer.wait(batch), strict=True))
+        schedules = [e.schedule for e in every.values()]
+        results = self._scorer.submit(schedules, SELECT, self._table.samples)()
+        by = dict(zip(every, results, strict=True))
         selected = {e.source: by[e.schedule.digest] for e in rivals}
         rivals.sort(key=lambda e: selected[e.source].score)
         notes: list[str] = []
@@ -309,8 +278,8 @@ class Judge:
         size, before = self._table.samples, None
         while True:
             self._refer(FRESH, size)
-            batch = self._scorer.submit(schedules, FRESH, size, measures=True, before=before)
-            results = self._scorer.wait(batch)
+            wait = self._scorer.submit(schedules, FRESH, size, measures=True, before=before)
+            results = wait()
             a, b = results[0], results[min(1, len(results) - 1)]
             one, other = (self._paired.errors(r.measures) for r in (a, b))
             if 2 * size > self._table.limit or one is None or other is None:
@@ -351,10 +320,8 @@ class Judge:
 def _listed(solvers: Sequence[Evaluated], selected: Mapping[str, Result]) -> tuple[Scored, ...]:
     listed = []
     for e in solvers:
-        if (result := selected.get(e.source)) is not None:
-            listed.append(Scored(e.source, result.score, _median(result), SELECT))
-        else:
-            listed.append(Scored(e.source, e.score, _median(e)))
+        best, stream = selected.get(e.source, e), SELECT if e.source in selected else "search"
+        listed.append(Scored(e.source, best.score, _median(best), stream))
     return tuple(sorted(listed, key=lambda s: s.score))
 
 

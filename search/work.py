@@ -37,33 +37,24 @@ from fewstep.samplers import (
     ParticleProblem,
     Problem,
     run,
+    run_candidates,
     sample,
     sample_particles,
     start,
     start_particles,
 )
+from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import on_unit_noise
+from fewstep.samplers.problems import conditions, device_of, prompts
+from fewstep.samplers.sample_noise import noise_of, sample_seed, uniforms_of
 from fewstep.samplers.token_denoiser import CountedSequences
+from fewstep.search.config import StudyConfig
 from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
-from fewstep.search.problem import (
-    Counted,
-    ModelSpec,
-    conditions,
-    device_of,
-    guarded,
-    import_path,
-    noise_of,
-    of_decoded,
-    priced,
-    prompts,
-    sample_seed,
-    uniforms_of,
-    watched,
-)
-from fewstep.search.yardstick import Array, Statistic
+from fewstep.search.problem import guarded, import_path, load_problem, priced, watched
+from fewstep.search.yardstick import Array
 from fewstep.space import stack
 from fewstep.space.costs import Prices
-from fewstep.space.errors import FewstepError, ModelError, StudyError
+from fewstep.space.errors import FewstepError, ModelError, StudyError, one_line
 
 Want = Literal["measures", "samples", "features"]
 
@@ -96,7 +87,7 @@ class Work(ABC):
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What came of a block.
+    """What came of a block, its candidates in order.
 
     Args:
         values: (M, B, K) measures, float64 holding float32 numbers; or (M, B, *shape) samples,
@@ -199,7 +190,7 @@ class Block(Work):
         if self.strict:
             raise StudyError(f"the teacher could not be computed: {message}")
         count = len(self.schedules)
-        nothing = np.full((count, self.stop - self.start, 1), np.nan)
+        nothing = np.full((count, len(self._indices), 1), np.nan)
         return BlockResult(nothing, (status,) * count, (message,) * count, 0, 0.0)
 
     def run(self, evaluator: Evaluator) -> BlockResult:
@@ -222,12 +213,16 @@ class Block(Work):
         try:
             return [(values, "ok", "") for values in self.values(evaluator)]
         except (MemoryError, torch.OutOfMemoryError) as error:
-            status, line = "oom", one_line(error)
+            status, line = "oom", reason(error)
         except (ModelError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            status, line = "error", one_line(error)
+            status, line = "error", reason(error)
         if len(self.schedules) == 1:
             return [(None, status, line)]
         return [done for part in self.parts() for done in part._guarded(evaluator)]
+
+    @property
+    def _indices(self) -> range:
+        return range(self.start, self.stop)
 
     @torch.no_grad()
     def values(self, evaluator: Evaluator) -> np.ndarray:
@@ -241,7 +236,7 @@ class Block(Work):
 
     def _ode(self, evaluator: Evaluator, problem: Problem) -> np.ndarray:
         """Stacked programs of ODE schedules; state, history and measure on the model's device."""
-        indices, device = range(self.start, self.stop), evaluator.device
+        indices, device = self._indices, evaluator.device
         z = noise_of(evaluator.seed, self.stream, indices, problem.shape).to(device)
         cond = conditions(problem, indices)
         shared: dict[str, Any] = {
@@ -254,17 +249,12 @@ class Block(Work):
             if "time_shift" in first.options:  # compiles its rows as it runs, always alone
                 x = sample(first, denoiser, start(first, z), **shared)[None]
             else:
-                programs = stack([on_unit_noise(schedule) for schedule in self.schedules])
-                x = run(
-                    programs,
-                    denoiser,
-                    z,
-                    m=first.constant,
-                    options=dict(first.options),
-                    check=self.strict,
-                    share=True,
-                    **shared,
-                )
+                programs = [on_unit_noise(schedule) for schedule in self.schedules]
+                shared |= {"m": first.constant, "options": dict(first.options)}
+                if self.strict:
+                    x = run(stack(programs), denoiser, z, **shared)
+                else:
+                    x = run_candidates(programs, denoiser, z, **shared)
         finally:
             evaluator.evaluations += denoiser.evaluations
         if self.want == "samples":
@@ -276,10 +266,9 @@ class Block(Work):
 
     def _masked(self, evaluator: Evaluator, problem: MaskedProblem, schedule: Any) -> np.ndarray:
         """One masked schedule; a sequence has uniforms of its own, a population the block's."""
-        indices = range(self.start, self.stop)
-        tokens, counted = prompts(problem, indices), CountedSequences(problem.denoiser)
+        tokens, counted = prompts(problem, self._indices), CountedSequences(problem.denoiser)
         shape = (schedule.uniforms, problem.length)
-        u = uniforms_of(evaluator.seed, self.stream, indices, shape).to(tokens.device)
+        u = uniforms_of(evaluator.seed, self.stream, self._indices, shape).to(tokens.device)
         generator = self._generator(evaluator, tokens.device)
         done = problem.sample(schedule, counted, tokens, u=u, generator=generator)
         evaluator.evaluations += counted.sequences
@@ -292,7 +281,7 @@ class Block(Work):
         self, evaluator: Evaluator, problem: ParticleProblem, schedule: Any
     ) -> np.ndarray:
         """One particle schedule; a sample is a population, its later draws the block's."""
-        indices, seed = range(self.start, self.stop), evaluator.seed
+        indices, seed = self._indices, evaluator.seed
         z = noise_of(seed, self.stream, indices, (problem.particles, *problem.shape))
         generator = self._generator(evaluator, torch.device("cpu"))
         found = sample_particles(
@@ -315,10 +304,10 @@ class Block(Work):
         return torch.Generator(device).manual_seed(seed)
 
     def _checked(self, measures: Tensor, name: str) -> np.ndarray:
-        if measures.ndim != 2 or len(measures) != self.stop - self.start:
+        if measures.ndim != 2 or len(measures) != len(self._indices):
             raise StudyError(
                 f"the measure of objective {name} returned {tuple(measures.shape)} for "
-                f"{self.stop - self.start} samples: (B, K) is needed"
+                f"{len(self._indices)} samples: (B, K) is needed"
             )
         return kept(measures)
 
@@ -328,11 +317,10 @@ def kept(measures: Tensor) -> np.ndarray:
     return measures.to(torch.float32).cpu().to(torch.float64).numpy()
 
 
-def one_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An exception in one line; one of ours speaks for itself."""
-    line = " ".join(str(error).split())
-    named = line if isinstance(error, FewstepError) else f"{type(error).__name__}: {line}"
-    return named[:300]
+    named = "" if isinstance(error, FewstepError) else f"{type(error).__name__}: "
+    return f"{named}{one_line(error)}"[:300]
 
 
 def _filled(parts: Sequence[np.ndarray | None]) -> np.ndarray:
@@ -363,47 +351,15 @@ def cut(schedules: Sequence[Any], size: int) -> list[tuple[int, ...]]:
     ]
 
 
-@dataclass(frozen=True)
-class EvaluatorSpec:
-    """Everything a worker needs to become an evaluator; small, and sent once.
-
-    Args:
-        model: how to build the problem.
-        objective: name of the objective; None is the problem's own.
-        features: import path of the feature function, or None for the problem's own.
-        seed: the study's seed.
-        statistic: of per-sample errors; None is the objective's default.
-        piece: images of one network call that suit its processor; None where it was not found.
-        prices: what calls of each sort cost, where evaluations are counted by them.
-    """
-
-    model: ModelSpec
-    objective: str | None
-    features: str | None
-    seed: int
-    statistic: Statistic | None = None
-    piece: int | None = None
-    prices: Prices | None = None
-
-
 class Evaluator:
     """A problem that is loaded once, its objective, and the teacher's end points by stream.
 
-    Args:
-        problem: the user's model; what it raises reaches us as a ModelError.
-        objective: what to measure.
-        seed: the study's seed.
-        prices: see `EvaluatorSpec`.
-
-    `evaluations` counts what was sent through the network: images, sequences or particles.
+    What the user's model raises reaches us as a ModelError. `evaluations` counts what was sent
+    through the network: images, sequences or particles; with `prices`, what they cost.
     """
 
     def __init__(
-        self,
-        problem: AnyProblem,
-        objective: Objective,
-        seed: int,
-        prices: Prices | None = None,
+        self, problem: AnyProblem, objective: Objective, seed: int, prices: Prices | None = None
     ) -> None:
         self.problem, self.objective, self.seed = watched(problem), objective, seed
         self.prices = None if prices is None else priced(prices, problem)
@@ -413,11 +369,13 @@ class Evaluator:
         self._references: dict[str, Callable[[], Tensor]] = {}
 
     @classmethod
-    def from_spec(cls, spec: EvaluatorSpec) -> Self:
-        """Load the problem and the objective."""
-        problem = spec.model.load()
-        made = cls(problem, make_objective(spec, watched(problem)), spec.seed, spec.prices)
-        made.set_piece(spec.piece)
+    def of(cls, config: StudyConfig, piece: int | None = None) -> Self:
+        """The evaluator of a study as it was given, unsettled; see `set_piece`."""
+        problem = load_problem(config)
+        prices = Prices(**config.prices.model_dump()) if config.search.cost else None
+        objective = make_objective(config, watched(problem))
+        made = cls(problem, objective, config.search.seed, prices)
+        made.set_piece(piece)
         return made
 
     def set_piece(self, images: int | None) -> None:
@@ -459,40 +417,46 @@ class Evaluator:
         return found
 
 
-def make_objective(spec: EvaluatorSpec, problem: AnyProblem) -> Objective:
+def make_objective(config: StudyConfig, problem: AnyProblem) -> Objective:
     """The objective that a study names.
 
     Raises:
         StudyError: an unknown name, or frechet without features.
     """
-    if spec.statistic is not None and spec.objective not in (None, "endpoint_mse"):
+    table = config.objective
+    if table.statistic is not None and table.name not in (None, "endpoint_mse"):
         raise StudyError(
-            f"objective.statistic = {spec.statistic!r} is one of the errors of endpoint_mse; the "
-            f"objective {spec.objective} has its own score: leave it out"
+            f"objective.statistic = {table.statistic!r} is one of the errors of endpoint_mse; the "
+            f"objective {table.name} has its own score: leave it out"
         )
     if not isinstance(problem, Problem):
         own, kind = problem.objective, type(problem).__name__
-        if spec.objective not in (None, own):
+        if table.name not in (None, own):
             raise StudyError(
-                f"objective.name = {spec.objective!r}: a {kind} brings its own, {own!r}: leave it "
-                "out"
+                f"objective.name = {table.name!r}: a {kind} brings its own, {own!r}: leave it out"
             )
-        if spec.features is not None:
+        if table.features is not None:
             raise StudyError(
                 f"objective.features: a {kind} measures its samples itself: leave it out"
             )
         return Measured(problem)
-    if spec.objective not in (None, "endpoint_mse", "frechet"):
-        raise StudyError(f"objective.name = {spec.objective!r}: use endpoint_mse or frechet")
-    if spec.objective != "frechet":
-        return EndpointMSE(spec.statistic or "geometric")
+    if table.name not in (None, "endpoint_mse", "frechet"):
+        raise StudyError(f"objective.name = {table.name!r}: use endpoint_mse or frechet")
+    if table.name != "frechet":
+        return EndpointMSE(table.statistic or "geometric")
     features: Callable[[Tensor], Tensor] | None = problem.features
-    if spec.features is not None:
-        features = import_path(spec.features, spec.model.folder, "objective.features")
-        features = of_decoded(guarded(features, "objective.features"), problem)
+    if table.features is not None:
+        named = import_path(table.features, config.folder, "objective.features")
+        features = _of_samples(guarded(named, "objective.features"), problem)
     if features is None:
         raise StudyError(
             "objective frechet needs features: name a function in objective.features, or give the "
             "Problem some"
         )
     return Frechet(features)
+
+
+def _of_samples(features: Callable[[Tensor], Tensor], problem: Problem) -> Any:
+    """A study's feature function as one of samples: latents are decoded first."""
+    decode = problem.decode
+    return features if decode is None else lambda x: features(decode(x)).to(x.device)

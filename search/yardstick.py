@@ -26,27 +26,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 
 Array = NDArray[np.float64]
 Statistic = Literal["geometric", "mean", "median", "trimmed", "backward"]
 FLOOR = 1e-20
 """An error below this counts as this: logarithms stay finite where two samples are equal."""
 
+Number = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+"""A number whose JSON form is null where it is not finite."""
+
 _NORMAL95 = 1.959964
 _TRIMMED = {"geometric": 0.01, "trimmed": 0.05}
 
 
 def level(errors: Array, statistic: Statistic, gain: Array | None = None) -> float:
-    """One number for the errors of a schedule, in their own unit.
+    """One number for per-sample errors (N,), >= 0 for "geometric", in their own unit.
 
-    Args:
-        errors: per-sample errors, shape (N,); >= 0 for "geometric".
-        statistic: see the module docstring.
-        gain: the teacher's squared gain of every sample, for "backward".
+    "backward" needs the teacher's squared `gain` of every sample.
     """
     if statistic == "median":
         return float(np.median(errors))
@@ -62,11 +63,11 @@ def level(errors: Array, statistic: Statistic, gain: Array | None = None) -> flo
     return math.exp(inner) if statistic == "geometric" else inner
 
 
-def comparable(errors: Array, statistic: Statistic, gain: Array | None = None) -> Array:
+def comparable(errors: Array, statistic: Statistic) -> Array:
     """Per-sample numbers whose paired differences say which schedule is better, shape (N,)."""
     if statistic in ("geometric", "median"):
         return np.log(np.maximum(errors, FLOOR))
-    return errors / np.maximum(gain, FLOOR) if gain is not None else errors
+    return errors
 
 
 def tail_index(errors: Array, share: float = 0.02) -> float:
@@ -93,14 +94,9 @@ def geometric_ratio(a: Array, b: Array) -> tuple[float, tuple[float, float]]:
 def bootstrap_ratio(
     a: Array, b: Array, of: Any, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of of(a) / of(b), both resampled at the same samples.
+    """95 % percentile interval of of(a) / of(b), errors (N,) resampled at the same samples.
 
-    Args:
-        a: per-sample errors of one schedule, (N,).
-        b: those of the other on the same samples.
-        of: (errors, axis=...) -> statistic along an axis, such as `np.mean`.
-        resamples: number of resamples.
-        seed: of the resampling.
+    `of` is a statistic of errors, such as `np.mean`.
     """
 
     def score(errors: Array, at: NDArray[np.intp]) -> float:
@@ -144,51 +140,32 @@ def q90(errors: Array) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two schedules on the same fresh samples: found, and what it is compared with.
+    """Two schedules on the same fresh samples: the errors of the one found over the other's.
 
-    Args:
-        samples: how many.
-        geometric: ratio of geometric means.
-        interval: its 95 % interval.
-        median: ratio of medians, as the next are of their statistics.
-        mean: of means.
-        mean_interval: 95 % by bootstrap; None where the tail index is below 2, so that a mean has
-            no standard error.
-        q90: of 90 % quantiles.
-        q99: of 99 % quantiles.
-        share_worse: share of samples whose error is larger with the found schedule.
-        worst_share: share of the found schedule's mean that its worst sample carries.
-        tail_index: of the found schedule's errors.
+    `geometric` (with its 95 % `interval`), `median`, `mean`, `q90` and `q99` are ratios of these
+    statistics; `mean_interval`, 95 % by bootstrap, is None where the tail index is below 2, so
+    that a mean has no standard error. `share_worse` of the samples have a larger error with the
+    found schedule; its worst sample carries `worst_share` of its mean; `tail_index` is the lower
+    of the two schedules'.
     """
 
     samples: int
-    geometric: float
+    geometric: Number
     interval: tuple[float, float]
-    median: float
-    mean: float
+    median: Number
+    mean: Number
     mean_interval: tuple[float, float] | None
-    q90: float
-    q99: float
-    share_worse: float
-    worst_share: float
-    tail_index: float
+    q90: Number
+    q99: Number
+    share_worse: Number
+    worst_share: Number
+    tail_index: Number
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; no number that JSON lacks."""
         return {
             k: v if v is None or np.isfinite(v).all() else None for k, v in asdict(self).items()
         }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Comparison:
-        """Read the JSON form."""
-        read: dict[str, Any] = {}
-        for name, value in data.items():
-            if name in ("interval", "mean_interval"):
-                read[name] = None if value is None else tuple(value)
-            else:
-                read[name] = math.inf if value is None else value
-        return cls(**read)
 
 
 def compare(a: Array, b: Array, *, resamples: int = 1000, seed: int = 0) -> Comparison:

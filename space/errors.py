@@ -21,6 +21,11 @@ class StudyError(FewstepError, ValueError):
     """A study file, a search option or an output folder that cannot be used."""
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an exception says, in one line; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def need(condition: bool, message: str) -> None:
     """Raise a ScheduleError with this message unless the condition holds."""
     if not condition:

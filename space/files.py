@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +97,24 @@ def save_schedule(schedule: Any, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     text = json.dumps(schedule.to_dict(), indent=1, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     constant = getattr(schedule, "constant", None)
     if constant is not None and schedule.uses_constant:
         from safetensors.torch import save
 
-        # By its bytes: `save_file` makes files that nobody else may read.
         image = save({"constant": constant.detach().cpu().contiguous()})
-        _replace(path.with_suffix(".safetensors"), lambda p: p.write_bytes(image))
-    _replace(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
-    return path
+        write_whole(path.with_suffix(".safetensors"), image)
+    return write_text(path, text + "\n")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def write_text(path: Path, text: str) -> Path:
+    """See `write_whole`."""
+    return write_whole(path, text.encode())
+
+
+def write_whole(path: Path, data: bytes) -> Path:
+    """Write a file whole or not at all: to a temporary name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
+    temporary.write_bytes(data)  # not by `save_file`, which makes files that nobody else may read
     temporary.replace(path)
+    return path

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,19 @@ from fewstep.space.noise import NoiseSchedule, finite_lam
 from fewstep.space.program import Program, ProgramSchedule, at_times, written_out
 from fewstep.space.schedule import OdeSchedule
 
-__all__ = ["grown", "widened"]
+__all__ = ["grown", "widened", "with_calls"]
+
+
+def with_calls(schedule: Any, nfe: int) -> Any:
+    """A schedule of any kind that gives the same samples in `nfe` calls; None if there is none."""
+    if getattr(schedule, "first", None) == "mean" and schedule.constant is None:
+        return None
+    if isinstance(schedule, OdeSchedule | ProgramSchedule) and schedule.nfe < nfe:
+        try:
+            return grown(schedule, nfe)
+        except ScheduleError:
+            return None
+    return schedule if schedule.nfe == nfe else None
 
 
 def grown(schedule: OdeSchedule | ProgramSchedule, nfe: int) -> OdeSchedule | ProgramSchedule:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fewstep.experiments.cli.programs import asked
-from fewstep.samplers import from_model, run, sample, start
+from fewstep.predictors.levenberg import levenberg
+from fewstep.samplers import from_model, run, run_candidates, sample, start
 from fewstep.samplers.denoiser import Networks, bcast
 from fewstep.samplers.replay import Replay
-from fewstep.search.strategies.gauss_newton import Batch, Fit, levenberg
+from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.space import (
     ModelError,
     ProgramSchedule,
@@ -158,9 +159,11 @@ def test_stacked_candidates_with_other_stages_and_shared_prefixes_are_those_run_
     alone = [sample(s, denoiser, z(), cond=COND) for s in many]
     paid = sum(sizes)
     sizes.clear()
-    program = stack([s.program for s in many])
-    for share in (False, True):
-        together = run(program, denoiser, z(), cond=COND, share=share)
+    programs = [s.program for s in many]
+    for together in (
+        run(stack(programs), denoiser, z(), cond=COND),
+        run_candidates(programs, denoiser, z(), cond=COND),
+    ):
         for a, b in zip(alone, together, strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-12)
     assert sum(sizes) < 2 * paid  # the first and last have calls in common

@@ -12,7 +12,7 @@ from fewstep.experiments.__main__ import main
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
 from fewstep.search.family import family_of
-from fewstep.search.preparing import evaluator_spec
+from fewstep.search.problem import load_problem
 from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Evaluator
 from fewstep.space import FewstepError, ScheduleError, StudyError, load_schedule
@@ -193,8 +193,7 @@ def test_a_prompt_leaves_fewer_positions_to_decide(tmp_path):
 
 
 def test_blocks_of_another_size_give_masked_sequences_the_same_scores(tmp_path):
-    spec = evaluator_spec(load_study(write_drawn(tmp_path, "masked")))
-    evaluator = Evaluator.from_spec(spec)
+    evaluator = Evaluator.of(load_study(write_drawn(tmp_path, "masked")))
     family = family_of(evaluator.problem)
     schedule = family.named(3)["linear"]
     parts = {}
@@ -326,7 +325,7 @@ def test_a_schedule_of_another_kind_or_length_is_refused_in_one_line(finished, t
 
 def test_a_file_with_a_changing_strength_needs_densities(tmp_path, capsys):
     study = write_drawn(tmp_path, "particles")
-    problem = evaluator_spec(load_study(study)).model.load()
+    problem = load_problem(load_study(study))
     schedule = family_of(problem).named(3)["target_score+systematic/logsnr/euler"]
     data = schedule.to_dict()
     data["steps"][1]["b"] = 1.5
@@ -366,7 +365,7 @@ def test_a_model_that_fails_on_one_schedule_is_a_row_and_a_schedule_that_does_no
     tmp_path,
 ):
     """An exception of the model is its candidate's status; the others are scored."""
-    evaluator = Evaluator.from_spec(evaluator_spec(load_study(write_drawn(tmp_path, "masked"))))
+    evaluator = Evaluator.of(load_study(write_drawn(tmp_path, "masked")))
     fine = family_of(evaluator.problem).named(3)["uniform"]
     other = type(fine).from_counts([3, 1, 1])
     plain = evaluator.problem.denoiser
@@ -390,4 +389,4 @@ def test_a_model_that_fails_on_one_schedule_is_a_row_and_a_schedule_that_does_no
 def test_a_factory_of_something_else_is_told_what_a_problem_is(tmp_path):
     study = write_drawn(tmp_path, "joint")
     with pytest.raises(StudyError, match="returned Tensor: it must return a Problem, MaskedProb"):
-        Evaluator.from_spec(evaluator_spec(load_study(study)))
+        Evaluator.of(load_study(study))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.samplers import from_model, run, sample, start
+from fewstep.samplers import from_model, run, run_candidates, sample, start
 from fewstep.samplers.asking import prefix_groups
 from fewstep.space import ModelError, OdeSchedule, ScheduleError, StepSpec, stack
 from fewstep.space import noise as noises
@@ -56,9 +56,10 @@ def test_candidates_with_equal_prefixes_share_calls_and_nothing_else_changes():
             return model(x, t)
 
     x = z(dtype=torch.float64)
-    program = stack([a.program, b.program, c.program])
+    programs = [a.program, b.program, c.program]
+    program = stack(programs)
     assert prefix_groups(program) == [[0, 0, 0], [0, 0, 2], [0, 0, 2], [0, 0, 2], [0, 1, 2]]
-    shared = run(program, Counting(), x, share=True)
+    shared = run_candidates(programs, Counting(), x)
     assert counted == [4, 8, 8, 8, 12]
     assert torch.allclose(shared, run(program, Counting(), x), rtol=0, atol=1e-12)
     guided = stack([s.model_copy(update={"steps": tuple(t.model_copy(update={"guidance": g}) for t in s.steps)}).program for s, g in ((a, 1.0), (a, 2.0))])  # noqa: E501  # fmt: skip
@@ -233,7 +234,7 @@ def test_a_candidate_that_diverges_does_not_spoil_its_batch():
     a = baseline("ddim/time", VP, 3)
     b = OdeSchedule(noise=VP, times=(0.5, 0.3, 0.2, 0.001), steps=a.steps)
     model = from_model(lambda x, t: net(x, t) / (t.reshape(-1, 1, 1, 1) != 0.5), VP, "eps")
-    out = run(stack([a.program, b.program]), model, z(), check=False)
+    out = run_candidates([a.program, b.program], model, z())
     assert bool(torch.isfinite(out[0]).all())
     assert not bool(torch.isfinite(out[1]).all())
 
@@ -301,8 +302,8 @@ def test_what_calls_need_is_on_the_device_before_the_loop():
     noise, counts = VP, {}
     for nfe in (3, 9):
         names = ("ddim/time", "dpmpp2m/time", "unipc2-bh2/edm")
-        program = stack([baseline(name, noise, nfe).program for name in names])
-        guided = replace(program, guidance=torch.linspace(2, 3, 3 * nfe).reshape(3, nfe).double())
+        scales = torch.linspace(2, 3, 3 * nfe).reshape(3, nfe).double()
+        guided = [replace(baseline(n, noise, nfe).program, guidance=w) for n, w in zip(names, scales, strict=True)]  # noqa: E501  # fmt: skip
         moves, inside = _Moves(), []
 
         class Meta:
@@ -312,7 +313,7 @@ def test_what_calls_need_is_on_the_device_before_the_loop():
                 return x * t.reshape(-1, 1).to(x.dtype)
 
         with moves:
-            run(guided, Meta(), torch.zeros(4, 2, device="meta"), check=False, share=True)
+            run_candidates(guided, Meta(), torch.zeros(4, 2, device="meta"))
         assert inside == [inside[0]] * nfe
         assert moves.count == inside[0]
         counts[nfe] = moves.count
@@ -321,7 +322,7 @@ def test_what_calls_need_is_on_the_device_before_the_loop():
 
 def test_a_denoiser_says_how_many_images_a_call_of_it_should_hold():
     noise, held = VP, []
-    program = stack([baseline(f"ddim/{g}", noise, 3).program for g in ("time", "edm", "logsnr")])
+    programs = [baseline(f"ddim/{g}", noise, 3).program for g in ("time", "edm", "logsnr")]
 
     class Small:
         piece = 9
@@ -331,5 +332,5 @@ def test_a_denoiser_says_how_many_images_a_call_of_it_should_hold():
             return 0.5 * x
 
     x = torch.randn(4, 2)
-    run(program, Small(), x, share=True)
+    run_candidates(programs, Small(), x)
     assert held == [4, 8, 4, 8, 4]

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fewstep.samplers import sample, start
+from fewstep.samplers.problems import conditions
+from fewstep.samplers.sample_noise import noise_of
 from fewstep.search.config import load_study
 from fewstep.search.family import family_of
-from fewstep.search.preparing import evaluator_spec
-from fewstep.search.problem import ModelSpec, conditions, noise_of
+from fewstep.search.problem import load_problem
 from fewstep.search.scoring import assemble
 from fewstep.search.work import Block, Evaluator, cut
 from fewstep.space import ModelError, OdeSchedule, StepSpec, StudyError
@@ -20,7 +21,7 @@ def make(tmp_path):
     def made(**arguments):
         path = write_study(tmp_path)
         config = load_study(path, [f"model.{k}={v!r}".lower() for k, v in arguments.items()])
-        evaluator = Evaluator.from_spec(evaluator_spec(config))
+        evaluator = Evaluator.of(config)
         noise = evaluator.problem.denoiser.noise
         teacher = baseline("dpmpp3m/logsnr", noise, 32)
         z = noise_of(0, "search", range(16), evaluator.problem.shape)
@@ -134,7 +135,7 @@ def test_what_the_model_raises_is_pinned_on_the_candidate_that_meets_it(make, ra
 def test_a_fault_of_the_executor_is_no_candidates_status(make, monkeypatch):
     evaluator = make()
     schedule = baseline("ddim/time", evaluator.problem.denoiser.noise, 3)
-    monkeypatch.setattr("fewstep.search.work.stack", lambda programs: programs[7])
+    monkeypatch.setattr("fewstep.samplers.ode.stack", lambda programs: programs[7])
     with pytest.raises(IndexError):
         Block((schedule,), "search", 0, 4).run(evaluator)
 
@@ -156,10 +157,9 @@ def test_schedules_with_the_time_shift_run_like_all_others(make):
 
 @pytest.mark.parametrize("broken", ["shape", "nan"])
 def test_a_broken_model_raises_when_the_task_is_strict(make, broken, tmp_path):
-    spec = ModelSpec("tiny_model:problem", {"broken": broken}, str(tmp_path))
-    write_study(tmp_path)
+    config = load_study(write_study(tmp_path), [f"model.broken={broken}"])
     good = make()
-    evaluator = Evaluator(spec.load(), good.objective, 0)
+    evaluator = Evaluator(load_problem(config), good.objective, 0)
     schedule = baseline("ddim/time", good.problem.denoiser.noise, 3)
     with pytest.raises(ModelError):
         Block((schedule,), "search", 0, 4, "samples", strict=True).run(evaluator)
@@ -176,9 +176,10 @@ def test_a_broken_model_raises_when_the_task_is_strict(make, broken, tmp_path):
     ],
 )
 def test_a_wrong_factory_is_one_line(tmp_path, factory, arguments, message):
-    write_study(tmp_path)
+    given = [f"model.{k}={v}" for k, v in {"factory": factory, **arguments}.items()]
+    config = load_study(write_study(tmp_path), given)
     with pytest.raises(StudyError) as error:
-        ModelSpec(factory, arguments, str(tmp_path)).load()
+        load_problem(config)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -196,7 +197,6 @@ def test_a_network_in_a_lower_precision_and_compiled_is_the_same_search_to_that_
     import torch
 
     from fewstep.search.config import load_study
-    from fewstep.search.preparing import evaluator_spec
     from fewstep.space import StudyError
     from tests.studies import write_study
 
@@ -214,8 +214,7 @@ def test_a_network_in_a_lower_precision_and_compiled_is_the_same_search_to_that_
     x, t = torch.randn(4, 2), torch.full((4,), 0.5, dtype=torch.float64)
 
     def answer(*settings):
-        spec = evaluator_spec(load_study(study, [factory, *settings]))
-        return spec.model.load().denoiser(x, t)
+        return load_problem(load_study(study, [factory, *settings])).denoiser(x, t)
 
     plain = answer()
     assert torch.equal(answer("search.compile=eager"), plain)

@@ -4,12 +4,11 @@ import os
 
 import pytest
 
-from fewstep.search.config import SearchTable, load_study
+from fewstep.search.config import load_study
 from fewstep.search.display import Display
 from fewstep.search.pool import RayPool, SerialPool
-from fewstep.search.preparing import evaluator_spec
 from fewstep.search.run import search
-from fewstep.search.work import Block, cut
+from fewstep.search.work import Block, Evaluator, cut
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 
@@ -25,21 +24,22 @@ def _run(pool, evaluator_noise, samples=8, size=4, count=10):
     return {i: r for i, r in enumerate(pool.map(blocks))}
 
 
-def _pool(spec, workers=2, display=None, **settings):
-    return RayPool(spec, SearchTable(nfe=(3,), workers=workers, **settings), display=display)
+def _pool(config, workers=2, display=None, **settings):
+    search = config.search.model_copy(update={"workers": workers, **settings})
+    return RayPool(config.model_copy(update={"search": search}), display=display)
 
 
 def _setup(tmp_path, **arguments):
     path = write_study(tmp_path)
     config = load_study(path, [f"model.{k}={v}" for k, v in arguments.items()])
-    spec = evaluator_spec(config)
-    return spec, SerialPool(spec), spec.model.load().denoiser.noise
+    evaluator = Evaluator.of(config)
+    return config, SerialPool(evaluator), evaluator.problem.denoiser.noise
 
 
 def test_workers_give_the_same_numbers_as_one_process(tmp_path):
-    spec, serial, noise = _setup(tmp_path)
+    config, serial, noise = _setup(tmp_path)
     expected = _run(serial, noise)
-    pool = _pool(spec)
+    pool = _pool(config)
     try:
         found = _run(pool, noise)
     finally:
@@ -52,8 +52,8 @@ def test_workers_give_the_same_numbers_as_one_process(tmp_path):
 def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path):
     trap = tmp_path / "trap"
     trap.touch()
-    spec, _, noise = _setup(tmp_path, broken=f"die of {trap}")
-    pool = _pool(spec, retries=1)
+    config, _, noise = _setup(tmp_path, broken=f"die of {trap}")
+    pool = _pool(config, retries=1)
     try:
         found = _run(pool, noise)
     finally:
@@ -63,8 +63,8 @@ def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path):
 
 
 def test_a_block_that_hangs_is_a_status_not_a_hang(tmp_path):
-    spec, _, noise = _setup(tmp_path, broken="hang")
-    pool = _pool(spec, timeout=1.0)
+    config, _, noise = _setup(tmp_path, broken="hang")
+    pool = _pool(config, timeout=1.0)
     try:
         found = _run(pool, noise, samples=4, size=2, count=2)
     finally:
@@ -92,10 +92,10 @@ class _Heard(Display):
 
 def test_groups_come_when_they_are_whole_and_long_work_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("fewstep.search.pool._LOOK", 0.2)
-    spec, serial, noise = _setup(tmp_path, broken="slow")
+    config, serial, noise = _setup(tmp_path, broken="slow")
     ddim = [next(iter(named(noise, 3).values()))]
     works = {n: Block.cover(ddim, "search", range(4 * n), 4 * n, want="samples") for n in (8, 1)}
-    pool = _pool(spec, display=(display := _Heard()))
+    pool = _pool(config, display=(display := _Heard()))
     try:
         found = dict(pool.map_groups(works))
     finally:

@@ -8,10 +8,10 @@ import optuna
 import pytest
 import torch
 
-from fewstep.samplers import run
+from fewstep.samplers import run, run_candidates
 from fewstep.search.strategies import STRATEGIES, Evaluated, Proposer, S3Sampler, suggest
 from fewstep.search.strategies.s3 import expected_improvement
-from fewstep.space import StudyError, stack
+from fewstep.space import StudyError
 from fewstep.space.baselines import baseline
 from fewstep.space.domain import OdeDomain
 from fewstep.space.noise import VPLinear
@@ -32,7 +32,7 @@ def teacher() -> tuple[torch.Tensor, torch.Tensor]:
 def score(schedules) -> list[float]:
     """Endpoint MSE on the exact two-mode mixture."""
     x, end = teacher()
-    y = run(stack([s.program for s in schedules]), two_modes(NOISE), x, check=False)
+    y = run_candidates([s.program for s in schedules], two_modes(NOISE), x)
     return [float(v) for v in ((y - end) ** 2).mean((1, 2)).nan_to_num(nan=float("inf"))]
 
 

@@ -9,7 +9,6 @@ import pytest
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.search.family import family_of
-from fewstep.search.preparing import evaluator_spec
 from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Evaluator, cut
 from fewstep.space import FewstepError, load_schedule
@@ -25,7 +24,7 @@ def _search(folder, kind, *overrides):
 
 
 def _evaluator(folder, kind):
-    return Evaluator.from_spec(evaluator_spec(load_study(write_drawn(folder, kind))))
+    return Evaluator.of(load_study(write_drawn(folder, kind)))
 
 
 def _exact(folder):

@@ -10,7 +10,7 @@ import torch
 
 from fewstep.samplers import sample, start
 from fewstep.search.config import load_study
-from fewstep.search.preparing import evaluator_spec
+from fewstep.search.problem import load_problem
 from fewstep.space import load_schedule
 
 pytest.importorskip("diffusers")
@@ -79,7 +79,7 @@ def run(capsys, *arguments) -> str:
 
 
 def problem_of(study):
-    return evaluator_spec(load_study(study)).model.load()
+    return load_problem(load_study(study))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from fewstep.search.config import FinalTable
 from fewstep.search.objective import EndpointMSE, Paired, ratio, score_interval
@@ -92,7 +93,7 @@ def test_a_mean_has_no_interval_where_its_tail_index_is_below_two():
 def test_a_comparison_reads_back_from_its_json_form():
     rng = np.random.default_rng(5)
     found = compare(heavy(rng, 300), heavy(rng, 300))
-    again = Comparison.from_dict(json.loads(json.dumps(found.to_dict())))
+    again = TypeAdapter(Comparison).validate_python(json.loads(json.dumps(found.to_dict())))
     assert again == found
     same = compare(np.zeros(30), np.zeros(30))
     assert same.geometric == 1.0
@@ -140,10 +141,7 @@ class Scores:
             errors = self.rows[stream][s.digest][:samples]
             score = EndpointMSE().score(errors[:, None], errors[:, None])
             out.append(Result(score, "ok", "", errors, errors[:, None], samples=samples))
-        return out
-
-    def wait(self, batch):
-        return batch
+        return lambda: out
 
 
 def judged(rows, *, samples=512, most=None, named=2):
@@ -160,7 +158,7 @@ def judged(rows, *, samples=512, most=None, named=2):
         lambda stream, n: np.zeros((n, 1)),
         0,
     )
-    verdict = judge.verdict(5, known, named, teacher_self_error=None, calls_spent=0)
+    verdict = judge.verdict(5, known, named)
     return verdict, scorer
 
 
@@ -220,9 +218,9 @@ def test_one_corrupted_sample_changes_no_decision_of_a_race(spoilt):
     rows = factors[:, None] * heavy(rng, 256) * rng.lognormal(sigma=0.3, size=(5, 256))
 
     class Racing(Scores):
-        def submit(self, schedules, stream, samples, *, measures=False, before=None):
+        def submit(self, schedules, stream, samples, *, before=None, needed=None):
             picked = [self.rows[i][:samples] for i in schedules]
-            return [
+            return lambda: [
                 Result(level(e, "geometric"), "ok", "", e, e[:, None], samples=samples)
                 for e in picked
             ]

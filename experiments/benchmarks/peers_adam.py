@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.experiments.benchmarks.peers_forms import Form
-from fewstep.samplers import Denoiser, run
+from fewstep.samplers import Denoiser, run_candidates
 from fewstep.search.display import Display
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import Program
@@ -71,7 +71,7 @@ class AdamFit:
 def sample_errors(program: Program, denoiser: Denoiser, batch: Batch, x_T: Tensor) -> Tensor:
     """Mean squared error of every sample to its target, shape (n,)."""
     cond = dict(batch.cond) or None
-    y = run(program, denoiser, x_T, cond=cond, guidance=batch.guidance, check=False)
+    y = run_candidates([program], denoiser, x_T, cond=cond, guidance=batch.guidance)[0]
     return (y - batch.target.to(y)).square().flatten(1).mean(1)
 
 

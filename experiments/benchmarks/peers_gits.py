@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.samplers import Denoiser, run
+from fewstep.samplers import Denoiser, sample
 from fewstep.samplers.ode import Progress
 from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import OdeSchedule
@@ -46,14 +46,8 @@ def trajectory(
         outputs.append(progress.denoised.flatten(1).double())
 
     with torch.no_grad():
-        end = run(
-            teacher.program,
-            denoiser,
-            batch.x_T,
-            cond=dict(batch.cond) or None,
-            guidance=batch.guidance,
-            callback=keep,
-        )
+        cond, scale = dict(batch.cond) or None, batch.guidance
+        end = sample(teacher, denoiser, batch.x_T, cond=cond, guidance=scale, callback=keep)
     alpha = noise.alpha(torch.tensor(times, dtype=torch.float64))
     z = torch.stack([*states, end.flatten(1).double()]) / alpha[:, None, None]
     return times, z, torch.stack(outputs)

@@ -28,12 +28,12 @@ from torch.nn import functional
 from fewstep.experiments.benchmarks.search import Landscape, problem
 from fewstep.experiments.models import train_digits, train_fashion
 from fewstep.samplers import Problem
+from fewstep.samplers.pictures import contact_sheet
 from fewstep.search.objective import frechet_distance
-from fewstep.search.record import write_text
-from fewstep.search.report import contact_sheet
 from fewstep.search.yardstick import geometric_ratio, level
 from fewstep.space import OdeSchedule, ProgramSchedule, load_schedule
 from fewstep.space.baselines import named
+from fewstep.space.files import write_text
 
 FIRST = 3_000_000
 """Index of the first sample: far from what searches and other benchmarks use."""
@@ -50,7 +50,7 @@ REAL: dict[str, Callable[[], Tensor]] = {
 """Real images by model, in the form of its samples; the galaxy network's are not at hand."""
 
 
-class Bench:
+class ImageBench:
     """A model with its reference on fresh noise, and on other noise to choose by."""
 
     def __init__(self, a: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ class Bench:
 def run(a: argparse.Namespace) -> None:
     """Measure the numbers of calls that have no file yet."""
     todo = [nfe for nfe in a.nfe if not _path(a, nfe).is_file()]
-    bench = Bench(a) if todo else None
+    bench = ImageBench(a) if todo else None
     for nfe in todo:
         assert bench is not None
         rows, base = [], None
@@ -150,7 +150,7 @@ def table(a: argparse.Namespace) -> None:
 def picture(a: argparse.Namespace) -> None:
     """One row of images per sampler, the same noise in each column."""
     a.fresh, (nfe, *_) = a.columns, a.nfe
-    bench = Bench(a)
+    bench = ImageBench(a)
     rows = []
     for row, (name, schedule) in bench.samplers(nfe, a.found).items():
         rows.append((f"{row}: {name}\n{nfe} calls", bench.fresh.drawn([schedule])[0]))

@@ -33,15 +33,14 @@ import torch
 from torch import Tensor
 
 from fewstep.experiments.models import mixtures
-from fewstep.samplers import Problem, run, start
-from fewstep.search.record import write_text
+from fewstep.samplers import Problem, run_candidates, start
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import FewstepError
-from fewstep.space.files import load_schedule
+from fewstep.space.files import load_schedule, write_text
 from fewstep.space.noise import NoiseSchedule
-from fewstep.space.program import Program, ProgramSchedule, stack
+from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
 TEACHER = "dpmpp3m/logsnr"
@@ -81,24 +80,15 @@ class Landscape:
         ]
         self._z = torch.from_numpy(np.stack(rows)).float()
         teacher = baseline(TEACHER, self.noise, self.teacher_calls)
-        self.teacher = self._run(teacher.program, start(teacher, self._z))
+        (self.teacher,) = self._run([teacher.program], start(teacher, self._z))
 
     @torch.no_grad()
-    def _run(self, program: Program, x_T: Tensor, m: Tensor | None = None) -> Tensor:
+    def _run(self, programs: list[Program], x_T: Tensor, m: Tensor | None = None) -> Tensor:
         made = []
         for rows in torch.arange(len(x_T)).split(BLOCK):
             cond = None if self._cond is None else {k: v[rows] for k, v in self._cond.items()}
-            guidance = self.problem.guidance
-            x = run(
-                program,
-                self.problem.denoiser,
-                x_T[rows],
-                cond=cond,
-                guidance=guidance,
-                m=m,
-                check=False,
-            )
-            made.append(x)
+            more: dict[str, Any] = {"cond": cond, "guidance": self.problem.guidance, "m": m}
+            made.append(run_candidates(programs, self.problem.denoiser, x_T[rows], **more))
         return torch.cat(made, dim=-len(self.problem.shape) - 1)
 
     def per_sample(self, schedules: Sequence[OdeSchedule | ProgramSchedule]) -> np.ndarray:
@@ -116,8 +106,8 @@ class Landscape:
 
     def drawn(self, schedules: Sequence[OdeSchedule | ProgramSchedule]) -> Tensor:
         """What schedules of one start make of the noise, shape (M, samples, *shape)."""
-        program = stack([s.program for s in schedules])
-        return self._run(program, start(schedules[0], self._z), schedules[0].constant)
+        programs = [s.program for s in schedules]
+        return self._run(programs, start(schedules[0], self._z), schedules[0].constant)
 
     def score(self, schedules: Sequence[OdeSchedule]) -> np.ndarray:
         """Mean over samples, shape (M,)."""

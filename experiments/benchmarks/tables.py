@@ -18,14 +18,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.search.record import write_text
+from fewstep.space.files import write_text
 
 BENCH = "python -P -m fewstep.experiments.benchmarks."
 STUDIES = "experiments/studies/"
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """A title, what is said under it, and the commands; the last one prints the table."""
 
     title: str
@@ -40,7 +40,7 @@ def _search(study: str, folder: str) -> str:
 _QUALITY = "quality run --nfe 3 4 5 6 8 10"
 
 TABLES = {
-    "a": Table(
+    "a": ResultTable(
         "Quality against network calls",
         "The best named solver on its best grid, the scheduler that the pipeline came with, the "
         "schedule found where one was searched for, and the reference.",
@@ -52,12 +52,12 @@ TABLES = {
             f"{BENCH}quality table",
         ),
     ),
-    "b": Table(
+    "b": ResultTable(
         "Guidance 1 to 7.5",
         "Digits; dynamic compensation of one solver at each scale.",
         (_search("digits_guidance", "guidance"), "fewstep report runs/results/guidance"),
     ),
-    "c": Table(
+    "c": ResultTable(
         "What each part of refinement is worth",
         "Digits at 5 calls, one seed; ratios to the best named solver.",
         (
@@ -65,7 +65,7 @@ TABLES = {
             f"{BENCH}refine report --out runs/results/refine",
         ),
     ),
-    "d": Table(
+    "d": ResultTable(
         "Search strategies at equal numbers of candidates",
         "Digits, three seeds.",
         (
@@ -73,17 +73,17 @@ TABLES = {
             f"{BENCH}search report --out runs/results/search",
         ),
     ),
-    "e": Table(
+    "e": ResultTable(
         "Masked sampling: what skipping empty steps saves",
         "The molecule model.",
         (f"{BENCH}masked time",),
     ),
-    "f": Table(
+    "f": ResultTable(
         "Weighted particles",
         "Forty Gaussians in the plane, annealed to temperature 1/3.",
         (f"{BENCH}particles table",),
     ),
-    "g": Table(
+    "g": ResultTable(
         "Transfer",
         "The schedule of 5 calls found on digits at guidance 1, used elsewhere.",
         (
@@ -91,12 +91,12 @@ TABLES = {
             f"{BENCH}transfer runs/results/digits/schedules/nfe05.json",
         ),
     ),
-    "h": Table(
+    "h": ResultTable(
         "What the loop costs beside the network",
         "The galaxy network; times are ratios within one run.",
         (f"{BENCH}executor",),
     ),
-    "i": Table(
+    "i": ResultTable(
         "Peers",
         "Digits at 5 calls.",
         (
@@ -109,7 +109,7 @@ TABLES = {
 }
 
 
-def make(letter: str, table: Table, out: Path) -> None:
+def make(letter: str, table: ResultTable, out: Path) -> None:
     """Run a table's commands and keep what the last one printed.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.samplers import Problem, run
+from fewstep.samplers import Problem, run, run_candidates
 from fewstep.samplers.asking import prefix_groups
 from fewstep.space import stack
 from fewstep.space.domain import OdeDomain
@@ -42,11 +42,11 @@ def measure(name: str, nfe: int, size: int, samples: int, repeats: int) -> dict[
     together = stack(programs)
     z = torch.randn(samples, *problem.shape, generator=torch.Generator().manual_seed(0))
     cond = None if problem.cond is None else problem.cond(torch.arange(samples))
-    settings: dict[str, Any] = {"cond": cond, "guidance": problem.guidance, "check": False}
+    settings: dict[str, Any] = {"cond": cond, "guidance": problem.guidance}
     ways: dict[str, Callable[[], object]] = {
         "one by one": lambda: [run(p, problem.denoiser, z, **settings) for p in programs],
         "batched": lambda: run(together, problem.denoiser, z, **settings),
-        "shared": lambda: run(together, problem.denoiser, z, **settings, share=True),
+        "shared": lambda: run_candidates(programs, problem.denoiser, z, **settings),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with torch.no_grad():

@@ -20,13 +20,14 @@ import numpy as np
 
 from fewstep.experiments.cli.importance import DECISIONS, Effect, effects, swaps
 from fewstep.experiments.cli.rescore import rescore
+from fewstep.samplers.pictures import save_figure
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.record import write_text
-from fewstep.search.report import number, save_figure
+from fewstep.search.report import number
 from fewstep.search.verdict import FRESH
 from fewstep.search.work import Evaluator
 from fewstep.space.errors import StudyError
+from fewstep.space.files import write_text
 from fewstep.space.schedule import OdeSchedule
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.experiments.cli.explain import Loaded
 from fewstep.experiments.cli.rescore import load_evaluator, rescore
 from fewstep.samplers import AnyProblem, Problem
-from fewstep.search import report
+from fewstep.samplers.pictures import contact_sheet
 from fewstep.search.config import StudyConfig
 from fewstep.search.family import family_of
 from fewstep.search.work import Block, Evaluator
@@ -45,7 +45,7 @@ def sheet(path: Path, x: Tensor, problem: AnyProblem, label: str) -> Path:
     padded = torch.cat([x, x.min().expand(full - len(x), *x.shape[1:])]) if full > len(x) else x
     rows = [(label if k == 0 else "", padded[k : k + COLUMNS]) for k in range(0, full, COLUMNS)]
     plain = problem.picture is None and not isinstance(problem, Problem)
-    if plain or report.contact_sheet(path, rows, problem.picture) is None:
+    if plain or contact_sheet(path, rows, problem.picture) is None:
         raise StudyError(
             f"samples of shape {tuple(x.shape[1:])} are no images: give "
             f"{type(problem).__name__} a picture"

@@ -48,7 +48,7 @@ class Destination:
 
     def write(self, ending: str, text: str) -> list[Path]:
         """Write one file; the list of it."""
-        from fewstep.search.record import write_text
+        from fewstep.space.files import write_text
 
         return [write_text(self.folder / f"{self.stem}{ending}", text)]
 
@@ -149,9 +149,9 @@ def write_named(name: str, study: Path, nfe: int, out: Path | None) -> Path | st
     """
     from fewstep.search.config import load_study
     from fewstep.search.family import family_of
-    from fewstep.search.preparing import evaluator_spec
+    from fewstep.search.problem import load_problem
 
-    found = family_of(evaluator_spec(load_study(study)).model.load()).named(nfe)
+    found = family_of(load_problem(load_study(study))).named(nfe)
     if name == "list":
         return "\n".join(found)
     if name not in found:

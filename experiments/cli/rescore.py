@@ -19,7 +19,6 @@ from fewstep.search.display import Display
 from fewstep.search.family import family_of
 from fewstep.search.objective import Objective, Paired
 from fewstep.search.pool import SerialPool
-from fewstep.search.preparing import evaluator_spec
 from fewstep.search.scoring import assemble
 from fewstep.search.teacher import Teacher
 from fewstep.search.work import Block, Evaluator, Result, cut
@@ -97,7 +96,7 @@ def rescore(
     display = display or Display()
     family, objective, seed = family_of(evaluator.problem), evaluator.objective, config.search.seed
     members, block = config.search.block
-    pool = SerialPool(evaluator_spec(config), evaluator)
+    pool = SerialPool(evaluator)
     held = samples if held is None else max(held, samples)
     weight = family.per_sample
     total = weight * samples * sum(s.nfe for s in schedules)
@@ -105,8 +104,7 @@ def rescore(
         family.check(schedule, "a schedule")
     reference = np.zeros((samples, 0))
     if family.has_teacher:
-        more: dict[str, Any] = {"seed": seed, "block": block, "advance": display.advance}
-        teacher = Teacher(evaluator.ode, config.teacher, pool, cache, **more)
+        teacher = Teacher(evaluator.ode, config, pool, cache, display.advance)
         display.total(held * config.teacher.nfe + total)
         display.stage(f"teacher, {config.teacher.nfe} calls")
         endpoints = teacher.reference(stream, held)[:samples]
@@ -134,4 +132,4 @@ def load_evaluator(config: StudyConfig) -> Evaluator:
     Raises:
         StudyError: a model that cannot be loaded.
     """
-    return Evaluator.from_spec(evaluator_spec(config))
+    return Evaluator.of(config)

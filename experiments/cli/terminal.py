@@ -8,7 +8,6 @@ done, the rate and the time left. What turns out not to be needed is taken off t
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -58,12 +57,7 @@ class Terminal(Display):
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def total(self, evaluations: int | None) -> None:

@@ -28,14 +28,13 @@ def sample(
     """Draw samples with a schedule and the model of a study."""
     from fewstep.experiments.cli import drawing
     from fewstep.search.config import load_study
-    from fewstep.search.preparing import evaluator_spec
     from fewstep.search.work import Evaluator
     from fewstep.space import load_schedule
 
     if out.is_dir():
         raise StudyError(f"--out {out} is a folder: name a PNG file")
     schedule = load_schedule(file)
-    evaluator = Evaluator.from_spec(evaluator_spec(load_study(study, settings or [])))
+    evaluator = Evaluator.of(load_study(study, settings or []))
     evaluator.seed = seed
     x = drawing.draw(schedule, evaluator, count, str(file))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from fewstep.samplers.ode import start_scale
 from fewstep.search.stages.refine import Fitted, Improved, StageTask, batch_of
 from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import CompensationTable
-from fewstep.search.work import Evaluator, one_line
+from fewstep.search.work import Evaluator, reason
 from fewstep.space import OdeSchedule
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.unknowns import Ratios
@@ -34,13 +34,9 @@ STREAM = "compensate"
 def compensate(
     base: OdeSchedule, denoiser: Denoiser, batch: Batch, table: CompensationTable
 ) -> Fitted:
-    """Fit the ratios of a schedule.
+    """Fit the ratios of a schedule without fresh noise; ratios it has are the start.
 
-    Args:
-        base: any schedule without fresh noise; ratios it has are the start.
-        denoiser: the model.
-        batch: noise and the teacher's end points; the last `table.held` share only chooses.
-        table: the study's [compensation].
+    The last `table.held` share of the batch only chooses the iterate.
 
     Raises:
         StudyError: fresh noise, or the time shift as an option: no program to fit.
@@ -66,12 +62,7 @@ def compensate(
 
 @dataclass(frozen=True)
 class CompensationTask(StageTask):
-    """One base to compensate.
-
-    Args:
-        schedule: the base.
-        table: the study's [compensation].
-    """
+    """One base to compensate."""
 
     schedule: OdeSchedule
     table: CompensationTable
@@ -86,7 +77,7 @@ class CompensationTask(StageTask):
             batch = batch_of(evaluator, STREAM, table.samples, scale=start_scale(base), **given)
             found = compensate(base, evaluator.ode.denoiser, batch, table)
         except (FewstepError, RuntimeError) as error:
-            return Improved(message=one_line(error))
+            return Improved(message=reason(error))
         assert isinstance(found.schedule, OdeSchedule)
         ratios = [step.compensation for step in found.schedule.steps]
         return found.improved("compensation", ratios=ratios)

@@ -3,7 +3,7 @@
 The schedules found differ from setting to setting in their discrete choices, and polynomials need
 one family. So the stage takes a template (the one the study names, or the base it compensates, or
 the named solver with the lowest mean log error over all settings), opens its continuous decisions
-and fits them end to end over all settings together (`strategies.joint`), on noise of its own.
+and fits them end to end over all settings together (`predictors.cpr_joint`), on noise of its own.
 Where all schedules found belong to the template's family, their ridge regression is the start. The
 file says, for every setting, the held-out error of the start, of the regression and of the
 schedule found there, and what the regression loses when the setting is left out of the fit.
@@ -21,36 +21,45 @@ import torch
 
 from fewstep.predictors.cpr import CPR, fit
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
-from fewstep.samplers import Problem
+from fewstep.predictors.cpr_joint import Joint, Request, fit_joint
+from fewstep.samplers import Denoiser, Problem
+from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool, gathered
-from fewstep.search.problem import Counted
 from fewstep.search.results import schedule_path
 from fewstep.search.stages.refine import batch_of
-from fewstep.search.strategies.joint import Joint, Request, fit_joint, gram
+from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Evaluator, Work
 from fewstep.search.yardstick import Array
-from fewstep.space import OdeSchedule
+from fewstep.space import OdeSchedule, Program
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
 from fewstep.space.noise import NoiseSchedule
 
 TRAIN, HELD = "cpr", "cpr-held"
+_IMAGES = 256  # in one network call, about
+_RIDGE = "ridge regression of the schedules found"
+
+
+def gram(batch: Batch, programs: Sequence[Program], denoiser: Denoiser) -> Array:
+    """Gram matrix of the residuals of M programs, per element, (M, M)."""
+    count = len(programs)
+    total = np.zeros((count, count))
+    for part in replace(batch, piece=max(8, _IMAGES // count)).pieces():
+        residual = part.residuals(programs, denoiser).double().flatten(1).cpu().numpy()
+        total += residual @ residual.T
+    return total / batch.target.numel()
 
 
 @dataclass(frozen=True)
 class GramTask(Work):
     """Schedules of one setting, constant image and run-time options on the noise of a stream.
 
-    Args:
-        schedules: of equal calls.
-        stream: which noise, and whose end points: `key`.
-        samples: how many.
-        guidance: scale; None is the problem's.
+    The stream and the guidance scale (None: the problem's) name the end points: `key`.
     """
 
     schedules: tuple[OdeSchedule, ...]
@@ -101,14 +110,7 @@ def cpr_cost(config: StudyConfig, scales: int) -> int:
 
 
 class Stage:
-    """Fits a study's regression.
-
-    Args:
-        config: the study.
-        problem: the model.
-        pool: where schedules run.
-        display: where progress is shown.
-    """
+    """Fits a study's regression."""
 
     def __init__(
         self, config: StudyConfig, problem: Problem, pool: Pool, display: Display
@@ -133,14 +135,12 @@ class Stage:
         family = PolynomialFamily(self.noise, template, settings, table.decisions, order=order)
         start = self._start(found, template)
         self.display.stage(f"CPR: fitting {template}")
-        made = fit_joint(
-            family,
-            self.look,
-            start=start,
-            rounds=table.rounds,
-            on_round=lambda k, e: self.display.stage(f"CPR: round {k}, mean log error {e:.3f}"),
-        )
-        return replace(made.model, provenance=self._provenance(made, found, template, start))
+
+        def said(turn: int, error: float) -> None:
+            self.display.stage(f"CPR: round {turn}, mean log error {error:.3f}")
+
+        made = fit_joint(family, self.look, start=start, rounds=table.rounds, on_round=said)
+        return replace(made.model, provenance=self._provenance(made, found, start))
 
     def _scale(self, guidance: float) -> float | None:
         return guidance if self.config.search.guidance is not None else None
@@ -159,14 +159,13 @@ class Stage:
         self.display.advance(evaluations)
 
     def look(self, requests: Sequence[Request]) -> list[Array]:
-        """See `strategies.joint.Look`."""
-        tasks = []
-        for r in requests:
-            stream, size = (
-                (HELD, self.config.cpr.held) if r.held else (TRAIN, self.config.cpr.samples)
-            )
-            scale = self._scale(r.setting.guidance)
-            tasks.append(GramTask(r.schedules, stream, size, scale))
+        """See `predictors.cpr_joint.Look`."""
+        table = self.config.cpr
+        noise = {True: (HELD, table.held), False: (TRAIN, table.samples)}
+        tasks = [
+            GramTask(r.schedules, *noise[r.held], self._scale(r.setting.guidance))
+            for r in requests
+        ]
         found = []
         for errors, evaluations in self.pool.map(tasks):
             self._count(evaluations)
@@ -215,11 +214,7 @@ class Stage:
             return None
 
     def _provenance(
-        self,
-        made: Joint,
-        found: Mapping[Setting, OdeSchedule],
-        template: str,
-        start: CPR | None,
+        self, made: Joint, found: Mapping[Setting, OdeSchedule], start: CPR | None
     ) -> dict[str, Any]:
         """What the file says about itself."""
         plain = [
@@ -244,9 +239,7 @@ class Stage:
         return {
             "study": self.config.name,
             "model": self.problem.fingerprint,
-            "start": "the template"
-            if start is None
-            else "ridge regression of the schedules found",
+            "start": "the template" if start is None else _RIDGE,
             "schedules": [found[s].digest for s in sorted(found)],
             "calls": self.calls,
             "settings": rows,

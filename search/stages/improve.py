@@ -3,19 +3,16 @@
 A stage is "refine" (`stages.refine`) or "compensation" (`stages.compensate`). One task improves
 one schedule (refinement: the best of several starts) on noise of its own, which neither ranks
 candidates nor reports results. What comes back is proposed like any other candidate: scored on
-the search's noise, told to the study, judged on fresh seeds. The log holds it, so that a resumed
+the search's noise, told to the study, judged on fresh seeds. The store keeps it, so that a resumed
 search improves nothing twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.pool import Pool
 from fewstep.search.rung import Rung, best_of
 from fewstep.search.stages.compensate import STREAM, CompensationTask, compensation_cost
 from fewstep.search.stages.plans import kept_sorts
@@ -27,28 +24,23 @@ from fewstep.space.errors import ScheduleError, StudyError
 from fewstep.space.growing import grown
 from fewstep.space.noise import NoiseSchedule
 
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
 
-def finish_rungs(
-    config: StudyConfig,
-    pool: Pool,
-    rungs: Mapping[int, Rung],
-    display: Display,
-    mean: Tensor | None = None,
-) -> dict[int, int]:
+
+def finish_rungs(run: Search) -> dict[int, int]:
     """Improve the starts of every NFE and tell the results; network evaluations by NFE.
 
     All NFEs at once, the longest first. With [refine] grow one after another, from the fewest
-    calls on, so that each learns from the one before. `mean` is the constant image that refined
-    schedules may use.
+    calls on, so that each learns from the one before.
     """
-    upwards = sorted(rungs)
-    if not (config.finish == "refine" and config.refine.grow):
-        longest_first = {nfe: rungs[nfe] for nfe in upwards[::-1]}
-        return _improve(config, pool, longest_first, None, display, mean)
+    upwards = sorted(run.rungs)
+    if not (run.config.finish == "refine" and run.config.refine.grow):
+        return _improve(run, upwards[::-1])
     spent: dict[int, int] = {}
     for below, nfe in zip([None, *upwards], upwards, strict=False):
-        start = None if below is None else _grown(rungs[below], nfe, display)
-        spent |= _improve(config, pool, {nfe: rungs[nfe]}, start, display, mean)
+        start = None if below is None else _grown(run.rungs[below], nfe, run.display)
+        spent |= _improve(run, [nfe], start)
     return spent
 
 
@@ -65,29 +57,24 @@ def _grown(rung: Rung, nfe: int, display: Display) -> Evaluated | None:
     return Evaluated(longer, best.score, "ok", source=f"grown:nfe{rung.nfe:02d}")
 
 
-def _improve(
-    config: StudyConfig,
-    pool: Pool,
-    rungs: Mapping[int, Rung],
-    start: Evaluated | None,
-    display: Display,
-    mean: Tensor | None,
-) -> dict[int, int]:
+def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> dict[int, int]:
     """The stage at some NFEs at once, in their order; `start` competes with the candidates.
 
-    Each NFE's results are scored and logged as soon as its tasks have ended.
+    Each NFE's results are scored and kept as soon as its tasks have ended.
     """
+    config, display = run.config, run.display
     stage, spent = config.finish or "", dict[int, int]()
     groups: dict[int, list[list[Evaluated]]] = {}
-    for nfe, rung in rungs.items():
-        found = [] if rung.refined_before else starts(config, rung, start, mean)
+    for nfe in nfes:
+        rung = run.rungs[nfe]
+        found = [] if rung.refined_before else _starts(run, rung, start)
         alone = config.finish == "compensation" or bool(config.search.cost) or not found
         groups[nfe] = [[one] for one in found] if alone else [found]
     total, done = sum(map(len, groups.values())), 0
     display.stage(f"{stage} of {total} schedules")
-    tasks = {nfe: [_task(config, g, mean) for g in starts_] for nfe, starts_ in groups.items()}
-    for nfe, results in pool.map_groups(tasks):
-        rung, made = rungs[nfe], []
+    tasks = {nfe: [_task(run, group) for group in at] for nfe, at in groups.items()}
+    for nfe, results in run.pool.map_groups(tasks):
+        rung, made = run.rungs[nfe], []
         for group, result in zip(groups[nfe], results, strict=True):
             display.advance(result.evaluations)
             display.saved(_cost(config, nfe, len(group)) - result.evaluations)
@@ -106,47 +93,36 @@ def _improve(
 
 
 def _tell(stage: str, rung: Rung, proposals: list[Proposal], display: Display) -> int:
-    """Score and log the improved schedules of an NFE (the logged ones of a resumed search)."""
+    """Score and keep the improved schedules of an NFE (those kept by a resumed search)."""
     display.stage(f"NFE {rung.nfe}: scoring the schedules of {stage}")
     told = rung.extend(proposals)
     for p in told:
         before, after = p.note[f"{stage}_before"], p.note[f"{stage}_after"]
-        display.note(
-            f"NFE {rung.nfe}: {p.source} {before:.4g} -> {after:.4g} (loss on held-out noise)"
-        )
+        line = f"{p.source} {before:.4g} -> {after:.4g} (loss on held-out noise)"
+        display.note(f"NFE {rung.nfe}: {line}")
     return sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
 
 
-def _task(
-    config: StudyConfig, group: list[Evaluated], mean: Tensor | None
-) -> RefineTask | CompensationTask:
+def _task(run: Search, group: list[Evaluated]) -> RefineTask | CompensationTask:
+    config = run.config
     bare = tuple(start.schedule.model_copy(update={"provenance": {}}) for start in group)
     if config.finish == "compensation":
         return CompensationTask(bare[0], config.compensation)
     # the constant image: what the best start brings along, else the search's
-    image = mean if bare[0].constant is None else bare[0].constant
+    image = run.mean if bare[0].constant is None else bare[0].constant
     table = kept_sorts(config.refine) if config.search.cost else config.refine
     return RefineTask(bare, image, table, config.objective.name == "frechet")
 
 
-def starts(
-    config: StudyConfig,
-    rung: Rung,
-    start: Evaluated | None = None,
-    mean: Tensor | None = None,
-) -> list[Evaluated]:
+def _starts(run: Search, rung: Rung, start: Evaluated | None) -> list[Evaluated]:
     """What the stage improves: the bases that the study names, else the best candidates."""
-    table = config.compensation
+    config, table = run.config, run.config.compensation
     if config.finish != "compensation":
         known = rung.known if start is None else [start, *rung.known]
-        return best_starts(known, config.refine.top, rung.named_known(), mean)
+        return best_starts(known, config.refine.top, rung.named_known(), run.mean)
     if not table.base:
-        usable = [
-            e
-            for e in rung.known
-            if isinstance(e.schedule, OdeSchedule) and e.schedule.n_steps > table.order
-        ]
-        return best_starts(usable, table.top)
+        steps = ((e, getattr(e.schedule, "n_steps", 0)) for e in rung.known)
+        return best_starts([e for e, n in steps if n > table.order], table.top)
     scored = {e.source: e for e in rung.named_known()}
     bases = named_bases(config, rung.known[0].schedule.noise, rung.nfe)
     return [

@@ -30,9 +30,11 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Denoiser
+from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import start_scale
-from fewstep.search.problem import Counted, conditions, noise_of
-from fewstep.search.strategies import Evaluated
+from fewstep.samplers.problems import conditions
+from fewstep.samplers.sample_noise import noise_of
+from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import CompensationTable, RefineTable
 from fewstep.search.work import Evaluator, Work
@@ -54,8 +56,7 @@ class Fitted:
     Args:
         schedule: the result; the start itself if nothing better was found.
         start: which of the starts it came from.
-        before: held-out error of this start, the mean of the fit's loss.
-        after: held-out error of the result.
+        before: held-out error of this start, the mean of the fit's loss; `after`, of the result.
         samples: training samples that the last fit saw.
         calls: network evaluations spent on all starts.
         curve: (training samples, held-out error) after every round of the best start's fits.
@@ -105,16 +106,10 @@ def refine(
     at = min(range(len(runs)), key=lambda i: runs[i].trial)
     best = runs[at]
     best.go_on(few)
-    after, before = best.error, best.before
-    return Fitted(
-        best.schedule if after < before else starts[at],
-        at,
-        before,
-        min(after, before),
-        best.samples,
-        sum(run.calls for run in runs),
-        tuple(best.curve),
-    )
+    after, before, calls = best.error, best.before, sum(run.calls for run in runs)
+    made = best.schedule if after < before else starts[at]
+    after = min(after, before)
+    return Fitted(made, at, before, after, best.samples, calls, tuple(best.curve))
 
 
 def _check(starts: Sequence[Startable]) -> None:
@@ -179,9 +174,8 @@ class _Refinement:
 
     def _agree(self, size: int) -> bool:
         """Whether more noise would teach nothing: the held-out error is that on the noise seen."""
-        return self.error <= _AGREE * self._loss(
-            self._errors(self.program, self.train.first(size))
-        )
+        seen = self._errors(self.program, self.train.first(size))
+        return self.error <= _AGREE * self._loss(seen)
 
     def _all(self, size: int) -> None:
         free = (self.guided, self.imaged, self.table.stages)
@@ -241,11 +235,8 @@ class _Refinement:
         """The program as a schedule, with its image where it uses one."""
         start = self.start
         made = ProgramSchedule(
-            noise=self.noise,
+            **{name: getattr(start, name) for name in ("noise", "start", "end", "options")},
             program=program,
-            start=start.start,
-            end=start.end,
-            options=start.options,
             provenance={"refined_from": start.digest},
         )
         image = self.train.constant
@@ -258,14 +249,9 @@ class _Refinement:
 
 @dataclass(frozen=True)
 class Improved:
-    """What a stage made of its starts.
+    """What a stage made of its starts: None if it failed, and the message why.
 
-    Args:
-        schedule: None if it failed.
-        note: numbers for the trial.
-        start_used: which start it came from.
-        message: why it failed, "" if it did not.
-        evaluations: network evaluations.
+    `note` holds numbers for the trial, `start_used` says which start it came from.
     """
 
     schedule: Startable | None = None
@@ -308,13 +294,9 @@ class RefineTask(StageTask):
     def run(self, evaluator: Evaluator) -> Improved:
         """Refine on the evaluator's problem."""
         table, starts = self.table, self.schedules
-        shared: dict[str, Any] = {
-            "scale": start_scale(starts[0]),
-            "constant": self.constant,
-            "options": starts[0].options,
-            "features": evaluator.features if self.featured else None,
-            "piece": table.batch,
-        }
+        shared: dict[str, Any] = {"constant": self.constant, "piece": table.batch}
+        shared["features"] = evaluator.features if self.featured else None
+        shared |= {"scale": start_scale(starts[0]), "options": starts[0].options}
         train = batch_of(evaluator, TRAIN, table.samples, **shared)
         held = batch_of(evaluator, HELD, table.held, **shared)
         denoiser = Counted(evaluator.ode.denoiser, evaluator.prices)
@@ -335,13 +317,8 @@ def batch_of(
 ) -> Batch:
     """The first samples of a stream on the model's device, and the teacher's of them.
 
-    Args:
-        evaluator: has the problem, and the teacher's end points.
-        stream: which noise.
-        size: how many samples.
-        reference: name of the end points [the stream's].
-        scale: of x_T.
-        more: further fields of `Batch`; guidance is the problem's where none is given.
+    Their end points have the name `reference` [the stream's]; `scale` is that of x_T, `more` are
+    further fields of `Batch`; guidance is the problem's where none is given.
     """
     problem, indices = evaluator.ode, range(size)
     z = noise_of(evaluator.seed, stream, indices, problem.shape).to(evaluator.device)
@@ -364,21 +341,19 @@ def best_starts(
     found: dict[str, Evaluated] = {}
 
     def take(candidates: Sequence[Evaluated], limit: int) -> None:
-        for e in sorted((e for e in candidates if e.status == "ok"), key=lambda e: e.score):
+        for e in ranked(candidates):
             if len(found) >= limit:
                 return
-            s = e.schedule
+            s, first = e.schedule, next(iter(found.values()), e).schedule
             if not isinstance(s, OdeSchedule | ProgramSchedule) or s.program.stochastic:
                 continue
-            first = next(iter(found.values()), e).schedule
             if start_scale(s) != start_scale(first) or s.options != first.options:
                 continue
             image = constant if first.constant is None else first.constant
-            theirs = s.constant
-            if theirs is None:
+            if s.constant is None:
                 shared = constant is not None or image is None
             else:
-                shared = image is not None and torch.equal(theirs, image)
+                shared = image is not None and torch.equal(s.constant, image)
             if shared and "time_shift" not in s.options:
                 found.setdefault(s.digest, e)
 

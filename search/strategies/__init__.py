@@ -18,8 +18,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from fewstep.search.strategies.evolution import EvolutionSampler
     from fewstep.search.strategies.s3 import S3Sampler
+    from fewstep.search.work import Result
 
 __all__ = ["Evaluated", "EvolutionSampler", "Proposal", "Proposer", "S3Sampler", "suggest"]
 
@@ -61,17 +62,10 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A candidate that has been scored.
+    """A candidate that has been scored; score to per_sample are those of its `work.Result`.
 
-    Args:
-        schedule: the candidate.
-        score: the number minimised; inf if it failed.
-        status: "ok", "diverged", "oom", "timeout" or "error".
-        samples: how many samples the score rests on.
-        per_sample: per-sample scores where the objective has them, in the fixed sample order; None
-            otherwise.
-        source: where it came from: a baseline's name, "random", "mutation", "crossover", "times",
-            "steps", "adopted", "import:...", "refine:...".
+    `source` says where it came from: a baseline's name, "random", "mutation", "crossover",
+    "times", "steps", "adopted", "import:...", "refine:...".
     """
 
     schedule: Any
@@ -81,16 +75,23 @@ class Evaluated:
     per_sample: np.ndarray | None = None
     source: str = ""
 
+    @classmethod
+    def of(cls, schedule: Any, result: Result, source: str = "") -> Evaluated:
+        """A schedule with what its evaluation gave."""
+        facts = (result.score, result.status, result.samples, result.per_sample)
+        return cls(schedule, *facts, source)
+
+
+def ranked(evaluated: Iterable[Evaluated]) -> list[Evaluated]:
+    """Those that were scored, the lowest score first, of equals the earliest."""
+    return sorted((e for e in evaluated if e.status == "ok"), key=lambda e: e.score)
+
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate to score, and where it came from.
+    """A candidate to score, where it came from, and a note that its trial keeps.
 
-    Args:
-        schedule: the candidate.
-        source: see `Evaluated`.
-        note: kept with the trial.
-        trial: number of its trial in the proposer's study; None if it has none yet.
+    `trial` is the number of its trial in the proposer's study; None if it has none yet.
     """
 
     schedule: Any
@@ -125,15 +126,10 @@ def suggest(trial: optuna.Trial, domain: Domain) -> Any:
 
 
 class Proposer:
-    """Asks an Optuna study in memory for generations of schedules.
+    """Asks an Optuna study in memory for generations of `size` schedules of a domain.
 
-    Args:
-        name: one of `STRATEGIES`.
-        domain: the space it searches.
-        seed: of every random number.
-        size: candidates of a generation.
-        earlier: results at other numbers of calls; only s3 learns from them.
-        options: keyword arguments of the sampler.
+    Its name is one of `STRATEGIES`, `seed` that of every random number, `options` are keyword
+    arguments of the sampler; only s3 learns from `earlier`, results at other numbers of calls.
 
     Raises:
         StudyError: an unknown strategy or option; the known ones are listed.
@@ -270,16 +266,13 @@ class Proposer:
             attrs = {NOTE: p.note} | ({SOURCE: p.source} if p.source != self.name else {})
             self.study.add_trial(self._trial(state, params, system_attrs=attrs))
             number = len(self.study.get_trials(deepcopy=False)) - 1
-            followed.append(Proposal(p.schedule, p.source, p.note, number))
+            followed.append(replace(p, trial=number))
         return followed
 
     def tell(self, evaluated: Evaluated, trial: int | None = None, stopped: bool = False) -> None:
-        """Tell a result, of a trial proposed or of a member of the space scored otherwise.
+        """Tell a result, of a trial proposed or (None) of a member scored otherwise.
 
-        Args:
-            evaluated: the result.
-            trial: its proposal's.
-            stopped: it lost a race: its score is an estimate.
+        One that was `stopped` lost a race: its score is an estimate.
         """
         states = self._optuna.trial.TrialState
         state = states.PRUNED if stopped else states.COMPLETE

@@ -26,7 +26,7 @@ class EvolutionSampler(BaseSampler):
     """Top-k parents, crossover, mutation; random members while nothing is known.
 
     Args:
-        seed: seed of every random number.
+        seed: of every random number.
         domain: the search space.
         parents: size of the parent pool, the best of everything told; drawn from uniformly.
         crossover: probability that a child has two parents.

@@ -60,7 +60,7 @@ class S3Sampler(BaseSampler):
     """Quality-predictor search over any single-objective study.
 
     Args:
-        seed: seed of every random number; None draws one.
+        seed: of every random number; None draws one.
         domain: the search space, where trials are schedules (`suggest`): rich features and moves.
             None takes the parameters that every finished trial has.
         batch: trials proposed together.
@@ -161,11 +161,10 @@ class S3Sampler(BaseSampler):
         guests = {_name(space.params(p)): p for p in space.guests()}
         guests = {name: p for name, p in guests.items() if name not in taken}
         chosen: list[tuple[Individual, dict[str, Any]]] = []
-        if not space.ready(known, scores):
+        ready = space.ready(known, scores)
+        if not ready or not isinstance(space, OdeSpace):  # few: scored first
             chosen += [(p, {}) for p in guests.values()][: self._batch]
-        else:
-            if not isinstance(space, OdeSpace):  # few: scored first
-                chosen += [(p, {}) for p in guests.values()][: self._batch]
+        if ready:
             model = space.model(known, scores, self._batch, int(rng.integers(2**31)))
             met = _evolve(space, model, best, list(guests.values()), rng)
             taken |= {_name(space.params(p)) for p, _ in chosen}

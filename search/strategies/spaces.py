@@ -44,15 +44,9 @@ _LOOK = 64  # random members that tell which features vary in a space
 
 @dataclass(frozen=True)
 class Individual:
-    """A place in a space.
+    """A place in a space: genes, from which children are made, and features x.
 
-    Args:
-        genes: what the space makes children from.
-        x: features.
-        source: how it was made.
-        key: points of one key share a niche; None is a niche of its own.
-        mean: predicted.
-        std: its uncertainty.
+    Points of one `key` share a niche; None is a niche of its own. `mean` and `std` are predicted.
     """
 
     genes: Any
@@ -64,12 +58,7 @@ class Individual:
 
 
 class DomainSpace:
-    """Members of a domain, by its encoding and moves.
-
-    Args:
-        domain: the domain.
-        earlier: results at other numbers of calls.
-    """
+    """Members of a domain, by its encoding and moves; `earlier` are of other numbers of calls."""
 
     rounds, children = 6, 100
     crossover, scale = 0.3, 0.1
@@ -174,10 +163,8 @@ class _Genes:
 class OdeSpace(DomainSpace):
     """Members of an `OdeDomain`, by the tokens of their programs.
 
-    Args:
-        domain: the domain.
-        earlier: results at other numbers of calls, which the predictor learns from too.
-        predictor: "auto", "sequence" or "gaussian" (see `predictors.quality`).
+    The predictor ("auto", "sequence" or "gaussian", see `predictors.quality`) learns from results
+    at other numbers of calls, too.
     """
 
     rounds, children = 12, PATTERNS * MOVES
@@ -278,11 +265,7 @@ class OdeSpace(DomainSpace):
 
 
 class ParameterSpace:
-    """Any Optuna distributions; genes are Optuna's own transform of the parameters, in [0, 1].
-
-    Args:
-        space: distributions by name.
-    """
+    """Any Optuna distributions; genes are Optuna's own transform of the parameters, in [0, 1]."""
 
     rounds, children = 6, 144
 

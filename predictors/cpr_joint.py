@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,11 @@ from torch import Tensor
 
 from fewstep.predictors.cpr import CPR
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
-from fewstep.samplers.denoiser import Denoiser
-from fewstep.search.strategies.gauss_newton import Batch, Quadratic, damped_step, levenberg
-from fewstep.space import Program
+from fewstep.predictors.levenberg import Quadratic, damped_step, levenberg
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.unknowns import DIFFERENCE
 
-_IMAGES = 256  # in one network call, about
 Array = NDArray[np.float64]
 
 
@@ -76,16 +73,6 @@ class Joint:
     after: Mapping[Setting, float]
     left_out: Mapping[str, Mapping[Setting, float]] = field(default_factory=dict)
     rounds: int = 0
-
-
-def gram(batch: Batch, programs: Sequence[Program], denoiser: Denoiser) -> Array:
-    """Gram matrix of the residuals of M programs, per element, (M, M)."""
-    count = len(programs)
-    total = np.zeros((count, count))
-    for part in replace(batch, piece=max(8, _IMAGES // count)).pieces():
-        residual = part.residuals(programs, denoiser).double().flatten(1).cpu().numpy()
-        total += residual @ residual.T
-    return total / batch.target.numel()
 
 
 def fit_joint(
