@@ -359,6 +359,8 @@ class StudyConfig(Table):
             )
         if search.cost and (self.finish == "compensation" or self.cpr.fit):
             raise ValueError("compensation and cpr go with search.nfe, not with search.cost")
+        if self.prices.measure is not None and not search.cost:
+            raise ValueError("prices.measure goes with search.cost: leave it out")
         if search.race and self.objective.name == "frechet":
             raise ValueError(
                 "search.race compares candidates sample by sample, which the objective frechet "

@@ -144,7 +144,7 @@ class OdeFamily(Family):
     def _plans(self, config: StudyConfig, cost: int) -> PlanDomain:
         """The plans of a cost; the model's networks and guidance are open, stages are not."""
         problem, settled = self.problem, ("noise", "cost", "prices", "scale")
-        prices = priced(Prices(**config.prices.model_dump()), problem)
+        prices = priced(Prices(**config.prices.listed), problem)
         scale = None if problem.guidance in (None, 1) else problem.guidance
         found = {"networks": ["", *prices.networks]} | config.space
         values = _values(config.model_copy(update={"space": found}), _open(PlanDomain, *settled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +32,15 @@ def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
     rows = tuple(v.row for v in verdicts)
     for verdict in verdicts:
         _save_schedule(run, verdict)
-    results = {
+    results: dict[str, Any] = {
         "study": config.name,
         "objective": config.objective.name or "",
         "statistic": config.objective.statistic or "mean",
         "rows": [row.to_dict() for row in rows],
         "pareto": [row.setting for row in report.pareto(rows)],
     }
+    if run.evaluator.prices is not None:
+        results["prices"] = asdict(run.evaluator.prices)
     written = write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     pictures = _pictures(run, verdicts)
     stages = ("teacher.", "refine.", "compensation.", "cpr.")

@@ -11,6 +11,7 @@ more budget as if it had had it from the start.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers import Problem
+from fewstep.samplers.prices import measured_prices, prices_in_words
 from fewstep.search.cluster import check_address
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
@@ -41,6 +43,7 @@ from fewstep.search.preparing import (
     starters,
     warm_start,
 )
+from fewstep.search.problem import priced
 from fewstep.search.record import held, open_storage
 from fewstep.search.results import schedule_path, write_results
 from fewstep.search.rung import Rung, best_of, best_so_far
@@ -56,7 +59,7 @@ from fewstep.search.verdict import FRESH, Judge, Row, Verdict
 from fewstep.search.work import Block, Evaluator
 from fewstep.search.yardstick import Array
 from fewstep.space import Program
-from fewstep.space.costs import pattern
+from fewstep.space.costs import Prices, pattern
 from fewstep.space.files import load_schedule, save_schedule, write_text
 
 
@@ -211,7 +214,12 @@ class Search:
         self._given = self.config  # as workers load it
         self.evaluator = Evaluator.of(self._given)
         self.family = family_of(self.evaluator.problem)
-        self.config = config = self.family.settle(self.config)
+        self.config = self.family.settle(self.config)
+        self._open_spaces()
+
+    def _open_spaces(self) -> None:
+        """The spaces, the named solvers and the budget at each NFE or cost."""
+        config = self.config
         self.domains = {nfe: self.family.domain(config, nfe) for nfe in config.search.settings}
         for nfe in config.search.settings:
             self.proposer(nfe, ())
@@ -233,6 +241,8 @@ class Search:
             self.out / "study.json",
             json.dumps(self.family.readable(config), indent=1) + "\n",
         )
+        if config.prices.measure is not None:
+            self._measure_prices(config.prices.measure)
         elapsed, todo = 0.0, []
         for nfe in config.search.settings:
             kept = self.store.trials(nfe, domain=self.domains[nfe]).kept()
@@ -244,6 +254,19 @@ class Search:
         self._begun = time.monotonic() - elapsed
         files = load_warm(config, self.family) if todo else {}
         self.warm = {n: warm_start(files, self.domains[n], self.solvers[n].values()) for n in todo}
+
+    def _measure_prices(self, batch: int) -> None:
+        """Prices by the clock instead of the study's, those of its beginning when it goes on."""
+        found = self.store.notes.get("prices")
+        if found is None:
+            found = dataclasses.asdict(measured_prices(self.evaluator.ode, batch))
+            self.store.note(prices=found)
+        self.display.note(prices_in_words(Prices(**found), batch))
+        prices = self.config.prices.model_copy(update=found)
+        self.config = self.config.model_copy(update={"prices": prices})
+        self._given = self._given.model_copy(update={"prices": prices})
+        self.evaluator.prices = priced(Prices(**found), self.evaluator.problem)
+        self._open_spaces()
 
     def _open_tracker(self) -> None:
         config, out = self.config, self.out

@@ -237,6 +237,8 @@ class Rung:
             if self._proposer is not None and generation.number < REFINED and not named:
                 stopped = bool(kept.note.get("stopped"))
                 self._proposer.tell(kept.evaluated, proposal.trial, stopped)
+        if generation.number == 0 and self._plans:  # which rivals are good says which plans may be
+            self._proposer = self._run.proposer(self.nfe, self.known)
         self._say(generation, results)
 
     def _keep(self, generation: _Generation, proposal: Proposal, result: Result) -> Kept:

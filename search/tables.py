@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -85,17 +85,25 @@ class RefineTable(Table):
 class PricesTable(Table):
     """[prices]: what a call of each sort costs, for search.cost; see `space.costs.Prices`.
 
-    The factors of further networks are the denoiser's own.
-
     Args:
+        measure: batch size at which all prices are measured when the search begins, by the clock
+            of the machine that begins it, in place of those below; None leaves them.
         guided: a call at a guidance scale other than 1.
         unguided: a call at scale 1.
         beside: share of its price that a call beside the first of its stage costs.
+        networks: factors of further networks by name, in place of the denoiser's own.
     """
 
+    measure: Annotated[int, Field(ge=1)] | None = None
     guided: Annotated[float, Field(gt=0)] = 2.0
     unguided: Annotated[float, Field(gt=0)] = 1.0
     beside: Annotated[float, Field(gt=0)] = 1.0
+    networks: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """The prices themselves."""
+        return self.model_dump(exclude={"measure"})
 
 
 class CompensationTable(Table):

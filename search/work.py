@@ -372,7 +372,7 @@ class Evaluator:
     def of(cls, config: StudyConfig, piece: int | None = None) -> Self:
         """The evaluator of a study as it was given, unsettled; see `set_piece`."""
         problem = load_problem(config)
-        prices = Prices(**config.prices.model_dump()) if config.search.cost else None
+        prices = Prices(**config.prices.listed) if config.search.cost else None
         objective = make_objective(config, watched(problem))
         made = cls(problem, objective, config.search.seed, prices)
         made.set_piece(piece)

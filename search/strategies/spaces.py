@@ -31,6 +31,7 @@ from fewstep.search.strategies import Evaluated
 from fewstep.space.choices import table
 from fewstep.space.domain import OdeDomain
 from fewstep.space.moves import moved_times
+from fewstep.space.plans import PlanDomain
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.tokens import tokens
@@ -85,8 +86,12 @@ class DomainSpace:
         return dict(self.domain.params(point.genes))
 
     def guests(self) -> list[Individual]:
-        """Points made from the best at every other number of calls."""
+        """Points made from the best at every other number of calls; plans, of the best rivals."""
         found = []
+        if isinstance(self.domain, PlanDomain):
+            scored = sorted((e for e in self.earlier if e.status == "ok"), key=lambda e: e.score)
+            members = {m.digest: m for e in scored for m in self.domain.adopt(e.schedule)}
+            return [self.of(m, "adopted") for m in list(members.values())[:ADOPTED]]
         for nfe in self._calls():
             for best in self._best(nfe):
                 found += [self.of(s, "adopted") for s in self.domain.adopt(best.schedule)]
