@@ -42,7 +42,7 @@ from fewstep.space.errors import FewstepError
 from fewstep.space.masked import MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
 
-CALLS, BLOCK, GROUPS, T_9 = (4, 8, 16), 250, 10, 2.262
+CALLS, BLOCK, GROUPS, T_9, FEWEST = (4, 8, 16), 250, 10, 2.262, 40
 STUDIES = Path(molecules.__file__).parents[1] / "studies"
 FIXED = (*COUNTS, "dp")
 Array = NDArray[np.float64]
@@ -154,15 +154,22 @@ def read(folder: Path) -> dict[tuple[str, int], tuple[Array, Array]]:
 
 
 def errors(measures: Array, score: MoleculeScore) -> Array:
-    """The excess distance of all strings, and of all but each tenth: (1 + GROUPS,)."""
+    """The excess distance of all strings, and of all but each tenth: (1 + GROUPS,).
+
+    NaN where fewer than `FEWEST` of them are molecules, which have no covariance to speak of.
+    """
     group = np.arange(len(measures)) % GROUPS
     there = ~np.isnan(measures[:, 0])
+    if there.sum() < FEWEST:
+        return np.full(1 + GROUPS, np.nan)
     return np.array([score.distance(measures[there & (group != g)]) for g in range(-1, GROUPS)])
 
 
 def interval(values: Array) -> str:
     """A number with the 95 % interval of its delete-a-group jackknife."""
     whole, *rest = values
+    if np.isnan(whole):
+        return "–"
     spread = ((GROUPS - 1) * np.var(rest)) ** 0.5
     return f"{whole:.3f} ± {T_9 * spread:.3f}"
 
@@ -172,14 +179,18 @@ def show(folder: Path) -> None:
     score, data = MoleculeScore(), read(folder)
     known = {key: errors(measures, score) for key, (measures, _) in data.items()}
     print(f"{len(next(iter(data.values()))[1])} strings\n")
-    print("| sampler | mean calls | excess FCD | less dp's | FCD | valid | distinct |")
-    print("|---|---|---|---|---|---|---|")
+    print("| sampler | mean calls | excess FCD | less dp's | valid | distinct |")
+    print("|---|---|---|---|---|---|")
     for (name, n), (measures, calls) in data.items():
-        dp, facts = known.get(("dp", n)), score.facts(measures)
+        there = ~np.isnan(measures[:, 0])
+        valid = float(there.mean())
+        half = 1.96 * (valid * (1 - valid) / len(there)) ** 0.5
+        distinct = len(np.unique(measures[there, 512:], axis=0)) / there.sum()
+        dp = known.get(("dp", n))
         less = "–" if dp is None or name == "dp" else interval(known[name, n] - dp)
         print(
             f"| {name} | {calls.mean():.2f} | {interval(known[name, n])} | {less} | "
-            f"{facts['fcd']:.2f} | {facts['validity']:.3f} | {facts['uniqueness']:.4f} |"
+            f"{valid:.3f} ± {half:.3f} | {distinct:.4f} |"
         )
     print("\n| calls | sampler | against the best of | which is | ratio of errors |")
     print("|---|---|---|---|---|")
@@ -187,7 +198,8 @@ def show(folder: Path) -> None:
         mine = next(name for name, m in data if m == n and name.startswith("found"))
         others = {"fixed counts": FIXED, "rivals": [k for k, m in data if m == n and k != mine]}
         for name, kind in (("dp", "fixed counts"), (mine, "rivals")):
-            best = min((k for k in others[kind] if k != name), key=lambda k: known[k, n][0])
+            scored = [k for k in others[kind] if k != name and not np.isnan(known[k, n][0])]
+            best = min(scored, key=lambda k: known[k, n][0])
             ratio = interval(known[name, n] / known[best, n])
             print(f"| {n} | {name} | {kind} | {best} | {ratio} |")
 
