@@ -84,6 +84,8 @@ class ModelDenoiser:
     ) -> None:
         if output not in OUTPUTS:
             raise ModelError(f"output {output!r} is unknown: use one of {', '.join(OUTPUTS)}")
+        if isinstance(model, torch.nn.Module):
+            require_no_cache(model, "the model")
         self.model, self.noise, self.output, self.null_cond = model, noise, output, null_cond
         self._dtype, self._device = dtype, device
         self.calls = 0
@@ -307,6 +309,22 @@ class Counted:
             each = self._prices.of(guided=not once, network=named.get("network", ""))
         self._paid += each * len(x)
         return self.inner(x, t, cond=cond, guidance=guidance, **named)
+
+
+def require_no_cache(network: torch.nn.Module, name: str) -> None:
+    """Refuse a network with one of diffusers' caches, which knows the calls before.
+
+    Its answer to a question is another after other calls, and other candidates' at that, so that
+    no batch, no piece of one and no shared prefix would give the samples of a candidate alone.
+    """
+    for part in network.modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        stateful = any(getattr(hook, "_is_stateful", False) for hook in hooks.values())
+        if stateful or getattr(part, "is_cache_enabled", False):
+            raise ModelError(
+                f"{name} reuses activations between steps (a cache of diffusers'), so that a "
+                "call's answer depends on the calls before it: call disable_cache() for the search"
+            )
 
 
 def fingerprint(module: torch.nn.Module, name: str) -> str:

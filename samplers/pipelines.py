@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.samplers.denoiser import Cond
+from fewstep.samplers.denoiser import Cond, require_no_cache
 from fewstep.samplers.inner import Asked, Caught, given_state, inner_scheduler
 from fewstep.samplers.network import NETWORKS, network_facts
 from fewstep.samplers.pipeline_call import PipelineCall
@@ -279,11 +279,7 @@ def _networks(pipeline: Any) -> list[Any]:
     if not networks or getattr(pipeline, "scheduler", None) is None:
         raise ModelError(f"{name} has no scheduler and network that take turns: not a pipeline")
     for network in networks:
-        if getattr(network, "is_cache_enabled", False):
-            raise ModelError(
-                f"{name} reuses activations between steps (enable_cache), so that a call's answer "
-                "depends on the calls before it: call disable_cache() for the search"
-            )
+        require_no_cache(network, name)
     return networks
 
 

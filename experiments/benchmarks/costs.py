@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -229,8 +229,10 @@ class Plans:
         found = {self.calls(m := self.domain.member(p)): self.score(m) for p in plans(self.domain)}
         return sorted(found, key=found.__getitem__)
 
-    def search(self, strategy: str, seed: int, size: int, budget: int) -> list[str]:
-        """The distinct plans that a strategy scores, in order, `budget` of them."""
+    def search(
+        self, strategy: str, seed: int, size: int, budget: int, until: Collection[str] = ()
+    ) -> list[str]:
+        """The distinct plans a strategy scores: `budget` of them, or until one of some."""
         seen: dict[str, float] = {}
         earlier = [Evaluated(s, self.first[name]) for name, s in self.rivals.items()]
         proposer = Proposer(strategy, self.domain, seed=seed, size=size, earlier=earlier)
@@ -240,7 +242,7 @@ class Plans:
                 seen.setdefault(self.calls(proposal.schedule), score)
                 said = Evaluated(proposal.schedule, score, source=proposal.source)
                 proposer.tell(said, proposal.trial)
-            if len(seen) >= budget:
+            if len(seen) >= budget or not seen.keys().isdisjoint(until):
                 break
         return list(seen)[:budget]
 
@@ -303,7 +305,7 @@ def strategies(a: argparse.Namespace, kept: Notebook) -> None:
             for strategy in a.strategies:
                 needed = []
                 for seed in range(a.seeds):
-                    met = some.search(strategy, seed, a.generation, len(every))
+                    met = some.search(strategy, seed, a.generation, len(every), good)
                     needed.append(1 + min(met.index(c) for c in good if c in met))
                 print(f"  {strategy:10s} {needed} mean {np.mean(needed):.1f}", flush=True)
 
