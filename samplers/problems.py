@@ -25,6 +25,7 @@ from fewstep.samplers.targets import Target
 from fewstep.samplers.token_denoiser import TokenDenoiser, start_masked
 from fewstep.space.errors import StudyError
 from fewstep.space.masked import MaskedNoise, MaskedSchedule
+from fewstep.space.particles import ParticleStep
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
@@ -77,8 +78,8 @@ class Problem:
 class MaskedProblem:
     """A masked diffusion model to find schedules for; a sample is one sequence.
 
-    With a `target` a sample is one population of weighted sequences, resampled where its effective
-    size falls below one half (`sample_tilted`), and counts, temperatures and orders are searched.
+    With a `target` a sample is one population of weighted sequences (`sample_tilted`), and counts,
+    temperatures and orders are searched.
 
     Args:
         denoiser: the model behind the TokenDenoiser contract.
@@ -100,6 +101,8 @@ class MaskedProblem:
         picture: sequences (B, length) -> (B, H, W) or (B, H, W, 3) in 0..1; None if there is none.
         target: what populations are weighed towards; None draws from the schedule's law.
         particles: sequences of a population, with a target.
+        step: how weights are used after every call; None resamples a population where its
+            effective size falls below one half.
     """
 
     denoiser: TokenDenoiser
@@ -115,6 +118,7 @@ class MaskedProblem:
     picture: Callable[[Tensor], Tensor] | None = None
     target: TiltedLaw | None = None
     particles: int = 1
+    step: ParticleStep | None = None
 
     def sample(
         self,
@@ -137,9 +141,8 @@ class MaskedProblem:
         if self.target is None:
             return sample_masked(schedule, denoiser, tokens, u=u)
         many = tokens[:, None].repeat(1, self.particles, 1)
-        return sample_tilted(
-            schedule, denoiser, self.target, many, generator=generator, warn_ess=0.0
-        )
+        shared: dict[str, Any] = {"steps": self.step, "generator": generator, "warn_ess": 0.0}
+        return sample_tilted(schedule, denoiser, self.target, many, **shared)
 
 
 @dataclass(frozen=True, kw_only=True)

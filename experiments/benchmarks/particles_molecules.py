@@ -80,15 +80,22 @@ def facts(measures: NDArray[np.float64]) -> dict[str, float]:
     return dict(zip(names, measures[:, 1:].mean(0).tolist(), strict=True))
 
 
-def problem(*, beta: float = 12.0, particles: int = 32, completions: int = 1) -> MaskedProblem:
+def problem(
+    *, beta: float = 12.0, particles: int = 32, resample: str = "never", completions: int = 1
+) -> MaskedProblem:
     """The study factory: populations of molecules tilted by exp(-beta (1 - QED)).
 
-    The score is a population's free energy -log Z, in nats: what the tilt costs the law that the
-    schedule draws from, and, the logarithm being concave, what its own scatter costs.
+    Strings that are no molecule count for exp(FLOOR - beta), so that a population without any has
+    a score, a bad one. The score is a population's free energy -log Z, in nats: what the tilt
+    costs the law that the schedule draws from and, the logarithm being concave, what the scatter
+    of the population costs.
 
     Args:
         beta: strength of the tilt, > 0.
         particles: sequences of a population.
+        resample: after every call; see `ParticleStep`. By default strings are weighed at the end
+            alone: completions early on are hardly ever molecules, and resampling by them leaves
+            one ancestor (the table).
         completions: see `TiltedLaw`.
 
     Raises:
@@ -98,7 +105,7 @@ def problem(*, beta: float = 12.0, particles: int = 32, completions: int = 1) ->
     net = load_net()
 
     def reward(tokens: Tensor) -> Tensor:
-        return reward_of(beta, tokens) - beta
+        return reward_of(beta, tokens).clamp(min=FLOOR) - beta
 
     return MaskedProblem(
         denoiser=from_subs(net, MASK, length=LENGTH),
@@ -108,8 +115,9 @@ def problem(*, beta: float = 12.0, particles: int = 32, completions: int = 1) ->
         facts=facts,
         curve=load_curve(CURVE).falling,
         fingerprint=fingerprint(net, "molecules"),
-        target=TiltedLaw(reward, completions=completions, floor=FLOOR - beta),
+        target=TiltedLaw(reward, completions=completions),
         particles=particles,
+        step=ParticleStep.model_validate({"resample": resample}),
     )
 
 
