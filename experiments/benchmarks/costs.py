@@ -301,6 +301,7 @@ def strategies(a: argparse.Namespace, kept: Notebook) -> None:
             some = Plans(bench, PlanDomain(bench.noise, cost, scale=scale))
             every = some.whole()
             good = {c for c in every if some.scores[c] <= 1.1 * some.scores[every[0]]}
+            good = good if a.target is None else {*every} & {*a.target}
             print(f"guidance {scale:g}, cost {cost}: {len(good)} of {len(every)} plans are good")
             for strategy in a.strategies:
                 needed = []
@@ -400,6 +401,7 @@ def main() -> None:
     parser.add_argument("--generation", type=int, default=4)
     parser.add_argument("--top", type=int, default=2, help="plans that get a long fit")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
+    parser.add_argument("--target", nargs="+", help="plans to look for instead of the best")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--small", type=float, default=0.25, help="price of the small network")
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 5])

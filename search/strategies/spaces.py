@@ -90,8 +90,10 @@ class DomainSpace:
         found = []
         if isinstance(self.domain, PlanDomain):
             scored = sorted((e for e in self.earlier if e.status == "ok"), key=lambda e: e.score)
-            members = {m.digest: m for e in scored for m in self.domain.adopt(e.schedule)}
-            return [self.of(m, "adopted") for m in list(members.values())[:ADOPTED]]
+            plans = [self.domain.from_params({})] if scored else []  # the neutral one first
+            plans += [m for e in scored for m in self.domain.adopt(e.schedule)]
+            members = {m.digest: m for m in plans}
+            return [self.of(m, "adopted") for m in list(members.values())[: 1 + ADOPTED]]
         for nfe in self._calls():
             for best in self._best(nfe):
                 found += [self.of(s, "adopted") for s in self.domain.adopt(best.schedule)]
