@@ -67,6 +67,7 @@ class Rung:
     ) -> None:
         self.nfe, self._run, self._limit, self._deadline = nfe, run, limit, deadline
         self._search, self._solvers = run.config.search, run.solvers[nfe]
+        self.name = f"{self._search.word} {nfe}"
         self._proposer = run.proposer(nfe, earlier)
         self._trials = run.store.trials(nfe, domain=run.domains[nfe])
         self._kept: dict[int, list[Kept]] = {}

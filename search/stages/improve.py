@@ -94,12 +94,12 @@ def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> di
 
 def _tell(stage: str, rung: Rung, proposals: list[Proposal], display: Display) -> int:
     """Score and keep the improved schedules of an NFE (those kept by a resumed search)."""
-    display.stage(f"NFE {rung.nfe}: scoring the schedules of {stage}")
+    display.stage(f"{rung.name}: scoring the schedules of {stage}")
     told = rung.extend(proposals)
     for p in told:
         before, after = p.note[f"{stage}_before"], p.note[f"{stage}_after"]
         line = f"{p.source} {before:.4g} -> {after:.4g} (loss on held-out noise)"
-        display.note(f"NFE {rung.nfe}: {line}")
+        display.note(f"{rung.name}: {line}")
     return sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
 
 
