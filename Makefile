@@ -72,6 +72,7 @@ wheel: $(STAMP)  ## build dist/fewstep-*.whl
 
 ui: $(STAMP)  ## open MLflow on the runs of the demo
 	@mkdir -p runs
+	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
 
 results: $(STAMP)  ## make the tables of results again (TABLE=a: one of them): experiments/results/tables.md

@@ -17,6 +17,7 @@ The model is used the way people use theirs: as a diffusers pipeline in a folder
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,7 @@ class FashionClassifier(nn.Module):
         return out
 
 
+@functools.cache
 def load_classifier() -> FashionClassifier:
     """The classifier with trained weights, in evaluation mode."""
     net = FashionClassifier()

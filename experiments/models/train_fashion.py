@@ -6,6 +6,10 @@ The data come from the Debian package dataset-fashion-mnist, fetched into the as
 absent. The flow minimises |F - (eps - x0)|^2; half of a batch has t uniform on [0, 1], half the
 logistic of a standard normal variable (Esser et al. 2024). The label is dropped with probability
 0.1. The weights kept are an exponential moving average.
+
+The card draws --samples images at guidance 1, 2 and 4 by Heun's method, in a loop of its own, and
+prints how many the classifier reads as the class asked for, and the Frechet distance of its
+features to as many test images; beside it that of as many training images, the floor at this n.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import itertools
 import math
 import time
 
@@ -28,8 +33,11 @@ from fewstep.experiments.models.fashion import (
     NULL_LABEL,
     FashionClassifier,
     FashionPipeline,
+    features,
+    load_classifier,
     new_unet,
 )
+from fewstep.search.objective import frechet_distance
 
 SEED = 0
 _MEMBERS = "usr/share/datasets/fashion-mnist/{}-{}-idx{}-ubyte.gz"
@@ -118,23 +126,68 @@ def train_classifier(steps: int = 1500, batch: int = 128, rate: float = 2e-3) ->
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, CLASSIFIER, metadata)
 
 
+@torch.inference_mode()
+def heun(pipe: FashionPipeline, label: Tensor, guidance: float, steps: int) -> Tensor:
+    """Packed samples (B, 4, 14, 14) of the labels, by Heun's method on times uniform in t."""
+    null = torch.full_like(label, NULL_LABEL)
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn((len(label), 4, 14, 14), generator=generator)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        at = torch.full((len(x),), 1000 * t)
+        v: Tensor = pipe.unet(x, at, class_labels=label).sample
+        if guidance == 1:
+            return v
+        away: Tensor = pipe.unet(x, at, class_labels=null).sample
+        return away + guidance * (v - away)
+
+    times = torch.linspace(1, 0, steps + 1).tolist()
+    for t, then in itertools.pairwise(times):
+        v = velocity(x, t)
+        end = x + (then - t) * v
+        x = x + (then - t) / 2 * (v + velocity(end, then))
+    return x
+
+
+def card(samples: int, steps: int = 16) -> None:
+    """Print how good the samples are."""
+    pipe = FashionPipeline.from_pretrained(str(FOLDER), local_files_only=True)
+    classifier = load_classifier()
+    real, train = (
+        features(functional.pixel_unshuffle(load_data(part)[0][:samples], 2))
+        for part in ("t10k", "train")
+    )
+    floor = frechet_distance(train.double().numpy(), real.double().numpy())
+    print(f"{samples} training images: Frechet distance {floor:.2f} to as many test images")
+    label = torch.arange(samples) % NULL_LABEL
+    for guidance in (1.0, 2.0, 4.0):
+        x = torch.cat([heun(pipe, part, guidance, steps) for part in label.split(250)])
+        read = classifier(functional.pixel_shuffle(x, 2)).argmax(1)
+        distance = frechet_distance(features(x).double().numpy(), real.double().numpy())
+        right = float((read == label).float().mean())
+        print(f"guidance {guidance:g}: {right:.3f} read as their class, distance {distance:.2f}")
+
+
 def main() -> None:
     """Do what is named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m fewstep.experiments.models.train_fashion")
-    parser.add_argument("what", nargs="*", help="classifier, flow; nothing means all")
+    parser.add_argument("what", nargs="*", help="classifier, flow, card; nothing means all")
     parser.add_argument("--steps", type=int, default=5000, help="training steps of the flow")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=1000, help="images of the card")
     arguments = parser.parse_args()
-    unknown = set(arguments.what) - {"classifier", "flow"}
+    unknown = set(arguments.what) - {"classifier", "flow", "card"}
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; use classifier, flow")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; use classifier, flow, card")
     torch.set_num_threads(arguments.threads)
-    what = arguments.what or ["classifier", "flow"]
+    what = arguments.what or ["classifier", "flow", "card"]
     fetch("fashion")
     if "classifier" in what:
         train_classifier()
     if "flow" in what:
         train_flow(arguments.steps)
+    if "card" in what:
+        card(arguments.samples)
 
 
 if __name__ == "__main__":
