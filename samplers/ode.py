@@ -121,12 +121,15 @@ def run(
     m: Tensor | None = None,
     options: dict[str, Any] | None = None,
     generator: torch.Generator | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Run one program on x_T (B, *shape), or M stacked ones on the same x_T: (M, B, *shape).
 
-    See `sample`; m is the constant image, options are those of a schedule.
+    See `sample`; m is the constant image, options are those of a schedule. Without `check` a
+    data prediction that is not finite travels to the result instead of raising a ModelError.
     """
-    return Loop(program, x_T, m, generator).through(denoiser, cond, guidance, options)
+    loop = Loop(program, x_T, m, generator)
+    return loop.through(denoiser, cond, guidance, options, check=check)
 
 
 def run_candidates(

@@ -268,6 +268,7 @@ def test_nothing_that_is_loaded_can_execute_code(path: Path) -> None:
 # --- functions, classes, search/ --------------------------------------------------------------
 
 NAMED = {
+    "samplers/ode.py:run": "public since the first version, where `check` was one of them",
     "samplers/diffusers.py:__init__": "diffusers reads a scheduler's settings off the parameters",
 }
 """Functions of more than eight parameters, and why."""
