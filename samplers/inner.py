@@ -56,6 +56,8 @@ class Inner:
     label: float
     sigma: float
     listening: bool
+    scaled = False
+    """Whether the pipeline ever asked for its input to be scaled."""
     shift_mu: float | None
 
     def ask(self, state: Tensor | None, label: float, sigma: float) -> None:
@@ -103,6 +105,7 @@ class Inner:
 
     def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
         """The state as it is: it comes scaled."""
+        self.scaled = True
         return sample
 
     def add_noise(self, original_samples: Tensor, *_: Any, **__: Any) -> Tensor:

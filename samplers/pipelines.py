@@ -160,6 +160,11 @@ class PipelineDenoiser:
             )
         self.calls = 0
 
+    @property
+    def scales_input(self) -> bool:
+        """Whether the pipeline lets its scheduler scale the network's input."""
+        return bool(self._inner.scaled)
+
     def stock(self, calls: int) -> ProgramSchedule:
         """What the scheduler the pipeline came with does in `calls` network calls, or fewer.
 
@@ -268,6 +273,7 @@ def pipeline_problem(
         fingerprint=_fingerprint(denoiser),
         picture=denoiser.picture if decodes else None,
         decode=denoiser.decode if decodes else None,
+        plain_start=not denoiser.scales_input,
         baselines=baselines,
     )
 

@@ -59,6 +59,8 @@ class Problem:
             for a default.
         decode: samples (B, *shape) -> images (B, 3, H, W) or videos (B, F, 3, H, W) in 0..1, for a
             study's own feature function; None where samples are what it is given.
+        plain_start: the first call is asked with the start noise as it is (p_0 = 1, no image), as
+            pipelines do that do not scale their input.
         baselines: network calls -> further schedules by name that a search must beat, such as the
             one in use today; None if there are none.
     """
@@ -71,6 +73,7 @@ class Problem:
     features: Callable[[Tensor], Tensor] | None = None
     picture: Callable[[Tensor], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
+    plain_start: bool = False
     baselines: Callable[[int], Mapping[str, OdeSchedule | ProgramSchedule]] | None = None
 
 

@@ -127,6 +127,9 @@ class OdeFamily(Family):
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
         name = config.objective.name or "endpoint_mse"
+        if self.problem.plain_start and config.refine.mean:
+            refine = config.refine.model_copy(update={"mean": False})
+            config = config.model_copy(update={"refine": refine})
         return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain | PlanDomain:

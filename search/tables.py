@@ -45,6 +45,8 @@ class RefineTable(Table):
             each, with calls of weight 0 added (`space.growing`), is a start of the next.
         mean: programs may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
             an analytical first step that costs no call. The image lies beside the schedule file.
+            Without it they start at the noise itself, as they always do for a pipeline that does
+            not scale its input (those of flow models), because none else runs there.
         samples: noise it is fitted on, at most: four times as many each time, from `batch` on,
             until training and held-out error agree within 10 %.
         held: noise the iterate is chosen by.

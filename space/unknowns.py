@@ -79,6 +79,8 @@ class FreeProgram(Unknowns):
             scale 1 is unguided and stays so: it costs less.
         constant: so are k_0 and the weights k of a constant image.
         staged: the zeros that make stages (`space.costs`) stay.
+        plain: p_0 stays: the first query is of the start noise itself, as of pipelines that do
+            not scale their input.
     """
 
     base: Program
@@ -86,6 +88,7 @@ class FreeProgram(Unknowns):
     guided: bool = False
     constant: bool = False
     staged: bool = False
+    plain: bool = False
 
     @property
     def _sizes(self) -> list[int]:
@@ -122,6 +125,7 @@ class FreeProgram(Unknowns):
         if self.staged:
             by_b = by_b * _open(base)[rows, columns]
         b = base.b.index_put((rows, columns), base.b[rows, columns] + by_b)
+        by_p = by_p * (not self.plain)
         by_init = torch.cat([by_p, by_k[:1] if self.constant else torch.zeros_like(by_p)])
         changes = {"init": base.init + by_init, "e": base.e + by_e, "b": b}
         if self.constant:

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from fewstep.experiments.models import assets, fashion
 from fewstep.samplers import sample, start
 from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.saved_pipeline import load_pipeline
+from fewstep.search.config import study_from_dict
+from fewstep.search.family import family_of
+from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
 
 pytest.importorskip("diffusers")
+
+STUDIES = Path(__file__).resolve().parents[1] / "experiments" / "studies"
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +44,15 @@ def test_the_stock_schedule_gives_the_images_of_the_pipeline_itself(pipe, proble
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
 
-def test_a_schedule_replayed_in_the_pipeline_gives_what_sample_gives(pipe, problem):
-    noise = problem.denoiser.noise
-    schedule = baseline("unipc2-bh2/logsnr", noise, 5)
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(lambda noise: baseline("unipc2-bh2/logsnr", noise, 5), id="named"),
+        pytest.param(lambda noise: load_schedule(STUDIES / "fashion_nfe05.json"), id="found"),
+    ],
+)
+def test_a_schedule_replayed_in_the_pipeline_gives_what_sample_gives(pipe, problem, made):
+    schedule = made(problem.denoiser.noise)
     z = torch.randn(3, 4, 14, 14, generator=torch.Generator().manual_seed(2))
     cond = problem.cond(torch.arange(3))
     want = sample(schedule, problem.denoiser, start(schedule, z), cond=cond, guidance=4.0)
@@ -57,6 +69,19 @@ def test_a_schedule_replayed_in_the_pipeline_gives_what_sample_gives(pipe, probl
 def test_a_pipeline_of_a_class_of_ones_own_is_refused_from_its_folder():
     with pytest.raises(ModelError, match=r"FashionPipeline .* name that as model\.factory"):
         load_pipeline(fashion.FOLDER)
+
+
+def test_what_is_fitted_for_a_pipeline_that_does_not_scale_its_input_starts_at_the_noise(problem):
+    assert problem.plain_start
+    config = study_from_dict(
+        {
+            "model": {"factory": "fewstep.experiments.models.fashion:problem"},
+            "budget": {"candidates": 200},
+            "search": {"nfe": [5]},
+        }
+    )
+    assert config.refine.mean
+    assert not family_of(problem).settle(config).refine.mean
 
 
 def test_gray_images_are_decoded_as_rgb(problem):

@@ -181,6 +181,15 @@ def test_of_several_starts_the_one_that_gets_furthest_is_refined_to_the_end(nois
     assert out.calls > alone.calls
 
 
+def test_without_an_image_a_fit_starts_at_the_noise_itself(noise):
+    """p_0 stays 1, so that the file runs in pipelines that do not scale their input."""
+    train, held, _ = noise
+    table = RefineTable(samples=32, held=32, rounds=4, batch=32)
+    made = refine([baseline("unipc2-bh2/logsnr", VP, 4)], MODEL, train, held, table)
+    assert made.after < 0.8 * made.before
+    assert made.schedule.program.init.tolist() == [1.0, 0.0]
+
+
 def test_with_a_constant_image_schedules_go_further_and_are_files_with_an_image(tmp_path):
     """Data far from 0, as images are: a start at pure noise lacks their mean."""
     model = Mixture(VP, _SHARP.weights, _SHARP.means / 2 + 2, _SHARP.variances / 4 + 0.1)

@@ -40,7 +40,7 @@ samples = 8
 held = 8
 batch = 4
 rounds = 4
-mean = false       # flow pipelines cannot start from a mean image
+mean = false       # no mean image: schedules start at the noise, and run in every pipeline
 
 [cpr]              # schedules for the numbers of calls between; costs as much again
 fit = false

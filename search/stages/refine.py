@@ -178,7 +178,8 @@ class _Refinement:
         return self.error <= _AGREE * self._loss(seen)
 
     def _all(self, size: int) -> None:
-        free = (self.guided, self.imaged, self.table.stages)
+        plain = self.train.constant is None
+        free = (self.guided, self.imaged, self.table.stages, plain)
         model = FreeProgram(self.program, self.noise, *free)
         theta = model.nearer() if not self.curve else torch.zeros(model.size).double()
         self._fit(model, theta, size)
