@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +12,10 @@ from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.saved_pipeline import load_pipeline
 from fewstep.search.config import study_from_dict
 from fewstep.search.family import family_of
-from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
 
 pytest.importorskip("diffusers")
-
-STUDIES = Path(__file__).resolve().parents[1] / "experiments" / "studies"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,6 @@ def test_the_stock_schedule_gives_the_images_of_the_pipeline_itself(pipe, proble
     "made",
     [
         pytest.param(lambda noise: baseline("unipc2-bh2/logsnr", noise, 5), id="named"),
-        pytest.param(lambda noise: load_schedule(STUDIES / "fashion_nfe05.json"), id="found"),
     ],
 )
 def test_a_schedule_replayed_in_the_pipeline_gives_what_sample_gives(pipe, problem, made):
