@@ -26,6 +26,8 @@ __all__ = ["Decision", "PolynomialFamily", "Setting"]
 Array = NDArray[np.float64]
 Decision = Literal["gap", "query", "start", "land", "compensation", "guidance"]
 DECISIONS = get_args(Decision)
+MOVED: tuple[Decision, ...] = ("gap", "query", "compensation")
+"""Those that a study opens by default."""
 
 
 @dataclass(frozen=True, order=True)

@@ -1,7 +1,6 @@
 """What a search needs to know of its kind of schedules: ODE, masked, particles.
 
-The problem that a study's factory returns decides the kind. Everything else of the driver, from
-the strategies to the report, is the same for all.
+The problem decides the kind; everything else of the driver is the same for all.
 """
 
 from __future__ import annotations
@@ -127,9 +126,9 @@ class OdeFamily(Family):
     def settle(self, config: StudyConfig) -> StudyConfig:
         """See `Family`."""
         name = config.objective.name or "endpoint_mse"
-        if self.problem.plain_start and config.refine.mean:
-            refine = config.refine.model_copy(update={"mean": False})
-            config = config.model_copy(update={"refine": refine})
+        if self.problem.plain_start:
+            plain = config.refine.model_copy(update={"mean": False})
+            config = config.model_copy(update={"refine": plain})
         return _with_objective(config, name, "geometric" if name == "endpoint_mse" else "mean")
 
     def domain(self, config: StudyConfig, nfe: int) -> OdeDomain | PlanDomain:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fewstep.predictors.cpr_family import Decision
+from fewstep.predictors.cpr_family import MOVED, Decision
 from fewstep.search.yardstick import Statistic
 
 Positive = Annotated[int, Field(ge=1)]
@@ -45,8 +45,7 @@ class RefineTable(Table):
             each, with calls of weight 0 added (`space.growing`), is a start of the next.
         mean: programs may also use the mean m of the teacher's samples, y_0 = p_0 x_T + k_0 m:
             an analytical first step that costs no call. The image lies beside the schedule file.
-            Without it they start at the noise itself, as they always do for a pipeline that does
-            not scale its input (those of flow models), because none else runs there.
+            Without it, and for pipelines that do not scale their input, they start at the noise.
         samples: noise it is fitted on, at most: four times as many each time, from `batch` on,
             until training and held-out error agree within 10 %.
         held: noise the iterate is chosen by.
@@ -157,11 +156,7 @@ class CprTable(Table):
 
     fit: bool | None = None
     template: str | None = None
-    decisions: Annotated[tuple[Decision, ...], Field(min_length=1)] = (
-        "gap",
-        "query",
-        "compensation",
-    )
+    decisions: Annotated[tuple[Decision, ...], Field(min_length=1)] = MOVED
     samples: Annotated[int, Field(ge=8)] = 64
     held: Annotated[int, Field(ge=8)] = 64
     rounds: Positive = 6

@@ -178,8 +178,7 @@ class _Refinement:
         return self.error <= _AGREE * self._loss(seen)
 
     def _all(self, size: int) -> None:
-        plain = self.train.constant is None
-        free = (self.guided, self.imaged, self.table.stages, plain)
+        free = (self.guided, self.imaged, self.table.stages, self.train.constant is None)
         model = FreeProgram(self.program, self.noise, *free)
         theta = model.nearer() if not self.curve else torch.zeros(model.size).double()
         self._fit(model, theta, size)
