@@ -113,10 +113,11 @@ class Settled(dict[str, Any]):
     def __init__(self, choices: StepChoices, place: Place, wanted: Mapping[str, Any]) -> None:
         super().__init__()
         self.choices, self.place, self.wanted = choices, place, wanted
+        self.rows, self.open = table(choices), open_at(choices, place.index)
 
     def __missing__(self, name: str) -> Any:
-        wanted = self.wanted.get(name) if name in open_at(self.choices, self.place.index) else None
-        self[name] = found = table(self.choices)[name].nearest(self, wanted)
+        wanted = self.wanted.get(name) if name in self.open else None
+        self[name] = found = self.rows[name].nearest(self, wanted)
         return found
 
     @property

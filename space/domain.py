@@ -165,6 +165,15 @@ class OdeDomain(Domain):
         Missing values are neutral, impossible ones are settled, missing times fill the widest
         gaps.
         """
+        first, given, steps = self._settled(values)
+        start = self._level("lam_start", values, self.start_lam, self.start_band, 0)
+        end = self._level("lam_end", values, self.end_lam, self.end_band, 1)
+        inner = moves.fit_times(given, len(steps) - 1, start[0], end[0], self.min_gap)
+        times = (start[1], *self.time(inner), end[1])
+        return self._member(times, steps, first)
+
+    def _settled(self, values: Mapping[str, Any]) -> tuple[str, list[float], list[StepSpec]]:
+        """How the member nearest to any values begins, the inner lam given, and its steps."""
         first = str(values.get("first", self.first[0]))
         first = first if first in self.first else self.first[0]
         by_step: dict[int, dict[str, Any]] = {}
@@ -182,11 +191,18 @@ class OdeDomain(Domain):
         while place.calls > 0:
             steps.append(self.choices.settle(by_step.get(place.index, {}), place))
             place = place.after(steps[-1])
-        start = self._level("lam_start", values, self.start_lam, self.start_band, 0)
-        end = self._level("lam_end", values, self.end_lam, self.end_band, 1)
-        inner = moves.fit_times(given, len(steps) - 1, start[0], end[0], self.min_gap)
-        times = (start[1], *self.time(inner), end[1])
-        return self._member(times, steps, first)
+        return first, given, steps
+
+    def matter(self, values: Mapping[str, Any]) -> set[str]:
+        """See `Domain`; asked for once per suggestion, so no schedule is made."""
+        first, _, steps = self._settled(values)
+        found = {p.name for p in self.parameters if p.name in ("first", "lam_start", "lam_end")}
+        place = self.place(first)
+        for i, step in enumerate(steps):
+            found |= {f"lam_{i}"} if i else set()
+            found |= {f"{name}_{i}" for name, _ in self.choices.active(step, place)}
+            place = place.after(step)
+        return found
 
     def _member(
         self, times: Sequence[float], steps: Sequence[StepSpec], first: str

@@ -80,6 +80,10 @@ class Domain(ABC):
             raise ScheduleError(f"not in the search space: {reason}")
         return self._values(schedule)
 
+    def matter(self, values: Mapping[str, Any]) -> set[str]:
+        """The names of the parameters that matter for the member nearest to any values."""
+        return set(self._values(self.from_params(values)))
+
     def canonical(self, schedule: Any) -> Any:
         """The same sampler (to rounding) as a member whose irrelevant fields are neutral.
 

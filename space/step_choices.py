@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
 
-from fewstep.space.choices import EXTRAS, Parameter, Place, Settled, Value, open_at, table
+from fewstep.space.choices import EXTRAS, Parameter, Place, Settled, Value, open_at
 from fewstep.space.coefficients import RELAXATIONS
 from fewstep.space.errors import ScheduleError
 from fewstep.space.schedule import StepSpec
@@ -122,7 +122,7 @@ class StepChoices:
             place: where the step stands.
         """
         f = Settled(self, place, values)
-        fields = {d.field: f[name] for name, d in table(self).items() if d.field and d.matters(f)}
+        fields = {d.field: f[name] for name, d in f.rows.items() if d.field and d.matters(f)}
         for name, all_points in (
             ("slope_points", 0),
             ("corrector_slope_points", 0),
@@ -139,8 +139,8 @@ class StepChoices:
         """The (decision, value) pairs that matter for a canonical step; `settle` inverts them."""
         f = Settled(self, place, {})
         f |= step_values(step) | {"corrector_order": step.points_corrector}
-        for name in open_at(self, place.index):
-            if table(self)[name].matters(f):
+        for name in f.open:
+            if f.rows[name].matters(f):
                 yield name, f[name]
 
     def parameters(self, i: int) -> Iterator[Parameter]:

@@ -77,7 +77,9 @@ def test_any_values_become_a_member(domain):
                 wide = p.high - p.low
                 number = p.low - wide + 3 * wide * rng.random()
                 values[p.name] = rng.choice(p.choices) if p.kind == "choice" else number
-        assert domain.contains(domain.from_params(values)) is None
+        member = domain.from_params(values)
+        assert domain.contains(member) is None
+        assert domain.matter(values) == set(domain.params(member))
     assert domain.contains(domain.from_params({})) is None
 
 

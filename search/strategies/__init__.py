@@ -107,7 +107,7 @@ def suggest(trial: optuna.Trial, domain: Domain) -> Any:
     is taken as it is.
     """
     values: dict[str, Any] = dict(trial.relative_params)
-    matter = set(domain.params(domain.from_params(values)))
+    matter = domain.matter(values)
     asked: dict[str, Any] = {}
     for p in domain.parameters:
         if p.name not in matter:
@@ -118,10 +118,10 @@ def suggest(trial: optuna.Trial, domain: Domain) -> Any:
             asked[p.name] = trial.suggest_categorical(p.name, p.choices)
         else:
             asked[p.name] = trial.suggest_int(p.name, int(p.low), int(p.high))
-        if p.name not in values or values[p.name] != asked[p.name]:
-            values[p.name] = asked[p.name]
-            if p.kind != "float":
-                matter = set(domain.params(domain.from_params(values)))
+        before = values.get(p.name, p.neutral)
+        values[p.name] = asked[p.name]
+        if p.kind != "float" and asked[p.name] != before:
+            matter = domain.matter(values)
     return domain.from_params(asked)
 
 
