@@ -174,7 +174,7 @@ def moved_times(
             v += touched * rng.normal(0, (high - low) * 10 ** rng.uniform(-3, -1.2), len(v))
         else:
             a, b = rng.integers(len(same), size=2)
-            v += rng.uniform(0.2, 1.0) * (same[a] - same[b])[free]
+            v += rng.uniform(0.2, 1.0) * (same[a][free] - same[b][free])  # ends may be infinite
             v += rng.normal(0, 1e-3 * (high - low), len(v))
     out[:, free].sort(axis=1)
     inside = (np.diff(out, axis=1) >= domain.min_gap).all(1)

@@ -11,6 +11,7 @@ from fewstep.space import OdeSchedule, StepSpec
 from fewstep.space.baselines import baseline, named
 from fewstep.space.domain import OdeDomain
 from fewstep.space.errors import ScheduleError
+from fewstep.space.moves import moved_times
 from fewstep.space.noise import EDM, RectifiedFlow, VPCosine, VPDiscrete, VPLinear
 from fewstep.space.step_choices import StepChoices
 from fewstep.space.tokens import tokens
@@ -437,3 +438,15 @@ def test_every_published_usf_schedule_is_a_member_of_usfs_space(path):
     canonical = domain.canonical(schedule)
     canonical.program.require_equal(schedule.program, 1e-7)  # times on the grid of 1e-9 in lam
     assert domain.canonical(canonical) == canonical
+
+
+def test_times_move_along_differences_of_members_whose_start_is_infinite():
+    domain = OdeDomain(RectifiedFlow(), 6)
+    rng = np.random.default_rng(0)
+    members = [domain.sample(rng) for _ in range(12)]
+    lam = [np.array(domain.lam(s.times)) for s in members if s.n_steps == 6]
+    assert len(lam) >= 3 and all(np.isneginf(row[0]) for row in lam)
+    moved = moved_times(domain, lam[0], lam, 200, rng)  # warnings are errors
+    assert len(moved) > 50
+    assert np.array_equal(moved[0], lam[0])
+    assert (np.diff(moved, axis=1) >= domain.min_gap).all()
