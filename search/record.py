@@ -21,6 +21,8 @@ _LEFT = (
     *("samples.png", "curves.png", "pareto.png", "decisions.json", "decisions.png"),
 )
 
+_MADE_AT_ONCE = ("already exists", "UNIQUE constraint", "duplicate key", "database is locked")
+
 
 @contextlib.contextmanager
 def held(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
@@ -105,13 +107,14 @@ def open_storage(url: str | None, out: Path) -> Any:
 
 def _of_url(opened: Callable[[str], Any], url: str) -> Any:
     """The storage; tried again where another search makes its tables just now."""
-    try:
-        return opened(url)
-    except Exception as error:
-        if "already exists" not in str(error):
-            raise
-        time.sleep(1.0)
-        return opened(url)
+    for wait in (0.2, 0.5, 1.0, 2.0):
+        try:
+            return opened(url)
+        except Exception as error:
+            if not any(sign in str(error) for sign in _MADE_AT_ONCE):
+                raise
+        time.sleep(wait)
+    return opened(url)
 
 
 def shown_url(url: str) -> str:

@@ -4,13 +4,16 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
 import torch
 
 from fewstep.experiments.benchmarks.killed import table
+from fewstep.search.record import open_storage
 from fewstep.space.noise import VPLinear
 from tests.clusters import plain_environment
 from tests.studies import MODEL, STUDY, command, fewstep, trial_table, write_study
@@ -237,6 +240,18 @@ def test_a_full_disk_ends_a_search_in_one_line_and_it_goes_on_when_there_is_room
     else:
         found = table(optuna.load_study(study_name="tiny-nfe03", storage=url))
     assert found == undisturbed[0][:40]
+
+
+def test_a_new_database_is_opened_by_many_at_once(tmp_path):
+    for k in range(4):
+        url, gate = f"sqlite:///{tmp_path}/{k}.db", threading.Barrier(6)
+
+        def opened(_, url=url, gate=gate):
+            gate.wait()
+            return open_storage(url, tmp_path).get_all_studies()
+
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(opened, range(6))) == [[]] * 6
 
 
 def test_two_searches_of_one_name_at_once_do_not_mix_and_one_is_not_gone_on_with_twice(
