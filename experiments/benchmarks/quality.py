@@ -55,11 +55,11 @@ class ImageBench:
 
     def __init__(self, a: argparse.Namespace) -> None:
         self.problem: Problem = problem(a.model)
+        real = REAL.get(a.model.partition("@")[0])  # first: data that is missing is said at once
+        self.real = None if real is None else self._features(real())
         teacher = {"teacher_calls": a.teacher}
         self.choose = Landscape(self.problem, a.choose, FIRST - a.choose, **teacher)
         self.fresh = Landscape(self.problem, a.fresh, FIRST, **teacher)
-        real = REAL.get(a.model.partition("@")[0])
-        self.real = None if real is None else self._features(real())
         self.reference = self._features(self.fresh.teacher)
 
     def _features(self, x: Tensor) -> np.ndarray:
