@@ -1,1 +1,1 @@
-"""Cheap estimates learned from evaluated schedules: which are good, and what lies between."""
+"""Cheap estimates learned from evaluated schedules, and what fits schedules to samples."""

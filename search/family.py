@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from fewstep.predictors.yardstick import Statistic
 from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.problems import prompts
 from fewstep.search.config import StudyConfig
 from fewstep.search.problem import priced
-from fewstep.search.yardstick import Statistic
 from fewstep.space.baselines import named
 from fewstep.space.costs import Prices
 from fewstep.space.domain import OdeDomain

@@ -3,7 +3,7 @@
 endpoint_mse: a sample's error is the squared distance of its end point to the teacher's, divided
 by the number of elements (pixels x channels): the MEAN SQUARE per element, so that RMSE is its
 root in the units of the data. The score of a schedule is a statistic of its samples' errors, the
-geometric mean unless the study says otherwise (`search.yardstick`). Noise and conditions are
+geometric mean unless the study says otherwise (`predictors.yardstick`). Noise and conditions are
 shared by all schedules, so comparisons are paired, sample by sample.
 
 frechet: |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) between features of the samples and of
@@ -24,8 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.samplers import MaskedProblem, ParticleProblem
-from fewstep.search.yardstick import (
+from fewstep.predictors.yardstick import (
     Array,
     Comparison,
     Statistic,
@@ -37,6 +36,7 @@ from fewstep.search.yardstick import (
     paired_resamples,
     q90,
 )
+from fewstep.samplers import MaskedProblem, ParticleProblem
 from fewstep.space.errors import StudyError
 
 

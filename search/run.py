@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.predictors.yardstick import Array
 from fewstep.samplers import Problem
 from fewstep.samplers.prices import measured_prices, prices_in_words
 from fewstep.search.cluster import check_address
@@ -57,7 +58,6 @@ from fewstep.search.teacher import Teacher
 from fewstep.search.tracking import MlflowTracker, Tracker, beginning, tracking_uri
 from fewstep.search.verdict import FRESH, Judge, Row, Verdict
 from fewstep.search.work import Block, Evaluator
-from fewstep.search.yardstick import Array
 from fewstep.space import Program
 from fewstep.space.costs import Prices, pattern
 from fewstep.space.files import load_schedule, save_schedule, write_text

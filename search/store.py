@@ -35,10 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.predictors.yardstick import Array
 from fewstep.search.record import reached
 from fewstep.search.strategies import Evaluated
 from fewstep.search.work import Result
-from fewstep.search.yardstick import Array
 from fewstep.space.errors import FewstepError, StudyError
 from fewstep.space.files import load_schedule
 from fewstep.space.plans import PlanDomain

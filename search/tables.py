@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fewstep.predictors.cpr_family import MOVED, Decision
-from fewstep.search.yardstick import Statistic
+from fewstep.predictors.yardstick import Statistic
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -184,8 +184,8 @@ class ObjectiveTable(Table):
     Args:
         name: "endpoint_mse" (the default) or "frechet"; a problem whose samples are drawn brings
             its own, and this is left out.
-        statistic: of a schedule's per-sample errors, its score (`search.yardstick`): "geometric"
-            (the default of endpoint_mse), "mean", "median", "trimmed" or "backward".
+        statistic: of a schedule's per-sample errors, its score (`predictors.yardstick`):
+            "geometric" (the default of endpoint_mse), "mean", "median", "trimmed" or "backward".
         features: for frechet: "module.path:function", images (B, *shape) -> (B, F); None takes the
             problem's own.
     """

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from fewstep.predictors.yardstick import Array, Comparison, geometric_ratio
 from fewstep.search.config import FinalTable
 from fewstep.search.objective import Objective, Paired, ratio
 from fewstep.search.scoring import Scorer
 from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.work import Result
-from fewstep.search.yardstick import Array, Comparison, geometric_ratio
 from fewstep.space.errors import StudyError
 
 SELECT, FRESH = "select", "fresh"

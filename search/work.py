@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.predictors.yardstick import Array
 from fewstep.samplers import (
     AnyProblem,
     MaskedProblem,
@@ -51,7 +52,6 @@ from fewstep.samplers.token_denoiser import CountedSequences
 from fewstep.search.config import StudyConfig
 from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
 from fewstep.search.problem import guarded, import_path, load_problem, priced, watched
-from fewstep.search.yardstick import Array
 from fewstep.space import stack
 from fewstep.space.costs import Prices
 from fewstep.space.errors import FewstepError, ModelError, StudyError, one_line

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fewstep.experiments.cli.programs import asked
+from fewstep.predictors.gauss_newton import Batch, Fit
 from fewstep.predictors.levenberg import levenberg
 from fewstep.samplers import from_model, run, run_candidates, sample, start
 from fewstep.samplers.denoiser import Networks, bcast
 from fewstep.samplers.replay import Replay
-from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.space import (
     ModelError,
     ProgramSchedule,

@@ -273,7 +273,7 @@ NAMED = {
 }
 """Functions of more than eight parameters, and why."""
 
-LARGEST = {"lines": 8305, "files": 33}
+LARGEST = {"lines": 7936, "files": 31}
 """search/ is to shrink, to 6,500 lines in 30 files: lower these with it."""
 
 

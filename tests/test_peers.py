@@ -14,10 +14,10 @@ from fewstep.experiments.benchmarks.peers_adam import Plan, fit, sample_errors
 from fewstep.experiments.benchmarks.peers_forms import Discretised, NonStationary, Weighted
 from fewstep.experiments.benchmarks.peers_verdict import ratios, write_tensor
 from fewstep.experiments.benchmarks.refine import write_json
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.yardstick import geometric_ratio
 from fewstep.samplers import sample
 from fewstep.search.display import Display
-from fewstep.search.strategies.gauss_newton import Batch
-from fewstep.search.yardstick import geometric_ratio
 from fewstep.space import ScheduleError
 from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from fewstep.predictors.gauss_newton import Batch, Fit
 from fewstep.predictors.levenberg import Quadratic, levenberg
 from fewstep.samplers import run, sample, start
 from fewstep.samplers.denoiser import bcast
 from fewstep.search.stages.refine import best_starts, refine
 from fewstep.search.strategies import Evaluated
-from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import RefineTable
 from fewstep.space import (
     OdeSchedule,

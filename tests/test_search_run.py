@@ -12,11 +12,11 @@ import optuna
 import pytest
 
 from fewstep.experiments.benchmarks.killed import table
+from fewstep.predictors.yardstick import level
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
 from fewstep.search.record import held, open_storage
 from fewstep.search.store import Store, Trials
-from fewstep.search.yardstick import level
 from fewstep.space import StudyError, load_schedule
 from tests.studies import STUDY, command, environment, fewstep, trial_table, write_study
 

@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from fewstep.search.config import FinalTable
-from fewstep.search.objective import EndpointMSE, Paired, ratio, score_interval
-from fewstep.search.scoring import Race
-from fewstep.search.strategies import Evaluated
-from fewstep.search.verdict import FRESH, SELECT, Judge, Row
-from fewstep.search.work import Result
-from fewstep.search.yardstick import (
+from fewstep.predictors.yardstick import (
     Comparison,
     bootstrap_ratio,
     compare,
@@ -24,6 +18,12 @@ from fewstep.search.yardstick import (
     level,
     tail_index,
 )
+from fewstep.search.config import FinalTable
+from fewstep.search.objective import EndpointMSE, Paired, ratio, score_interval
+from fewstep.search.scoring import Race
+from fewstep.search.strategies import Evaluated
+from fewstep.search.verdict import FRESH, SELECT, Judge, Row
+from fewstep.search.work import Result
 
 STATISTICS = ("geometric", "trimmed", "median", "mean")
 

@@ -34,15 +34,15 @@ import numpy as np
 import torch
 
 from fewstep.experiments.models import digits, galaxy
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.yardstick import Array, geometric_ratio
 from fewstep.samplers import Problem, sample, start
 from fewstep.samplers.ode import start_scale
 from fewstep.search.problem import conditions, noise_of, priced
 from fewstep.search.stages.plans import kept_sorts, rivals, short
 from fewstep.search.stages.refine import Startable, refine
 from fewstep.search.strategies import Evaluated, Proposer
-from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.tables import RefineTable
-from fewstep.search.yardstick import Array, geometric_ratio
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.costs import Prices, pattern

@@ -55,9 +55,9 @@ from fewstep.experiments.benchmarks.peers_verdict import (
 from fewstep.experiments.benchmarks.refine import write_json
 from fewstep.experiments.benchmarks.search import problem
 from fewstep.experiments.cli.terminal import Terminal
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.yardstick import geometric_ratio
 from fewstep.search.display import Display
-from fewstep.search.strategies.gauss_newton import Batch
-from fewstep.search.yardstick import geometric_ratio
 from fewstep.space import ProgramSchedule, load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError

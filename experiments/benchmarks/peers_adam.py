@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fewstep.experiments.benchmarks.peers_forms import Form
+from fewstep.predictors.gauss_newton import Batch
 from fewstep.samplers import Denoiser, run_candidates
 from fewstep.search.display import Display
-from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import Program
 from fewstep.space.errors import ScheduleError
 

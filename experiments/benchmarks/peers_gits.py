@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.predictors.gauss_newton import Batch
 from fewstep.samplers import Denoiser, sample
 from fewstep.samplers.ode import Progress
-from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.space import OdeSchedule
 from fewstep.space.baselines import grid, in_basis, multistep
 

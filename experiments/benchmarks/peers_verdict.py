@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.yardstick import compare
 from fewstep.samplers import Problem, sample
 from fewstep.search.display import Display
-from fewstep.search.strategies.gauss_newton import Batch
-from fewstep.search.yardstick import compare
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
 

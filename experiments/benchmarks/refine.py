@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from fewstep.experiments.benchmarks.search import FRESH, Landscape, problem
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.yardstick import level, q90
 from fewstep.samplers import start
 from fewstep.search.stages.refine import Startable, refine
-from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.tables import RefineTable
-from fewstep.search.yardstick import level, q90
 from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError

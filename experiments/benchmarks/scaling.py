@@ -56,7 +56,7 @@ def problem(wait: float = 0.0, compute: int = 0) -> Problem:
 
 
 class Clock:
-    """When candidates are told, the driver's processor time then, and what their evaluation took."""
+    """When candidates are told, the driver's processor time then, what their evaluation took."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

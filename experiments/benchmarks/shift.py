@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.predictors.yardstick import bootstrap_ratio
 from fewstep.samplers import Problem, sample
 from fewstep.samplers.shift import training_step
-from fewstep.search.yardstick import bootstrap_ratio
 from fewstep.space import FewstepError, OdeSchedule
 from fewstep.space.baselines import GRIDS, baseline
 

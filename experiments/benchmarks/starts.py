@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fewstep.experiments.benchmarks.refine import RefineBench, batch, bench_options, write_json
 from fewstep.experiments.benchmarks.search import Landscape
-from fewstep.search.strategies.gauss_newton import Batch, Fit
+from fewstep.predictors.gauss_newton import Batch, Fit
 from fewstep.space import OdeSchedule, Program, StepSpec
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError

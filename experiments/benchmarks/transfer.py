@@ -24,8 +24,8 @@ from torch import Tensor
 from fewstep.experiments.benchmarks.search import Landscape
 from fewstep.experiments.models import digits
 from fewstep.experiments.models.train_digits import load_data, velocity_error
+from fewstep.predictors.yardstick import geometric_ratio, level
 from fewstep.samplers import Problem, from_model
-from fewstep.search.yardstick import geometric_ratio, level
 from fewstep.space import load_schedule
 from fewstep.space.baselines import named
 

@@ -28,8 +28,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fewstep.experiments.benchmarks.search import Landscape, problem
+from fewstep.predictors.yardstick import Array, bootstrap_ratio, compare, geometric_ratio, level
 from fewstep.search.verdict import WITHIN
-from fewstep.search.yardstick import Array, bootstrap_ratio, compare, geometric_ratio, level
 from fewstep.space import load_schedule
 from fewstep.space.baselines import named
 from fewstep.space.errors import FewstepError

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fewstep.experiments.cli.explain import Loaded
 from fewstep.experiments.cli.rescore import load_evaluator, rescore
+from fewstep.predictors.yardstick import Comparison
 from fewstep.samplers import AnyProblem, Problem
 from fewstep.samplers.pictures import contact_sheet
 from fewstep.search.config import StudyConfig
 from fewstep.search.family import family_of
 from fewstep.search.work import Block, Evaluator
-from fewstep.search.yardstick import Comparison
 from fewstep.space.errors import StudyError
 
 COLUMNS = 8

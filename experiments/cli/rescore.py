@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.predictors.yardstick import Array, Comparison
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.family import family_of
@@ -22,7 +23,6 @@ from fewstep.search.pool import SerialPool
 from fewstep.search.scoring import assemble
 from fewstep.search.teacher import Teacher
 from fewstep.search.work import Block, Evaluator, Result, cut
-from fewstep.search.yardstick import Array, Comparison
 
 
 @dataclass(frozen=True)

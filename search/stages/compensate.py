@@ -2,7 +2,7 @@
 
     step i >= K:  D_i <- its Lagrange interpolation at rho_i t_i + (1 - rho_i) t_{i-1}, for good
 
-All ratios are fitted together by Gauss-Newton on the end point (`strategies.gauss_newton`), on
+All ratios are fitted together by Gauss-Newton on the end point (`predictors.gauss_newton`), on
 noise of their own ("compensate"), whose last part chooses the iterate. The original chooses one
 ratio after the other by the state it lands on (`experiments/benchmarks/published_dc.py`); their
 effects on the end point are coupled, and matching the teacher step by step does not bring it
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from fewstep.predictors.gauss_newton import Batch, Fit
 from fewstep.samplers import Denoiser
 from fewstep.samplers.ode import start_scale
 from fewstep.search.stages.refine import Fitted, Improved, StageTask, batch_of
-from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import CompensationTable
 from fewstep.search.work import Evaluator, reason
 from fewstep.space import OdeSchedule

@@ -22,6 +22,8 @@ import torch
 from fewstep.predictors.cpr import CPR, fit
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
 from fewstep.predictors.cpr_joint import Joint, Request, fit_joint
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.yardstick import Array
 from fewstep.samplers import Denoiser, Problem
 from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import on_unit_noise
@@ -30,10 +32,8 @@ from fewstep.search.display import Display
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.results import schedule_path
 from fewstep.search.stages.refine import batch_of
-from fewstep.search.strategies.gauss_newton import Batch
 from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Evaluator, Work
-from fewstep.search.yardstick import Array
 from fewstep.space import OdeSchedule, Program
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError

@@ -13,7 +13,7 @@ the schedule it started from.
 
 References: learned times and coefficients by back-propagation through the sampler, LD3 (arXiv
 2405.15506), S4S (2502.17423), DyWeight (2603.11607); here by Gauss-Newton, without gradients of
-the network (`strategies.gauss_newton`).
+the network (`predictors.gauss_newton`).
 
 One task refines at one NFE, from several starts, on noise of its own ("train", "held"), which
 neither ranks candidates nor reports results.
@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.predictors.gauss_newton import Batch, Fit
 from fewstep.samplers import Denoiser
 from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import start_scale
 from fewstep.samplers.problems import conditions
 from fewstep.samplers.sample_noise import noise_of
 from fewstep.search.strategies import Evaluated, ranked
-from fewstep.search.strategies.gauss_newton import Batch, Fit
 from fewstep.search.tables import CompensationTable, RefineTable
 from fewstep.search.work import Evaluator, Work
 from fewstep.space import OdeSchedule, Program, ProgramSchedule
