@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.saved_pipeline import load_pipeline
 from fewstep.search.config import study_from_dict
 from fewstep.search.family import family_of
+from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
 
 pytest.importorskip("diffusers")
+
+FOUND = Path(__file__).parents[1] / "experiments/studies/fashion_nfe05.json"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,7 @@ def test_the_stock_schedule_gives_the_images_of_the_pipeline_itself(pipe, proble
     "made",
     [
         pytest.param(lambda noise: baseline("unipc2-bh2/logsnr", noise, 5), id="named"),
+        pytest.param(lambda noise: load_schedule(FOUND), id="found"),
     ],
 )
 def test_a_schedule_replayed_in_the_pipeline_gives_what_sample_gives(pipe, problem, made):

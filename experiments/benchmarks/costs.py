@@ -345,10 +345,10 @@ class _Widened:
 
     def of(self, width: int) -> Called:
         """Fitted from the best named solver, each call given company, fitted again."""
+        begun = time.process_time()
         if self._narrow is None:
             made = self.bench.fit(ProgramSchedule.of(self.named(self.depth)[1]))
             self._narrow = ProgramSchedule.of(made)
-        begun = time.process_time()
         found: Startable = self._narrow
         if width > 1:
             found = self.bench.fit(widened(self._narrow, [width] * self.depth))
