@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 
-from fewstep.samplers.problems import Problem
+from fewstep.samplers.problems import AnyProblem, Problem
 from fewstep.space.costs import Prices
 
-__all__ = ["measured_prices", "prices_in_words"]
+__all__ = ["measured_prices", "priced", "prices_in_words"]
 
 TURNS = 9
 """Times that each sort is asked, in turn, so that other work on the machine meets all of them."""
@@ -71,6 +72,12 @@ def _seconds(problem: Problem, batch: int, guidance: float | None, network: str)
     out = denoiser(x, t, cond=cond, guidance=guidance, **named)
     float(out.flatten()[0])  # waits for the device
     return time.perf_counter() - begun
+
+
+def priced(prices: Prices, problem: AnyProblem) -> Prices:
+    """The prices, with those of the networks that the problem's denoiser offers."""
+    offered = getattr(getattr(problem, "denoiser", None), "networks", {})
+    return replace(prices, networks={**offered, **prices.networks})
 
 
 def prices_in_words(prices: Prices, batch: int) -> str:

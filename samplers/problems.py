@@ -3,14 +3,16 @@
 `Problem` is searched for ODE schedules, `MaskedProblem` for masked ones (with a `target`, of
 populations of weighted sequences), `ParticleProblem` for those of weighted particles. A `Problem`
 is scored against its own teacher; the two others, whose samples are drawn, bring a measure:
-numbers per sample, from which a score is made.
+numbers per sample, from which a score is made. Each says which schedules are for it (`check`), and
+which of them are named (`named`): what a search must beat.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,11 +23,15 @@ from fewstep.samplers.denoiser import Denoiser
 from fewstep.samplers.masked import sample_masked
 from fewstep.samplers.masked_particles import TiltedLaw, sample_tilted
 from fewstep.samplers.particles import Particles
+from fewstep.samplers.sample_noise import noise_of
 from fewstep.samplers.targets import Target
 from fewstep.samplers.token_denoiser import TokenDenoiser, start_masked
-from fewstep.space.errors import StudyError
+from fewstep.space.baselines import named as named_solvers
+from fewstep.space.errors import ModelError, ScheduleError, StudyError
 from fewstep.space.masked import MaskedNoise, MaskedSchedule
-from fewstep.space.particles import ParticleStep
+from fewstep.space.masked_domain import MaskedDomain
+from fewstep.space.particle_policies import named_policies
+from fewstep.space.particles import ParticleSchedule, ParticleStep
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
@@ -36,14 +42,42 @@ __all__ = [
     "Problem",
     "conditions",
     "device_of",
+    "model_key",
     "prompts",
 ]
 
 Array = NDArray[np.float64]
 
 
+class _Asks:
+    """What problems have in common.
+
+    Attributes:
+        kind: the kind that schedule files for it name.
+        has_teacher: whether samples are scored against a teacher's; only then can schedules be
+            refined.
+        per_sample: network evaluations of one sample and one call.
+    """
+
+    kind: ClassVar[str]
+    has_teacher: ClassVar[bool] = False
+
+    @property
+    def per_sample(self) -> int:
+        """One, or the sequences of a population."""
+        return int(getattr(self, "particles", 1))
+
+    def check(self, schedule: Any, name: str) -> None:
+        """Raise a FewstepError if a schedule from a file is not for this problem."""
+        if schedule.kind != self.kind:
+            raise StudyError(
+                f"{name} is a schedule of kind {schedule.kind!r}, and the study's model needs "
+                f"kind {self.kind!r}"
+            )
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(_Asks):
     """A diffusion model to find ODE schedules for.
 
     Args:
@@ -75,10 +109,26 @@ class Problem:
     decode: Callable[[Tensor], Tensor] | None = None
     plain_start: bool = False
     baselines: Callable[[int], Mapping[str, OdeSchedule | ProgramSchedule]] | None = None
+    kind: ClassVar[str] = "ode"
+    has_teacher: ClassVar[bool] = True
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """The problem's own baselines, and every named solver on every grid: "name/variant"."""
+        own = {} if self.baselines is None else self.baselines(nfe)
+        return {**own, **named_solvers(self.denoiser.noise, nfe)}
+
+    def check(self, schedule: Any, name: str) -> None:
+        """Raise a FewstepError if a schedule from a file is not for this problem."""
+        super().check(schedule, name)
+        if schedule.noise != self.denoiser.noise:
+            raise ModelError(
+                f"{name} was made for noise schedule {schedule.noise.type}, and the study's model "
+                f"has another ({self.denoiser.noise.type}): search for this model"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedProblem:
+class MaskedProblem(_Asks):
     """A masked diffusion model to find schedules for; a sample is one sequence.
 
     With a `target` a sample is one population of weighted sequences (`sample_tilted`), and counts,
@@ -122,6 +172,52 @@ class MaskedProblem:
     target: TiltedLaw | None = None
     particles: int = 1
     step: ParticleStep | None = None
+    kind: ClassVar[str] = "masked"
+
+    @property
+    def free(self) -> int:
+        """Positions to decide in a sequence.
+
+        Raises:
+            StudyError: the prompt leaves none.
+        """
+        count = int((prompts(self, range(1)) == self.denoiser.mask).sum())
+        if count == 0:
+            raise StudyError("the prompt leaves no position to decide: put the mask id where a "
+                             "token is wanted")  # fmt: skip
+        return count
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """What the problem says of its schedules: fields of `MaskedDomain`."""
+        return {"noise": self.noise, "curve": None if self.curve is None else tuple(self.curve)}
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """The named counts, the same choices at every call.
+
+        Raises:
+            StudyError: more calls than positions.
+        """
+        tilted = self.target is not None
+        choices: dict[str, Any] = {
+            "modes": ("parallel",) if tilted else ("parallel", "extrapolate"),
+            "positions": ("uniform", "confidence"),
+        }
+        try:
+            every = MaskedDomain(self.free, nfe, **self.settled, **choices)
+        except ScheduleError as error:
+            raise StudyError(f"search.nfe: {error}") from None
+        return dict(every.baselines())
+
+    def check(self, schedule: Any, name: str) -> None:
+        """Raise a FewstepError if a schedule from a file is not for this problem."""
+        super().check(schedule, name)
+        assert isinstance(schedule, MaskedSchedule)
+        if schedule.length != self.free:
+            raise ModelError(
+                f"{name} decides {schedule.length} positions, and the study's sequences have "
+                f"{self.free} free ones: search for this model"
+            )
 
     def sample(
         self,
@@ -149,7 +245,7 @@ class MaskedProblem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParticleProblem:
+class ParticleProblem(_Asks):
     """A target to find particle schedules for; a sample is one population of K particles.
 
     Args:
@@ -176,6 +272,30 @@ class ParticleProblem:
     exact_start: bool = False
     fingerprint: str = ""
     picture: Callable[[Tensor], Tensor] | None = None
+    kind: ClassVar[str] = "particles"
+
+    @property
+    def per_sample(self) -> int:
+        """A population of K particles, asked of every model."""
+        return self.particles * len(self.target.factors)
+
+    @property
+    def two_ways(self) -> bool:
+        """Whether the target's reward can be weighed by its gradient as well as by its path."""
+        reward = self.target.reward
+        return reward is not None and reward.integrable
+
+    def named(self, nfe: int) -> dict[str, Any]:
+        """The authors' policies, with both integrators, on three grids."""
+        target = self.target
+        strength = 1.0 if target.reward is not None else target.strength
+        return dict(named_policies(target.noise, nfe, b=strength, paths=self.two_ways))
+
+    def check(self, schedule: Any, name: str) -> None:
+        """Raise a FewstepError if a schedule from a file is not for this problem."""
+        super().check(schedule, name)
+        assert isinstance(schedule, ParticleSchedule)
+        self.target.require_noise(schedule.noise)
 
 
 AnyProblem = Problem | MaskedProblem | ParticleProblem
@@ -190,6 +310,20 @@ def device_of(problem: AnyProblem) -> torch.device:
 def conditions(problem: Problem, indices: Sequence[int]) -> dict[str, Tensor] | None:
     """The conditioning tensors of samples, or None for an unconditional model."""
     return None if problem.cond is None else problem.cond(torch.as_tensor(list(indices)))
+
+
+def model_key(problem: Problem) -> str:
+    """What tells one model from another: its fingerprint and its answer to one probe."""
+    z = noise_of(0, "probe", range(2), problem.shape)
+    t_start, t_end = problem.denoiser.noise.t_range
+    t = torch.full((2,), (t_start + t_end) / 2, dtype=torch.float64)
+    guidance = problem.guidance
+    with torch.no_grad():
+        out = problem.denoiser(z, t, cond=conditions(problem, range(2)), guidance=guidance)
+    probe = hashlib.sha256(out.to(torch.float32).cpu().contiguous().numpy().tobytes()).hexdigest()[
+        :12
+    ]
+    return f"{problem.fingerprint}/{probe}/{guidance}"
 
 
 def prompts(problem: MaskedProblem, indices: range) -> Tensor:

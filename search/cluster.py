@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fewstep.samplers.factory import is_checkout
 from fewstep.search.config import StudyConfig
-from fewstep.search.problem import is_checkout
 from fewstep.space.errors import StudyError
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}

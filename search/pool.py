@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.samplers.factory import leave_checkout
 from fewstep.search.cluster import connect, differing, first_line, versions
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.problem import leave_checkout
 from fewstep.search.work import Block, Evaluator, Work
 from fewstep.space.errors import FewstepError, StudyError, one_line
 

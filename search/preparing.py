@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fewstep.samplers import AnyProblem, Problem
+from fewstep.samplers.streams import cut
 from fewstep.search.cluster import cpus, pack, sent_already
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, count, duration
-from fewstep.search.family import Family, OdeFamily
 from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
 from fewstep.search.record import shown_url
 from fewstep.search.stages.cpr import cpr_cost, wanted
@@ -35,7 +36,7 @@ from fewstep.search.stages.plans import rivals, short_cost
 from fewstep.search.strategies import Evaluated, Proposal, Proposer
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import final_cost
-from fewstep.search.work import Block, Evaluator, Want, cut
+from fewstep.search.work import Block, Evaluator, Want
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
@@ -99,22 +100,21 @@ def make_proposer(
     )
 
 
-def starters(config: StudyConfig, family: Family, nfe: int) -> dict[str, Any]:
+def starters(config: StudyConfig, problem: AnyProblem, domain: Domain) -> dict[str, Any]:
     """The named schedules, told first; where guidance per step is open, with the problem's.
 
     Raises:
         StudyError: guidance is open for a problem without it, or in bounds that leave its out.
     """
-    domain = family.domain(config, nfe)
     if isinstance(domain, PlanDomain):
         return rivals(domain)
-    found = family.named(nfe)
-    if not isinstance(family, OdeFamily):
+    found = problem.named(domain.nfe)
+    if not isinstance(problem, Problem):
         return found
     for name, low, high in config.space.get("extras", ()):
         if name != "guidance":
             continue
-        scale = family.problem.guidance
+        scale = problem.guidance
         if scale is None:
             raise StudyError("space.extras opens guidance, but the problem has none to start from")
         if not low <= scale <= high:
@@ -129,15 +129,15 @@ def starters(config: StudyConfig, family: Family, nfe: int) -> dict[str, Any]:
     return found
 
 
-def check_names(config: StudyConfig, family: Family) -> None:
+def check_names(config: StudyConfig, problem: AnyProblem) -> None:
     """Refuse, before anything runs, named solvers of the last stages that do not exist.
 
     Raises:
         StudyError: the setting is named.
     """
-    if not isinstance(family, OdeFamily):
+    if not isinstance(problem, Problem):
         return
-    nfes, noise = config.search.nfe, family.problem.denoiser.noise
+    nfes, noise = config.search.nfe, problem.denoiser.noise
     if config.finish == "compensation":
         for nfe in nfes:
             named_bases(config, noise, nfe)
@@ -149,7 +149,7 @@ def check_names(config: StudyConfig, family: Family) -> None:
             raise StudyError(f"cpr.template: {error}") from None
 
 
-def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
+def load_warm(config: StudyConfig, problem: AnyProblem) -> dict[str, Any]:
     """The schedules of search.warm by name, paths relative to the study file's folder.
 
     Raises:
@@ -160,7 +160,7 @@ def load_warm(config: StudyConfig, family: Family) -> dict[str, Any]:
     for name in config.search.warm:
         try:
             schedule = load_schedule(Path(config.folder) / name)
-            family.check(schedule, name)
+            problem.check(schedule, name)
         except FewstepError as error:
             raise StudyError(f"search.warm: {error}") from None
         if isinstance(schedule, ProgramSchedule) and schedule.nfe > max(config.search.nfe):
@@ -199,7 +199,7 @@ def warm_start(
     return found
 
 
-def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[float, int | None]:
+def speed(evaluator: Evaluator, config: StudyConfig) -> tuple[float, int | None]:
     """Seconds of one network evaluation in a block, one thread, and the piece that fits.
 
     On a CPU the loop's own rule sizes pieces (`samplers.asking.PIECE`). Elsewhere a piece is a
@@ -210,11 +210,12 @@ def speed(evaluator: Evaluator, config: StudyConfig, family: Family) -> tuple[fl
         ModelError: whatever the model raises; nothing has been searched yet.
     """
     size, samples = config.search.block[0], min(config.search.block[1], config.search.samples)
-    schedules = list(family.named(min(2, *config.search.settings)).values())[:size]
-    want: Want = "samples" if family.has_teacher else "measures"
+    problem = evaluator.problem
+    schedules = list(problem.named(min(2, *config.search.settings)).values())[:size]
+    want: Want = "samples" if problem.has_teacher else "measures"
     group = tuple(schedules[i] for i in cut(schedules, size)[0])
     on_cpu = evaluator.device.type == "cpu"
-    piece = None if on_cpu or not family.has_teacher else size * samples
+    piece = None if on_cpu or not problem.has_teacher else size * samples
     with one_thread():  # warm-up, and the first look at the model
         Block(group[:1], "timing", 0, samples, want, strict=True).run(evaluator)
         while True:
@@ -279,12 +280,12 @@ def places(config: StudyConfig, out: Path, name: str) -> str:
 def _around(run: Search) -> int:
     """Network evaluations of the teacher, the verdict and the last stages, at most."""
     config, final, reference = run.config, run.config.final, 0
-    if run.family.has_teacher:
+    if run.problem.has_teacher:
         check = 2 * min(config.teacher.check, final.samples)
         reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
     verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
     fitting = cpr_cost(config, 1) if wanted(config) else 0
-    return reference + run.family.per_sample * verdict + finish_cost(config) + fitting
+    return reference + run.problem.per_sample * verdict + finish_cost(config) + fitting
 
 
 def _candidates(run: Search) -> tuple[str, int]:
@@ -298,4 +299,4 @@ def _candidates(run: Search) -> tuple[str, int]:
     if run.config.search.cost:
         plans = ((n, max(0, limit - len(run.solvers[n]))) for n, limit in limits.items())
         calls += sum(count * short_cost(run.config, n) for n, count in plans)
-    return asked, run.family.per_sample * calls
+    return asked, run.problem.per_sample * calls

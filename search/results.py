@@ -44,7 +44,7 @@ def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
     written = write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     pictures = _pictures(run, verdicts)
     stages = ("teacher.", "refine.", "compensation.", "cpr.")
-    unused = () if run.family.has_teacher else (*stages, "search.guidance", "objective.features")
+    unused = () if run.problem.has_teacher else (*stages, "search.guidance", "objective.features")
     facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
     facts["model fingerprint"] = run.evaluator.problem.fingerprint
     facts["fewstep"] = version("fewstep")
@@ -75,7 +75,7 @@ def _pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
     """What can be drawn of a search: samples, the Pareto front, errors, curves."""
     out, problem, objective = run.out, run.evaluator.problem, run.config.objective.name or ""
     made: list[Path | None] = []
-    if run.family.has_teacher or problem.picture is not None:
+    if run.problem.has_teacher or problem.picture is not None:
         drawn = _sheet(run, verdicts)
         made.append(contact_sheet(out / "samples.png", drawn, problem.picture))
     if len(verdicts) > 1:

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from fewstep.predictors.yardstick import Array
 from fewstep.samplers import Problem
-from fewstep.samplers.prices import measured_prices, prices_in_words
+from fewstep.samplers.prices import measured_prices, priced, prices_in_words
 from fewstep.search.cluster import check_address
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
-from fewstep.search.family import family_of
+from fewstep.search.family import domain_of, readable, settled
 from fewstep.search.objective import Frechet, frechet_distance
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.preparing import (
@@ -44,7 +44,6 @@ from fewstep.search.preparing import (
     starters,
     warm_start,
 )
-from fewstep.search.problem import priced
 from fewstep.search.record import held, open_storage
 from fewstep.search.results import schedule_path, write_results
 from fewstep.search.rung import Rung, best_of, best_so_far
@@ -185,7 +184,7 @@ class Search:
     def run(self, resume: bool) -> Outcome:
         """From the study to its files."""
         self._prepare()
-        per_call, piece = speed(self.evaluator, self.config, self.family)
+        per_call, piece = speed(self.evaluator, self.config)
         self._open_store(resume)
         self.store.note(piece=self.store.notes.get("piece", piece))  # scores depend on it
         self.evaluator.set_piece(self.store.notes["piece"])
@@ -213,19 +212,20 @@ class Search:
         """Load the model and check what can be checked before anything runs."""
         self._given = self.config  # as workers load it
         self.evaluator = Evaluator.of(self._given)
-        self.family = family_of(self.evaluator.problem)
-        self.config = self.family.settle(self.config)
+        self.problem = self.evaluator.problem
+        self.config = settled(self.config, self.problem)
         self._open_spaces()
 
     def _open_spaces(self) -> None:
         """The spaces, the named solvers and the budget at each NFE or cost."""
         config = self.config
-        self.domains = {nfe: self.family.domain(config, nfe) for nfe in config.search.settings}
-        for nfe in config.search.settings:
+        settings = config.search.settings
+        self.domains = {n: domain_of(config, self.problem, n) for n in settings}
+        for nfe in settings:
             self.proposer(nfe, ())
-        check_names(config, self.family)
-        self.solvers = {nfe: starters(config, self.family, nfe) for nfe in config.search.settings}
-        self.limits = config.candidates(self.family.per_sample)
+        check_names(config, self.problem)
+        self.solvers = {n: starters(config, self.problem, self.domains[n]) for n in settings}
+        self.limits = config.candidates(self.problem.per_sample)
         if config.search.cost and self.limits is not None:  # of plans, beside the rivals
             self.limits = {n: k + len(self.solvers[n]) for n, k in self.limits.items()}
 
@@ -239,7 +239,7 @@ class Search:
             self.display.note(f"{where} holds no search {config.name}: a new one begins")
         write_text(
             self.out / "study.json",
-            json.dumps(self.family.readable(config), indent=1) + "\n",
+            json.dumps(readable(config, self.problem), indent=1) + "\n",
         )
         if config.prices.measure is not None:
             self._measure_prices(config.prices.measure)
@@ -252,7 +252,7 @@ class Search:
             if len(first) < min(limit, (self.limits or {}).get(nfe, limit)):
                 todo.append(nfe)
         self._begun = time.monotonic() - elapsed
-        files = load_warm(config, self.family) if todo else {}
+        files = load_warm(config, self.problem) if todo else {}
         self.warm = {n: warm_start(files, self.domains[n], self.solvers[n].values()) for n in todo}
 
     def _measure_prices(self, batch: int) -> None:
@@ -287,7 +287,7 @@ class Search:
     def _work(self) -> Outcome:
         config = self.config
         self.teacher: Teacher | None = None
-        if self.family.has_teacher:
+        if self.problem.has_teacher:
             cache = Path(config.teacher.cache) if config.teacher.cache else self.out / "teacher"
             problem, advance = self.evaluator.ode, self.display.advance
             self.teacher = Teacher(problem, config, self.pool, cache, advance)
@@ -323,7 +323,7 @@ class Search:
         self.display.stage(f"{what}: named solvers")
         rung.run()
         if limit is not None and search.race:
-            full = limit * search.samples * nfe * self.family.per_sample
+            full = limit * search.samples * nfe * self.problem.per_sample
             self.display.saved(full - sum(rung.costs))
         best, named = best_of(rung.known), best_of(rung.named_known())
         text = f"{what}: best {best.score:.4g} of {len(rung.known)} candidates" if best else what
@@ -350,7 +350,7 @@ class Search:
         """Network evaluations of one sample of a schedule, by the study's prices if it has any."""
         prices, problem = self.evaluator.prices, self.evaluator.problem
         if prices is None:
-            return int(schedule.nfe) * self.family.per_sample
+            return int(schedule.nfe) * self.problem.per_sample
         guided = isinstance(problem, Problem) and problem.guidance not in (None, 1)
         cost: float = schedule.program.cost(prices, guided=guided)
         return round(cost)
@@ -394,7 +394,11 @@ class Search:
     def _with_features(self, verdict: Verdict) -> Verdict:
         """The verdict with its paired Frechet distances, where the problem has features."""
         evaluator = self.evaluator
-        if not self.family.has_teacher or evaluator.ode.features is None or verdict.errors is None:
+        if (
+            not self.problem.has_teacher
+            or evaluator.ode.features is None
+            or verdict.errors is None
+        ):
             return verdict
         count = verdict.row.samples
         ends = self.endpoints[FRESH][:count]

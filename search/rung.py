@@ -257,7 +257,7 @@ class Rung:
 
     def _say(self, generation: _Generation, results: Sequence[Result]) -> None:
         numbers = _numbers([p.note for p in generation.paid])
-        levels, per_sample = self._search.levels, self._run.family.per_sample
+        levels, per_sample = self._search.levels, self._run.problem.per_sample
         full = per_sample * self.nfe * levels[-1] * len(results)
         if len(levels) > 1 and full:
             numbers["calls_saved"] = 1 - sum(r.calls for r in results) / full

@@ -30,10 +30,11 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from fewstep.predictors.yardstick import Array, Statistic, comparable, level
+from fewstep.samplers.streams import cut
 from fewstep.search.objective import Objective
 from fewstep.search.store import Kept
 from fewstep.search.strategies import Evaluated
-from fewstep.search.work import Block, BlockResult, Result, cut
+from fewstep.search.work import Block, BlockResult, Result
 
 if TYPE_CHECKING:
     from fewstep.search.run import Search

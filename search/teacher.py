@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fewstep.samplers import Problem
+from fewstep.samplers.problems import model_key
 from fewstep.samplers.sample_noise import DISTANCE, PERTURBED
 from fewstep.search.config import StudyConfig
 from fewstep.search.pool import Pool, gathered
-from fewstep.search.problem import model_key
 from fewstep.search.work import Block
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError

@@ -14,12 +14,11 @@ of them share. Stages (refinement, compensation, CPR) send works of their own.
 What goes wrong with one candidate of a block is its status, found by running it alone: numbers
 that are not finite, memory, what the user's model or measure raises (`ModelError`). Any other
 exception is a fault of ours and ends the search. Blocks are cut by the study's settings alone
-(`cut`, `Block.cover`), so the number of workers decides only where and when a block runs.
+(`streams.cut`, `Block.cover`), so the number of workers decides only where and when a block runs.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -32,27 +31,15 @@ import torch
 from torch import Tensor
 
 from fewstep.predictors.yardstick import Array
-from fewstep.samplers import (
-    AnyProblem,
-    MaskedProblem,
-    ParticleProblem,
-    Problem,
-    run,
-    run_candidates,
-    sample,
-    sample_particles,
-    start,
-    start_particles,
-)
+from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.denoiser import Counted
-from fewstep.samplers.ode import on_unit_noise
-from fewstep.samplers.problems import conditions, device_of, prompts
-from fewstep.samplers.sample_noise import noise_of, sample_seed, uniforms_of
-from fewstep.samplers.token_denoiser import CountedSequences
+from fewstep.samplers.factory import guarded, import_path, made_by, watched
+from fewstep.samplers.prices import priced
+from fewstep.samplers.problems import device_of, prompts
+from fewstep.samplers.sample_noise import sample_seed
+from fewstep.samplers.streams import Span, masked_samples, ode_samples, particle_samples
 from fewstep.search.config import StudyConfig
 from fewstep.search.objective import EndpointMSE, Frechet, Measured, Objective
-from fewstep.search.problem import guarded, import_path, load_problem, priced, watched
-from fewstep.space import stack
 from fewstep.space.costs import Prices
 from fewstep.space.errors import FewstepError, ModelError, StudyError, one_line
 
@@ -135,7 +122,7 @@ class Block(Work):
     """M schedules on samples start..stop-1 of a stream.
 
     Args:
-        schedules: of one kind, and such that they run as one batch (`cut`).
+        schedules: of one kind, and such that they run as one batch (`streams.cut`).
         stream: which noise.
         start: first sample index.
         stop: one past the last.
@@ -190,7 +177,7 @@ class Block(Work):
         if self.strict:
             raise StudyError(f"the teacher could not be computed: {message}")
         count = len(self.schedules)
-        nothing = np.full((count, len(self._indices), 1), np.nan)
+        nothing = np.full((count, self.stop - self.start, 1), np.nan)
         return BlockResult(nothing, (status,) * count, (message,) * count, 0, 0.0)
 
     def run(self, evaluator: Evaluator) -> BlockResult:
@@ -220,9 +207,8 @@ class Block(Work):
             return [(None, status, line)]
         return [done for part in self.parts() for done in part._guarded(evaluator)]
 
-    @property
-    def _indices(self) -> range:
-        return range(self.start, self.stop)
+    def _span(self, evaluator: Evaluator) -> Span:
+        return Span(evaluator.seed, self.stream, range(self.start, self.stop))
 
     @torch.no_grad()
     def values(self, evaluator: Evaluator) -> np.ndarray:
@@ -235,26 +221,12 @@ class Block(Work):
         return np.stack([self._particles(evaluator, problem, s) for s in self.schedules])
 
     def _ode(self, evaluator: Evaluator, problem: Problem) -> np.ndarray:
-        """Stacked programs of ODE schedules; state, history and measure on the model's device."""
-        indices, device = self._indices, evaluator.device
-        z = noise_of(evaluator.seed, self.stream, indices, problem.shape).to(device)
-        cond = conditions(problem, indices)
-        shared: dict[str, Any] = {
-            "cond": None if cond is None else {name: v.to(device) for name, v in cond.items()},
-            "guidance": problem.guidance if self.guidance is None else self.guidance,
-            "generator": self._generator(evaluator, device),
-        }
-        denoiser, first = Counted(problem.denoiser, evaluator.prices), self.schedules[0]
+        """State, history and measure of all candidates stay on the model's device."""
+        denoiser = Counted(problem.denoiser, evaluator.prices)
+        guidance = problem.guidance if self.guidance is None else self.guidance
+        asked: dict[str, Any] = {"denoiser": denoiser, "guidance": guidance, "strict": self.strict}
         try:
-            if "time_shift" in first.options:  # compiles its rows as it runs, always alone
-                x = sample(first, denoiser, start(first, z), **shared)[None]
-            else:
-                programs = [on_unit_noise(schedule) for schedule in self.schedules]
-                shared |= {"m": first.constant, "options": dict(first.options)}
-                if self.strict:
-                    x = run(stack(programs), denoiser, z, **shared)
-                else:
-                    x = run_candidates(programs, denoiser, z, **shared)
+            x = ode_samples(problem, self.schedules, self._span(evaluator), **asked)
         finally:
             evaluator.evaluations += denoiser.evaluations
         if self.want == "samples":
@@ -265,13 +237,12 @@ class Block(Work):
         return kept(evaluator.objective.measure(x, reference.to(x)))
 
     def _masked(self, evaluator: Evaluator, problem: MaskedProblem, schedule: Any) -> np.ndarray:
-        """One masked schedule; a sequence has uniforms of its own, a population the block's."""
-        tokens, counted = prompts(problem, self._indices), CountedSequences(problem.denoiser)
-        shape = (schedule.uniforms, problem.length)
-        u = uniforms_of(evaluator.seed, self.stream, self._indices, shape).to(tokens.device)
-        generator = self._generator(evaluator, tokens.device)
-        done = problem.sample(schedule, counted, tokens, u=u, generator=generator)
-        evaluator.evaluations += counted.sequences
+        """One masked schedule; later draws of a population are the block's."""
+        span = self._span(evaluator)
+        tokens = prompts(problem, span.indices)
+        generator = span.generator(tokens.device)
+        done, sequences = masked_samples(problem, schedule, span, tokens, generator)
+        evaluator.evaluations += sequences
         if self.want == "samples":
             one = done if isinstance(done, torch.Tensor) else done.draw(1, generator)[:, 0]
             return one.cpu().numpy()
@@ -281,33 +252,21 @@ class Block(Work):
         self, evaluator: Evaluator, problem: ParticleProblem, schedule: Any
     ) -> np.ndarray:
         """One particle schedule; a sample is a population, its later draws the block's."""
-        indices, seed = self._indices, evaluator.seed
-        z = noise_of(seed, self.stream, indices, (problem.particles, *problem.shape))
-        generator = self._generator(evaluator, torch.device("cpu"))
-        found = sample_particles(
-            schedule,
-            problem.target,
-            start_particles(schedule, problem.target, z),
-            generator=generator,
-            exact_start=problem.exact_start,
-            warn_ess=0.0,
-        )
-        evaluator.evaluations += found.calls * problem.particles * len(indices)
+        span = self._span(evaluator)
+        generator = span.generator()
+        found, particles = particle_samples(problem, schedule, span, generator)
+        evaluator.evaluations += particles
         if self.want == "samples":
             even = found.draw(problem.particles, generator)
             return even.to(torch.float32).cpu().numpy()
-        seeds = [sample_seed(seed, f"{self.stream}/measure", i) for i in indices]
+        seeds = [sample_seed(evaluator.seed, f"{self.stream}/measure", i) for i in span.indices]
         return self._checked(problem.measure(found, seeds), problem.objective)
 
-    def _generator(self, evaluator: Evaluator, device: torch.device) -> torch.Generator:
-        seed = sample_seed(evaluator.seed, f"{self.stream}/steps", self.start)
-        return torch.Generator(device).manual_seed(seed)
-
     def _checked(self, measures: Tensor, name: str) -> np.ndarray:
-        if measures.ndim != 2 or len(measures) != len(self._indices):
+        if measures.ndim != 2 or len(measures) != self.stop - self.start:
             raise StudyError(
                 f"the measure of objective {name} returned {tuple(measures.shape)} for "
-                f"{len(self._indices)} samples: (B, K) is needed"
+                f"{self.stop - self.start} samples: (B, K) is needed"
             )
         return kept(measures)
 
@@ -327,28 +286,6 @@ def _filled(parts: Sequence[np.ndarray | None]) -> np.ndarray:
     """The values of all candidates in one array, NaN for those that have none."""
     shape = next((p.shape for p in parts if p is not None), (1, 1))
     return np.stack([np.full(shape, np.nan) if p is None else p for p in parts])
-
-
-def cut(schedules: Sequence[Any], size: int) -> list[tuple[int, ...]]:
-    """Positions of schedules that run as one batch, at most `size` together, in the order given.
-
-    ODE schedules are stacked: equal calls and options, no constant image. Others run one after the
-    other in a block and need equal calls only; one whose calls are random is alone, and counted.
-    """
-    groups: dict[str, list[int]] = {}
-    for i, schedule in enumerate(schedules):
-        shared: list[Any] = [schedule.nfe, i if getattr(schedule, "bounded", False) else -1]
-        if schedule.kind == "ode":
-            program, options = schedule.program, schedule.options
-            alone = schedule.constant is not None or "time_shift" in options
-            shared += [program.guidance is not None, program.stochastic, options]
-            shared.append(i if alone else -1)
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
-    return [
-        tuple(members[k : k + size])
-        for members in groups.values()
-        for k in range(0, len(members), size)
-    ]
 
 
 class Evaluator:
@@ -415,6 +352,18 @@ class Evaluator:
         found = self._references[stream]().to(self.device)
         self._references[stream] = lambda: found
         return found
+
+
+def load_problem(config: StudyConfig) -> AnyProblem:
+    """The problem of a study, at its guidance scale; see `factory.made_by`."""
+    quicker: dict[str, Any] = {
+        "autocast": config.search.autocast,
+        "backend": config.search.compile,
+    }
+    problem = made_by(*config.model.built_by(config.folder), config.folder, **quicker)
+    if isinstance(problem, Problem) and config.scale is not None:
+        return replace(problem, guidance=config.scale)
+    return problem
 
 
 def make_objective(config: StudyConfig, problem: AnyProblem) -> Objective:

@@ -11,10 +11,8 @@ import pytest
 from fewstep.experiments.__main__ import main
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
-from fewstep.search.family import family_of
-from fewstep.search.problem import load_problem
 from fewstep.search.verdict import Row
-from fewstep.search.work import Block, Evaluator
+from fewstep.search.work import Block, Evaluator, load_problem
 from fewstep.space import FewstepError, ScheduleError, StudyError, load_schedule
 from tests.drawn_studies import STUDY, write_drawn
 from tests.studies import trial_table
@@ -194,8 +192,8 @@ def test_a_prompt_leaves_fewer_positions_to_decide(tmp_path):
 
 def test_blocks_of_another_size_give_masked_sequences_the_same_scores(tmp_path):
     evaluator = Evaluator.of(load_study(write_drawn(tmp_path, "masked")))
-    family = family_of(evaluator.problem)
-    schedule = family.named(3)["linear"]
+    problem = evaluator.problem
+    schedule = problem.named(3)["linear"]
     parts = {}
     for size in (24, 5):
         blocks = Block.cover([schedule], "x", range(24), size)
@@ -326,7 +324,7 @@ def test_a_schedule_of_another_kind_or_length_is_refused_in_one_line(finished, t
 def test_a_file_with_a_changing_strength_needs_densities(tmp_path, capsys):
     study = write_drawn(tmp_path, "particles")
     problem = load_problem(load_study(study))
-    schedule = family_of(problem).named(3)["target_score+systematic/logsnr/euler"]
+    schedule = problem.named(3)["target_score+systematic/logsnr/euler"]
     data = schedule.to_dict()
     data["steps"][1]["b"] = 1.5
     file = tmp_path / "b.json"
@@ -366,7 +364,7 @@ def test_a_model_that_fails_on_one_schedule_is_a_row_and_a_schedule_that_does_no
 ):
     """An exception of the model is its candidate's status; the others are scored."""
     evaluator = Evaluator.of(load_study(write_drawn(tmp_path, "masked")))
-    fine = family_of(evaluator.problem).named(3)["uniform"]
+    fine = evaluator.problem.named(3)["uniform"]
     other = type(fine).from_counts([3, 1, 1])
     plain = evaluator.problem.denoiser
 

@@ -12,7 +12,7 @@ from fewstep.samplers import sample, start
 from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.saved_pipeline import load_pipeline
 from fewstep.search.config import study_from_dict
-from fewstep.search.family import family_of
+from fewstep.search.family import settled
 from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ModelError
@@ -81,7 +81,7 @@ def test_what_is_fitted_for_a_pipeline_that_does_not_scale_its_input_starts_at_t
         }
     )
     assert config.refine.mean
-    assert not family_of(problem).settle(config).refine.mean
+    assert not settled(config, problem).refine.mean
 
 
 def test_gray_images_are_decoded_as_rgb(problem):

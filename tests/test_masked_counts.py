@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fewstep.samplers import MaskedProblem, from_subs
 from fewstep.samplers.curve import Curve, cross_entropy_curve, load_curve, save_curve
-from fewstep.search.family import MaskedFamily
 from fewstep.space import ScheduleError
 from fewstep.space.counts import COUNTS, best_counts, counts_by_name, counts_cost
 from fewstep.space.masked_domain import MaskedDomain
@@ -162,6 +161,6 @@ def test_where_a_curve_is_known_its_counts_are_among_the_named() -> None:
         denoiser=from_subs(lambda x: x, 3), length=12, objective="x", measure=lambda t: t,
         curve=curve,
     )  # fmt: skip
-    assert MaskedFamily(problem).named(4)["dp"].digest == named["dp"].digest
+    assert problem.named(4)["dp"].digest == named["dp"].digest
     with pytest.raises(ScheduleError, match="the curve has 12 values for 11 positions"):
         MaskedDomain(11, 4, curve=curve)

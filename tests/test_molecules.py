@@ -10,7 +10,6 @@ from fewstep.experiments.models.assets import AssetError
 from fewstep.experiments.models.molecules import LENGTH, MASK, PAD, MoleculeNet, NetConfig
 from fewstep.samplers import MaskedProblem, fingerprint, from_subs, sample_masked
 from fewstep.samplers.curve import load_curve
-from fewstep.search.family import family_of
 from fewstep.search.objective import Measured
 from fewstep.space.counts import COUNTS, best_counts, counts_by_name, counts_cost
 from fewstep.space.masked import MaskedSchedule
@@ -158,7 +157,7 @@ def test_the_curve_is_that_of_the_network_shipped() -> None:
 def test_populations_of_molecules_are_tilted_towards_drug_likeness() -> None:
     pytest.importorskip("rdkit")
     problem = particles_molecules.problem(beta=8.0, particles=24)
-    schedule = family_of(problem).named(4)["dp"]
+    schedule = problem.named(4)["dp"]
     tokens, generator = torch.full((6, LENGTH), MASK), torch.Generator().manual_seed(0)
     u = torch.zeros(6, 2, LENGTH, dtype=torch.float64)  # of sequences; populations do not use it
     found = problem.sample(schedule, problem.denoiser, tokens, u=u, generator=generator)
@@ -173,7 +172,7 @@ def test_populations_of_molecules_are_tilted_towards_drug_likeness() -> None:
     assert not bool(qed.gather(1, found.log_weights.argmax(1, keepdim=True)).isnan().any())
     assert bool((found.log_weights[~qed.isnan()] >= -8.0).all())
     assert bool((found.log_weights[qed.isnan()] == -11.0).all())
-    assert family_of(problem).per_sample == 24
+    assert problem.per_sample == 24
 
 
 def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:
@@ -185,7 +184,7 @@ def test_the_problem_measures_molecules_and_leaves_out_what_is_none() -> None:
     except AssetError as error:
         pytest.skip(str(error))
     assert isinstance(problem, MaskedProblem)
-    assert family_of(problem).named(8)["dp"].counts == best_counts(problem.curve)[7]
+    assert problem.named(8)["dp"].counts == best_counts(problem.curve)[7]
     smiles = [ASPIRIN, "CCO", "OCC", "C(C", "CCCCC"]
     tokens = torch.from_numpy(molecules.encode(smiles)).long()
     measures = problem.measure(tokens)

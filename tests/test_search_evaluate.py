@@ -6,11 +6,10 @@ import torch
 from fewstep.samplers import sample, start
 from fewstep.samplers.problems import conditions
 from fewstep.samplers.sample_noise import noise_of
+from fewstep.samplers.streams import cut
 from fewstep.search.config import load_study
-from fewstep.search.family import family_of
-from fewstep.search.problem import load_problem
 from fewstep.search.scoring import assemble
-from fewstep.search.work import Block, Evaluator, cut
+from fewstep.search.work import Block, Evaluator, load_problem
 from fewstep.space import ModelError, OdeSchedule, StepSpec, StudyError
 from fewstep.space.baselines import baseline, named
 from tests.studies import write_study
@@ -185,10 +184,10 @@ def test_a_wrong_factory_is_one_line(tmp_path, factory, arguments, message):
 
 
 def test_a_schedule_for_another_noise_schedule_is_refused(make):
-    family, other = family_of(make().problem), make(edm=True)
+    problem, other = make().problem, make(edm=True)
     schedule = baseline("ddim/time", other.problem.denoiser.noise, 3)
     with pytest.raises(ModelError, match="was made for noise schedule edm"):
-        family.check(schedule, "mine.json")
+        problem.check(schedule, "mine.json")
 
 
 def test_a_network_in_a_lower_precision_and_compiled_is_the_same_search_to_that_precision(

@@ -4,11 +4,12 @@ import os
 
 import pytest
 
+from fewstep.samplers.streams import cut
 from fewstep.search.config import load_study
 from fewstep.search.display import Display
 from fewstep.search.pool import RayPool, SerialPool
 from fewstep.search.run import search
-from fewstep.search.work import Block, Evaluator, cut
+from fewstep.search.work import Block, Evaluator
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 

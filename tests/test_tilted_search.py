@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from fewstep.samplers.streams import cut
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.family import family_of
 from fewstep.search.verdict import Row
-from fewstep.search.work import Block, Evaluator, cut
+from fewstep.search.work import Block, Evaluator
 from fewstep.space import FewstepError, load_schedule
 from fewstep.space.masked import MaskedSchedule
 from tests.drawn_studies import write_drawn
@@ -92,8 +92,8 @@ def test_rows_hold_the_mean_calls_where_bounds_make_them_random(tmp_path):
 
 
 def test_schedules_of_random_calls_are_counted_alone(tmp_path):
-    family = family_of(_evaluator(tmp_path, "masked").problem)
-    plain = list(family.named(3).values())[:2]
+    problem = _evaluator(tmp_path, "masked").problem
+    plain = list(problem.named(3).values())[:2]
     bounded = MaskedSchedule.from_counts([1, 2, 2], max_entropy=1.0)
     assert bounded.bounded
     assert not MaskedSchedule.from_counts([5], max_entropy=1.0).bounded

@@ -8,7 +8,7 @@ import pytest
 from fewstep.experiments.cli.rescore import load_evaluator
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.family import family_of
+from fewstep.search.family import domain_of
 from fewstep.search.preparing import load_warm, warm_start
 from fewstep.space import (
     OdeSchedule,
@@ -165,7 +165,7 @@ def test_two_files_of_one_name_keep_apart(tmp_path):
         save_schedule(moved(nfe), tmp_path / folder / "s.json")
     text = STUDY.replace("nfe = [3]", 'nfe = [3]\nwarm = ["a/s.json", "b/s.json"]')
     config = load_study(write_study(tmp_path, text))
-    found = load_warm(config, family_of(load_evaluator(config).problem))
+    found = load_warm(config, load_evaluator(config).problem)
     assert list(found) == ["s", "b/s.json"]
     assert found["s"] == load_schedule(tmp_path / "a" / "s.json")
 
@@ -174,14 +174,14 @@ def test_two_files_of_one_name_keep_apart(tmp_path):
 def test_schedules_of_other_kinds_start_every_nfe(tmp_path, kind):
     text = DRAWN.replace("nfe = [3]", 'nfe = [3]\nwarm = ["mine.json"]')
     config = load_study(write_drawn(tmp_path, kind, text))
-    family = family_of(load_evaluator(config).problem)
-    domain = family.domain(config, 3)
+    problem = load_evaluator(config).problem
+    domain = domain_of(config, problem, 3)
     given = domain.sample(np.random.default_rng(5))
     save_schedule(given, tmp_path / "mine.json")
-    (proposal,) = warm_start(load_warm(config, family), domain, [])
+    (proposal,) = warm_start(load_warm(config, problem), domain, [])
     assert proposal.schedule.digest == given.digest
     assert proposal.source == "import:mine"
     save_schedule(domain.with_nfe(4).sample(np.random.default_rng(5)), tmp_path / "mine.json")
-    (proposal,) = warm_start(load_warm(config, family), domain, [])
+    (proposal,) = warm_start(load_warm(config, problem), domain, [])
     assert domain.contains(proposal.schedule) is None
     assert "calls" in proposal.note["adopted"]

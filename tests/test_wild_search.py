@@ -10,7 +10,7 @@ import torch
 
 from fewstep.samplers import sample, start
 from fewstep.search.config import load_study
-from fewstep.search.problem import load_problem
+from fewstep.search.work import load_problem
 from fewstep.space import load_schedule
 
 pytest.importorskip("diffusers")

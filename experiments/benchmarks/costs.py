@@ -38,7 +38,9 @@ from fewstep.predictors.gauss_newton import Batch
 from fewstep.predictors.yardstick import Array, geometric_ratio
 from fewstep.samplers import Problem, sample, start
 from fewstep.samplers.ode import start_scale
-from fewstep.search.problem import conditions, noise_of, priced
+from fewstep.samplers.prices import priced
+from fewstep.samplers.problems import conditions
+from fewstep.samplers.sample_noise import noise_of
 from fewstep.search.stages.plans import kept_sorts, rivals, short
 from fewstep.search.stages.refine import Startable, refine
 from fewstep.search.strategies import Evaluated, Proposer

@@ -16,7 +16,6 @@ from fewstep.predictors.yardstick import Comparison
 from fewstep.samplers import AnyProblem, Problem
 from fewstep.samplers.pictures import contact_sheet
 from fewstep.search.config import StudyConfig
-from fewstep.search.family import family_of
 from fewstep.search.work import Block, Evaluator
 from fewstep.space.errors import StudyError
 
@@ -29,8 +28,7 @@ def draw(schedule: Any, evaluator: Evaluator, count: int, name: str) -> Tensor:
     Raises:
         FewstepError: the schedule, called `name`, is not for this problem.
     """
-    family = family_of(evaluator.problem)
-    family.check(schedule, name)
+    evaluator.problem.check(schedule, name)
     block = Block((schedule,), "sample", 0, count, "samples", strict=True)
     return torch.from_numpy(block.run(evaluator).values[0])
 
@@ -80,7 +78,7 @@ def compare_scores(
     evaluator = load_evaluator(config)
     listed = [schedule for _, schedule in schedules]
     for name, schedule in schedules:
-        family_of(evaluator.problem).check(schedule, name)
+        evaluator.problem.check(schedule, name)
     scored = rescore(listed, evaluator, config, samples, cache, stream="compare")
     objective, rows = evaluator.objective.name, []
     for i, ((name, schedule), result) in enumerate(zip(schedules, scored.results, strict=True)):

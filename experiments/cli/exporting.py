@@ -148,10 +148,9 @@ def write_named(name: str, study: Path, nfe: int, out: Path | None) -> Path | st
         StudyError: a study that cannot be used, or a name unknown at this number of calls.
     """
     from fewstep.search.config import load_study
-    from fewstep.search.family import family_of
-    from fewstep.search.problem import load_problem
+    from fewstep.search.work import load_problem
 
-    found = family_of(load_problem(load_study(study))).named(nfe)
+    found = load_problem(load_study(study)).named(nfe)
     if name == "list":
         return "\n".join(found)
     if name not in found:

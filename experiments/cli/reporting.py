@@ -12,7 +12,6 @@ from fewstep.experiments.cli.decisions import Explained
 from fewstep.experiments.cli.rescore import load_evaluator
 from fewstep.search.config import StudyConfig, load_study, study_from_dict
 from fewstep.search.display import Display
-from fewstep.search.family import family_of
 from fewstep.search.results import schedule_path
 from fewstep.search.verdict import Row
 from fewstep.space import OdeSchedule, load_schedule
@@ -111,7 +110,7 @@ def _explain(
                 raise
             raise StudyError(f"{error}, or name the study file with --study") from None
         for name, schedule in schedules:
-            family_of(evaluator.problem).check(schedule, name)
+            evaluator.problem.check(schedule, name)
         return decisions.explain(
             schedules, evaluator, config, samples, cache, held=held, display=display
         )

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from fewstep.predictors.yardstick import Array, Comparison
+from fewstep.samplers.streams import cut
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.family import family_of
 from fewstep.search.objective import Objective, Paired
 from fewstep.search.pool import SerialPool
 from fewstep.search.scoring import assemble
 from fewstep.search.teacher import Teacher
-from fewstep.search.work import Block, Evaluator, Result, cut
+from fewstep.search.work import Block, Evaluator, Result
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ def rescore(
         FewstepError: a schedule of another noise schedule, or a model that gives nothing finite.
     """
     display = display or Display()
-    family, objective, seed = family_of(evaluator.problem), evaluator.objective, config.search.seed
+    problem, objective, seed = evaluator.problem, evaluator.objective, config.search.seed
     members, block = config.search.block
     pool = SerialPool(evaluator)
     held = samples if held is None else max(held, samples)
-    weight = family.per_sample
+    weight = problem.per_sample
     total = weight * samples * sum(s.nfe for s in schedules)
     for schedule in schedules:
-        family.check(schedule, "a schedule")
+        problem.check(schedule, "a schedule")
     reference = np.zeros((samples, 0))
-    if family.has_teacher:
+    if problem.has_teacher:
         teacher = Teacher(evaluator.ode, config, pool, cache, display.advance)
         display.total(held * config.teacher.nfe + total)
         display.stage(f"teacher, {config.teacher.nfe} calls")

@@ -1,42 +1,55 @@
-"""The user's model: the factory that a study names, loaded, and guarded where it may fail.
+"""A study's model: made by the factory that it names, and guarded where it may fail.
 
-Only what the study file names by import path is executed. The folder of the study file is put on
-the import path only when it holds the factory's module, and never when it is this project's own
-checkout, whose bare folder names must not become importable.
+Only what is named by import path is executed. The folder of the study file is put on the import
+path only when it holds the factory's module, and never when it is this project's own checkout,
+whose bare folder names must not become importable.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fewstep.samplers import AnyProblem, MaskedProblem, ParticleProblem, Problem
 from fewstep.samplers.denoiser import Quicker
-from fewstep.samplers.problems import conditions as conditions
-from fewstep.samplers.problems import device_of
-from fewstep.samplers.sample_noise import noise_of as noise_of
-from fewstep.search.config import StudyConfig
-from fewstep.space.costs import Prices
+from fewstep.samplers.problems import (
+    AnyProblem,
+    MaskedProblem,
+    ParticleProblem,
+    Problem,
+    device_of,
+)
 from fewstep.space.errors import FewstepError, ModelError, StudyError, one_line
 
 
-def load_problem(config: StudyConfig) -> AnyProblem:
-    """Import the factory that a study names, and call it.
+def made_by(
+    factory: str,
+    arguments: Mapping[str, Any],
+    folder: str = "",
+    *,
+    autocast: str | None = None,
+    backend: str | None = None,
+) -> AnyProblem:
+    """Import a factory, "module.path:function", and call it.
+
+    Args:
+        factory: what makes the problem.
+        arguments: the factory's own.
+        folder: where its module may lie.
+        autocast: dtype that a `Problem`'s network runs in; None is its own.
+        backend: of torch.compile for its calls; None does not compile.
 
     Raises:
         StudyError: the module or function is missing, the arguments do not fit, or something else
             than a problem came back.
     """
-    factory, arguments = config.model.built_by(config.folder)
-    function = import_path(factory, config.folder, "model.factory")
+    function = import_path(factory, folder, "model.factory")
     try:
         problem = function(**arguments)
     except FewstepError:
@@ -47,10 +60,7 @@ def load_problem(config: StudyConfig) -> AnyProblem:
         raise StudyError(
             f"model.factory {factory} failed: {type(error).__name__}: {one_line(error)}"
         ) from error
-    autocast, backend = config.search.autocast, config.search.compile
     if isinstance(problem, Problem):
-        if config.scale is not None:
-            problem = replace(problem, guidance=config.scale)
         if not (autocast or backend):
             return problem
         try:
@@ -112,12 +122,6 @@ class _Watched:
 
 def _nothing(images: int) -> None:
     """Nobody looks."""
-
-
-def priced(prices: Prices, problem: AnyProblem) -> Prices:
-    """The prices, with those of the networks that the problem's denoiser offers."""
-    offered = getattr(getattr(problem, "denoiser", None), "networks", {})
-    return replace(prices, networks={**offered, **prices.networks})
 
 
 def watched(problem: AnyProblem) -> AnyProblem:
@@ -210,17 +214,3 @@ def is_checkout(folder: Path) -> bool:
     return (folder / "space" / "program.py").is_file() and (
         folder / "samplers" / "ode.py"
     ).is_file()
-
-
-def model_key(problem: Problem) -> str:
-    """What tells one model from another: its fingerprint and its answer to one probe."""
-    z = noise_of(0, "probe", range(2), problem.shape)
-    t_start, t_end = problem.denoiser.noise.t_range
-    t = torch.full((2,), (t_start + t_end) / 2, dtype=torch.float64)
-    guidance = problem.guidance
-    with torch.no_grad():
-        out = problem.denoiser(z, t, cond=conditions(problem, range(2)), guidance=guidance)
-    probe = hashlib.sha256(out.to(torch.float32).cpu().contiguous().numpy().tobytes()).hexdigest()[
-        :12
-    ]
-    return f"{problem.fingerprint}/{probe}/{guidance}"
