@@ -18,13 +18,18 @@ another but through these sums, so each is a task of its own, and the model need
 Leaving a group of settings out takes one such step without their sums from the optimum; the error
 at the settings left out, over the error with them, says what a prediction between the settings
 costs, in the unit that matters.
+
+The schedules that a search finds differ from setting to setting in their discrete choices, and
+polynomials need one family. So `regression` takes a template, by default the named solver with the
+lowest mean log error over all settings, and opens its continuous decisions. Where all schedules
+found belong to the template's family, their ridge regression is the start.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,14 +37,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.predictors.cpr import CPR
+from fewstep.predictors.cpr import CPR, fit
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
+from fewstep.predictors.gauss_newton import Batch
 from fewstep.predictors.levenberg import Quadratic, damped_step, levenberg
-from fewstep.space.errors import FewstepError, StudyError
+from fewstep.predictors.settings import CprTable
+from fewstep.samplers import Denoiser
+from fewstep.space import Program
+from fewstep.space.baselines import baseline
+from fewstep.space.errors import FewstepError, ScheduleError, StudyError
+from fewstep.space.noise import NoiseSchedule
 from fewstep.space.schedule import OdeSchedule
 from fewstep.space.unknowns import DIFFERENCE
 
 Array = NDArray[np.float64]
+_IMAGES = 256  # in one network call, about
 
 
 @dataclass(frozen=True)
@@ -213,3 +225,114 @@ def _total(each: Iterable[Quadratic]) -> Quadratic:
     normal = torch.stack([q.normal for q in listed]).sum(0)
     slope = torch.stack([q.slope for q in listed]).sum(0)
     return Quadratic(normal, slope, float(np.exp(np.mean([math.log(q.loss) for q in listed]))))
+
+
+def gram(batch: Batch, programs: Sequence[Program], denoiser: Denoiser) -> Array:
+    """Gram matrix of the residuals of M programs, per element, (M, M)."""
+    count = len(programs)
+    total = np.zeros((count, count))
+    for part in replace(batch, piece=max(8, _IMAGES // count)).pieces():
+        residual = part.residuals(programs, denoiser).double().flatten(1).cpu().numpy()
+        total += residual @ residual.T
+    return total / batch.target.numel()
+
+
+def regression(
+    found: Mapping[Setting, OdeSchedule],
+    look: Look,
+    table: CprTable,
+    *,
+    noise: NoiseSchedule,
+    template: str | None,
+    order: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> CPR:
+    """The regression over the settings of schedules found.
+
+    Its provenance says, for every setting, the held-out error of the start, of the regression and
+    of the schedule found there, and what the regression loses when the setting is left out.
+
+    Args:
+        found: a schedule of every setting.
+        look: runs schedules.
+        table: the study's [cpr].
+        noise: the noise schedule.
+        template: the solver whose decisions become polynomials; None is the best of all settings.
+        order: older points that compensation interpolates with.
+        say: called with what is being done.
+
+    Raises:
+        StudyError: no template for these settings.
+    """
+    template = template or _best_template(found, look, noise)
+    family = PolynomialFamily(noise, template, sorted(found), table.decisions, order=order)
+    start = _of_one_family(found, template)
+    say(f"fitting {template}")
+
+    def said(turn: int, error: float) -> None:
+        say(f"round {turn}, mean log error {error:.3f}")
+
+    made = fit_joint(family, look, start=start, rounds=table.rounds, on_round=said)
+    rows = _rows(made, found, look)
+    begun = "the template" if start is None else "ridge regression of the schedules found"
+    return replace(made.model, provenance={"start": begun, "settings": rows})
+
+
+def _best_template(found: Mapping[Setting, OdeSchedule], look: Look, noise: NoiseSchedule) -> str:
+    """The named solver with the lowest mean log error, out of the best few of any setting."""
+    nfes = [s.nfe for s in found]
+    names: list[str] = []
+    for schedule in found.values():
+        scores = schedule.provenance.get("baselines") or {}
+        usable = [n for n in sorted(scores, key=scores.__getitem__) if _exists(n, noise, nfes)]
+        names += [n for n in usable[:2] if n not in names]
+    if not names:
+        raise StudyError(
+            "cpr: none of the best named solvers exists at every NFE: name a cpr.template"
+        )
+    requests = [Request(s, tuple(baseline(n, noise, s.nfe) for n in names)) for s in sorted(found)]
+    errors = np.array([np.diagonal(g) for g in look(requests)])
+    mean = np.log(np.where(errors > 0, errors, np.inf)).mean(0)
+    return names[int(np.argmin(np.where(np.isfinite(mean), mean, np.inf)))]
+
+
+def _exists(name: str, noise: NoiseSchedule, nfes: Sequence[int]) -> bool:
+    """Whether a named solver has as many steps as calls, at every NFE between."""
+    try:
+        made = [baseline(name, noise, n) for n in range(min(nfes), max(nfes) + 1)]
+        return all(s.n_steps == s.nfe and not s.program.stochastic for s in made)
+    except ScheduleError:
+        return False
+
+
+def _of_one_family(found: Mapping[Setting, OdeSchedule], template: str) -> CPR | None:
+    """The regression of the schedules found, if they are all of the template's family."""
+    if not all(isinstance(schedule, OdeSchedule) for schedule in found.values()):
+        return None
+    try:
+        return fit([(s.nfe, s.guidance, schedule) for s, schedule in found.items()], template)
+    except StudyError:
+        return None
+
+
+def _rows(made: Joint, found: Mapping[Setting, OdeSchedule], look: Look) -> list[dict[str, Any]]:
+    """What the regression says of every setting."""
+    plain = [
+        Request(s, (schedule,), held=True)
+        for s, schedule in sorted(found.items())
+        if "time_shift" not in schedule.options and not schedule.program.stochastic
+    ]
+    errors = {r.setting: float(g[0, 0]) for r, g in zip(plain, look(plain), strict=True)}
+    left = made.left_out
+    return [
+        {
+            "nfe": s.nfe,
+            "guidance": s.guidance,
+            "start": made.before[s],
+            "found": errors.get(s),
+            "fitted": made.after[s],
+            "without_its_nfe": left.get("nfe", {}).get(s),
+            "without_its_guidance": left.get("guidance", {}).get(s),
+        }
+        for s in sorted(found)
+    ]

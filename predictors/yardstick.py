@@ -18,6 +18,8 @@ geometric means by default.
 A verdict reports the plain geometric mean of all its fresh samples, with an interval by the
 central limit theorem on the paired differences of logs.
 
+The Frechet distance compares features of samples, which have no errors of their own.
+
 References: tail index, Hill 1975 (Ann. Statist. 3, 1163); bootstrap, Efron and Tibshirani 1993.
 """
 
@@ -31,6 +33,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator
+
+from fewstep.space.errors import StudyError
 
 Array = NDArray[np.float64]
 Statistic = Literal["geometric", "mean", "median", "trimmed", "backward"]
@@ -126,6 +130,38 @@ def middle95(values: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def score_interval(
+    a: Array,
+    b: Array,
+    score: Callable[[Array, NDArray[np.intp]], float],
+    *,
+    resamples: int = 500,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Paired bootstrap interval (95 %) of score(a) / score(b) for an objective's own score.
+
+    The measures a, b (N, K) are of the same samples, of which `score` gets those drawn: with
+    replacement, the SAME ones for both; the interval holds the middle 95 % of the ratios (Efron
+    and Tibshirani 1993, chapter 13). Resamples that have no score, because too few samples have
+    measures, are left out. None where the scores have no ratio.
+
+    Raises:
+        StudyError: no resample has a score.
+    """
+    both = paired_resamples(a, b, score, resamples=resamples, seed=seed)
+    both = both[np.isfinite(both).all(1)]
+    if not len(both):
+        raise StudyError("too few samples have a measure to compare: raise final.samples")
+    if (both[:, 0] < 0).any() or (both[:, 1] <= 0).any():
+        return None
+    return middle95(both[:, 0] / both[:, 1])
+
+
+def ratio(a: float, b: float) -> float | None:
+    """a / b; None where the scores are not positive numbers, so that a ratio says nothing."""
+    return a / b if a >= 0 and b > 0 and np.isfinite(a) and np.isfinite(b) else None
+
+
 def _ratio(above: float, below: float) -> float:
     """A ratio of two statistics >= 0; equal ones have 1, at 0 too."""
     if below > 0:
@@ -171,7 +207,7 @@ class Comparison:
 def compare(a: Array, b: Array, *, resamples: int = 1000, seed: int = 0) -> Comparison:
     """Compare per-sample errors of two schedules on the same samples, both shape (N,), >= 0."""
 
-    def ratio(of: Any) -> float:
+    def share(of: Any) -> float:
         return _ratio(float(of(a)), float(of(b)))
 
     geometric, interval = geometric_ratio(a, b)
@@ -181,14 +217,34 @@ def compare(a: Array, b: Array, *, resamples: int = 1000, seed: int = 0) -> Comp
         samples=len(a),
         geometric=geometric,
         interval=interval,
-        median=ratio(np.median),
-        mean=ratio(np.mean),
+        median=share(np.median),
+        mean=share(np.mean),
         mean_interval=(
             bootstrap_ratio(a, b, np.mean, resamples=resamples, seed=seed) if tail >= 2 else None
         ),
-        q90=ratio(q90),
-        q99=ratio(lambda e: np.quantile(e, 0.99)),
+        q90=share(q90),
+        q99=share(lambda e: np.quantile(e, 0.99)),
         share_worse=float((a > b).mean()),
         worst_share=float(a.max()) / total if total > 0 else 0.0,
         tail_index=tail,
     )
+
+
+def frechet_distance(a: Array, b: Array) -> float:
+    """Frechet distance of the Gaussians fitted to features (N, F) and (N', F), N >= 2.
+
+    |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) (Heusel et al. 2017, arXiv 1706.08500,
+    eq. 6), float64, the root by eigendecomposition. It is >= 0, 0 for equal sets; inf if a feature
+    is not finite.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ cov_b @ root)
+    gap = a.mean(0) - b.mean(0)
+    distance = (
+        gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.clip(inner, 0, None)).sum()
+    )
+    return float(max(distance, 0.0))

@@ -16,17 +16,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fewstep.search.tables import (
+from fewstep.predictors.settings import (
     CompensationTable,
     CprTable,
-    ObjectiveTable,
     Positive,
-    PricesTable,
     RefineTable,
     Table,
-    TeacherTable,
-    TrackingTable,
 )
+from fewstep.search.tables import ObjectiveTable, PricesTable, TeacherTable, TrackingTable
 from fewstep.space.errors import StudyError
 
 RUN_ONLY = (

@@ -6,9 +6,8 @@ root in the units of the data. The score of a schedule is a statistic of its sam
 geometric mean unless the study says otherwise (`predictors.yardstick`). Noise and conditions are
 shared by all schedules, so comparisons are paired, sample by sample.
 
-frechet: |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) between features of the samples and of
-the teacher's end points (Heusel et al. 2017, arXiv 1706.08500, eq. 6), float64, the root by
-eigendecomposition. It has no per-sample scores.
+frechet: the Frechet distance between features of the samples and of the teacher's end points. It
+has no per-sample scores.
 
 A problem whose samples are drawn (`samplers.problems`) brings its own measure and score, with no
 teacher; samples that have no measure are left out.
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.predictors.yardstick import (
@@ -30,11 +28,12 @@ from fewstep.predictors.yardstick import (
     Statistic,
     bootstrap_ratio,
     compare,
+    frechet_distance,
     geometric_ratio,
     level,
-    middle95,
-    paired_resamples,
     q90,
+    ratio,
+    score_interval,
 )
 from fewstep.samplers import MaskedProblem, ParticleProblem
 from fewstep.space.errors import StudyError
@@ -145,56 +144,6 @@ class Measured(Objective):
     def facts(self, measures: Array) -> dict[str, float]:
         """The problem's facts, such as the share of samples left out."""
         return {} if self.problem.facts is None else self.problem.facts(measures)
-
-
-def frechet_distance(a: Array, b: Array) -> float:
-    """Frechet distance of the Gaussians fitted to features (N, F) and (N', F), N >= 2.
-
-    It is >= 0, 0 for equal sets; inf if a feature is not finite.
-    """
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("inf")
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    inner = np.linalg.eigvalsh(root @ cov_b @ root)
-    gap = a.mean(0) - b.mean(0)
-    distance = (
-        gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.clip(inner, 0, None)).sum()
-    )
-    return float(max(distance, 0.0))
-
-
-def ratio(a: float, b: float) -> float | None:
-    """a / b; None where the scores are not positive numbers, so that a ratio says nothing."""
-    return a / b if a >= 0 and b > 0 and np.isfinite(a) and np.isfinite(b) else None
-
-
-def score_interval(
-    a: Array,
-    b: Array,
-    score: Callable[[Array, NDArray[np.intp]], float],
-    *,
-    resamples: int = 500,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """Paired bootstrap interval (95 %) of score(a) / score(b) for an objective's own score.
-
-    The measures a, b (N, K) are of the same samples, of which `score` gets those drawn: with
-    replacement, the SAME ones for both; the interval holds the middle 95 % of the ratios (Efron
-    and Tibshirani 1993, chapter 13). Resamples that have no score, because too few samples have
-    measures, are left out. None where the scores have no ratio.
-
-    Raises:
-        StudyError: no resample has a score.
-    """
-    both = paired_resamples(a, b, score, resamples=resamples, seed=seed)
-    both = both[np.isfinite(both).all(1)]
-    if not len(both):
-        raise StudyError("too few samples have a measure to compare: raise final.samples")
-    if (both[:, 0] < 0).any() or (both[:, 1] <= 0).any():
-        return None
-    return middle95(both[:, 0] / both[:, 1])
 
 
 class Paired:

@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.predictors.yardstick import Array
+from fewstep.predictors.yardstick import Array, frechet_distance
 from fewstep.samplers import Problem
 from fewstep.samplers.prices import measured_prices, priced, prices_in_words
 from fewstep.search.cluster import check_address
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
 from fewstep.search.family import domain_of, readable, settled
-from fewstep.search.objective import Frechet, frechet_distance
+from fewstep.search.objective import Frechet
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.preparing import (
     announce,
@@ -50,7 +50,7 @@ from fewstep.search.rung import Rung, best_of, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
 from fewstep.search.stages.cpr import cpr_cost, regress, wanted
 from fewstep.search.stages.improve import finish_rungs, streams
-from fewstep.search.stages.refine import TRAIN
+from fewstep.search.stages.tasks import TRAIN
 from fewstep.search.store import Store
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.search.teacher import Teacher

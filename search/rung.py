@@ -193,8 +193,8 @@ class Rung:
         todo = {key: s for key, s in fresh.items() if key not in self._fitted}
         works = [plan_fit(run.config, domain, s, run.mean) for s in todo.values()]
         for (key, member), made in zip(todo.items(), run.pool.map(works), strict=True):
-            run.display.advance(made.evaluations)
-            self._fitted[key] = made.schedule or member, made.evaluations
+            run.display.advance(made.calls)
+            self._fitted[key] = (member if made.message else made.schedule), made.calls
         return {key: self._fitted[key][0] for key in fresh}
 
     def _scored(self, generation: _Generation) -> list[Result]:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from fewstep.predictors.yardstick import Array, Comparison, geometric_ratio
+from fewstep.predictors.yardstick import Array, Comparison, geometric_ratio, ratio
 from fewstep.search.config import FinalTable
-from fewstep.search.objective import Objective, Paired, ratio
+from fewstep.search.objective import Objective, Paired
 from fewstep.search.scoring import Scorer
 from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.work import Result

@@ -11,10 +11,10 @@ from fewstep.experiments.benchmarks.published_dc import (
     published_indices,
     published_targets,
 )
+from fewstep.predictors.compensate import compensate
 from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.settings import CompensationTable
 from fewstep.samplers import sample
-from fewstep.search.stages.compensate import compensate
-from fewstep.search.tables import CompensationTable
 from fewstep.space import OdeSchedule, ScheduleError, StepSpec, StudyError
 from fewstep.space.baselines import baseline, unipc
 from fewstep.space.coefficients import lagrange_at

@@ -8,10 +8,9 @@ import torch
 
 from fewstep.predictors.cpr import CPR
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
-from fewstep.predictors.cpr_joint import Request, fit_joint
+from fewstep.predictors.cpr_joint import Request, fit_joint, gram
 from fewstep.predictors.gauss_newton import Batch
 from fewstep.samplers import run, sample
-from fewstep.search.stages.cpr import gram
 from fewstep.space import StudyError, stack
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear

@@ -9,11 +9,12 @@ import torch
 
 from fewstep.predictors.gauss_newton import Batch, Fit
 from fewstep.predictors.levenberg import Quadratic, levenberg
+from fewstep.predictors.refine import refine
+from fewstep.predictors.settings import RefineTable
 from fewstep.samplers import run, sample, start
 from fewstep.samplers.denoiser import bcast
-from fewstep.search.stages.refine import best_starts, refine
+from fewstep.search.stages.tasks import best_starts
 from fewstep.search.strategies import Evaluated
-from fewstep.search.tables import RefineTable
 from fewstep.space import (
     OdeSchedule,
     ProgramSchedule,

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.predictors.yardstick import bootstrap_ratio
-from fewstep.search.objective import EndpointMSE, frechet_distance, score_interval
+from fewstep.predictors.yardstick import bootstrap_ratio, frechet_distance, score_interval
+from fewstep.search.objective import EndpointMSE
 
 
 def test_endpoint_mse_is_the_mean_square_per_element():

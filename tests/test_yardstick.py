@@ -16,10 +16,12 @@ from fewstep.predictors.yardstick import (
     compare,
     geometric_ratio,
     level,
+    ratio,
+    score_interval,
     tail_index,
 )
 from fewstep.search.config import FinalTable
-from fewstep.search.objective import EndpointMSE, Paired, ratio, score_interval
+from fewstep.search.objective import EndpointMSE, Paired
 from fewstep.search.scoring import Race
 from fewstep.search.strategies import Evaluated
 from fewstep.search.verdict import FRESH, SELECT, Judge, Row

@@ -30,15 +30,14 @@ from torch import Tensor
 
 from fewstep.experiments.benchmarks.published_dc import as_published, published_targets
 from fewstep.experiments.models.digits import problem
+from fewstep.predictors.compensate import compensate
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
-from fewstep.predictors.cpr_joint import Joint, Request, fit_joint
+from fewstep.predictors.cpr_joint import Joint, Request, fit_joint, gram
 from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.refine import Startable, refine
+from fewstep.predictors.settings import CompensationTable, RefineTable
 from fewstep.predictors.yardstick import bootstrap_ratio
 from fewstep.samplers import Problem, sample
-from fewstep.search.stages.compensate import compensate
-from fewstep.search.stages.cpr import gram
-from fewstep.search.stages.refine import Startable, refine
-from fewstep.search.tables import CompensationTable, RefineTable
 from fewstep.space import OdeSchedule
 from fewstep.space.baselines import baseline
 

@@ -35,6 +35,8 @@ import torch
 
 from fewstep.experiments.models import digits, galaxy
 from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.refine import Startable, refine
+from fewstep.predictors.settings import RefineTable
 from fewstep.predictors.yardstick import Array, geometric_ratio
 from fewstep.samplers import Problem, sample, start
 from fewstep.samplers.ode import start_scale
@@ -42,9 +44,7 @@ from fewstep.samplers.prices import priced
 from fewstep.samplers.problems import conditions
 from fewstep.samplers.sample_noise import noise_of
 from fewstep.search.stages.plans import kept_sorts, rivals, short
-from fewstep.search.stages.refine import Startable, refine
 from fewstep.search.strategies import Evaluated, Proposer
-from fewstep.search.tables import RefineTable
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.costs import Prices, pattern

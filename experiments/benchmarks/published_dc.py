@@ -3,7 +3,7 @@
 AdamW through the network, unbounded, last iterate, no held-out check; and targets that repeat two
 slips: a state of the teacher is filed under the time its step STARTED at, so the one taken for
 time t is up to one teacher step past t, and the last step but one is matched to the final image.
-What the library does instead: `search.stages.compensate`.
+What the library does instead: `predictors.compensate`.
 """
 
 from __future__ import annotations

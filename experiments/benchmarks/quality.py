@@ -27,10 +27,9 @@ from torch.nn import functional
 
 from fewstep.experiments.benchmarks.search import Landscape, problem
 from fewstep.experiments.models import train_digits, train_fashion
-from fewstep.predictors.yardstick import geometric_ratio, level
+from fewstep.predictors.yardstick import frechet_distance, geometric_ratio, level
 from fewstep.samplers import Problem
 from fewstep.samplers.pictures import contact_sheet
-from fewstep.search.objective import frechet_distance
 from fewstep.space import OdeSchedule, ProgramSchedule, load_schedule
 from fewstep.space.baselines import named
 from fewstep.space.files import write_text

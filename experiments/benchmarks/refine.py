@@ -26,10 +26,10 @@ import torch
 
 from fewstep.experiments.benchmarks.search import FRESH, Landscape, problem
 from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.refine import Startable, refine
+from fewstep.predictors.settings import RefineTable
 from fewstep.predictors.yardstick import level, q90
 from fewstep.samplers import start
-from fewstep.search.stages.refine import Startable, refine
-from fewstep.search.tables import RefineTable
 from fewstep.space import load_schedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.errors import FewstepError

@@ -37,7 +37,7 @@ from fewstep.experiments.models.fashion import (
     load_classifier,
     new_unet,
 )
-from fewstep.search.objective import frechet_distance
+from fewstep.predictors.yardstick import frechet_distance
 
 SEED = 0
 _MEMBERS = "usr/share/datasets/fashion-mnist/{}-{}-idx{}-ubyte.gz"

@@ -1,12 +1,8 @@
 """The last stage of a search over several settings: schedules for those between, in OUT/cpr.json.
 
-The schedules found differ from setting to setting in their discrete choices, and polynomials need
-one family. So the stage takes a template (the one the study names, or the base it compensates, or
-the named solver with the lowest mean log error over all settings), opens its continuous decisions
-and fits them end to end over all settings together (`predictors.cpr_joint`), on noise of its own.
-Where all schedules found belong to the template's family, their ridge regression is the start. The
-file says, for every setting, the held-out error of the start, of the regression and of the
-schedule found there, and what the regression loses when the setting is left out of the fit.
+The template's continuous decisions are fitted end to end over all settings together
+(`predictors.cpr_joint`), on noise of its own: the template is the one the study names, or the base
+it compensates, or the named solver that is best over all settings.
 """
 
 from __future__ import annotations
@@ -19,40 +15,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.predictors.cpr import CPR, fit
-from fewstep.predictors.cpr_family import PolynomialFamily, Setting
-from fewstep.predictors.cpr_joint import Joint, Request, fit_joint
-from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.cpr import CPR
+from fewstep.predictors.cpr_family import Setting
+from fewstep.predictors.cpr_joint import Request, gram, regression
 from fewstep.predictors.yardstick import Array
-from fewstep.samplers import Denoiser, Problem
+from fewstep.samplers import Problem
 from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.results import schedule_path
-from fewstep.search.stages.refine import batch_of
+from fewstep.search.stages.tasks import batch_of
 from fewstep.search.verdict import Row
 from fewstep.search.work import Block, Evaluator, Work
-from fewstep.space import OdeSchedule, Program
+from fewstep.space import OdeSchedule
 from fewstep.space.baselines import baseline
-from fewstep.space.errors import FewstepError, ScheduleError, StudyError
+from fewstep.space.errors import FewstepError
 from fewstep.space.files import load_schedule
 from fewstep.space.noise import NoiseSchedule
 
 TRAIN, HELD = "cpr", "cpr-held"
-_IMAGES = 256  # in one network call, about
-_RIDGE = "ridge regression of the schedules found"
-
-
-def gram(batch: Batch, programs: Sequence[Program], denoiser: Denoiser) -> Array:
-    """Gram matrix of the residuals of M programs, per element, (M, M)."""
-    count = len(programs)
-    total = np.zeros((count, count))
-    for part in replace(batch, piece=max(8, _IMAGES // count)).pieces():
-        residual = part.residuals(programs, denoiser).double().flatten(1).cpu().numpy()
-        total += residual @ residual.T
-    return total / batch.target.numel()
 
 
 @dataclass(frozen=True)
@@ -130,17 +113,29 @@ class Stage:
         for guidance in sorted({s.guidance for s in settings}):
             for stream, size in ((TRAIN, table.samples), (HELD, table.held)):
                 self._refer(stream, size, guidance)
-        template = table.template or self._base() or self._template(found)
-        order = self.config.compensation.order
-        family = PolynomialFamily(self.noise, template, settings, table.decisions, order=order)
-        start = self._start(found, template)
-        self.display.stage(f"CPR: fitting {template}")
-
-        def said(turn: int, error: float) -> None:
-            self.display.stage(f"CPR: round {turn}, mean log error {error:.3f}")
-
-        made = fit_joint(family, self.look, start=start, rounds=table.rounds, on_round=said)
-        return replace(made.model, provenance=self._provenance(made, found, start))
+        base = self.config.compensation.base  # its schedules are a family already
+        one = self.config.finish == "compensation" and len(base) == 1
+        model = regression(
+            found,
+            self.look,
+            table,
+            noise=self.noise,
+            template=table.template or (base[0] if one else None),
+            order=self.config.compensation.order,
+            say=lambda text: self.display.stage(f"CPR: {text}"),
+        )
+        told, schedules = model.provenance, [found[s].digest for s in settings]
+        return replace(
+            model,
+            provenance={
+                "study": self.config.name,
+                "model": self.problem.fingerprint,
+                "start": told["start"],
+                "schedules": schedules,
+                "calls": self.calls,
+                "settings": told["settings"],
+            },
+        )
 
     def _scale(self, guidance: float) -> float | None:
         return guidance if self.config.search.guidance is not None else None
@@ -171,79 +166,6 @@ class Stage:
             self._count(evaluations)
             found.append(errors)
         return found
-
-    def _base(self) -> str | None:
-        """The one base that a study compensates: its schedules are a family already."""
-        base = self.config.compensation.base
-        return base[0] if self.config.finish == "compensation" and len(base) == 1 else None
-
-    def _template(self, found: Mapping[Setting, OdeSchedule]) -> str:
-        """The named solver with the lowest mean log error, out of the best few of any setting."""
-        nfes = [s.nfe for s in found]
-        names: list[str] = []
-        for schedule in found.values():
-            scores = schedule.provenance.get("baselines") or {}
-            usable = [n for n in sorted(scores, key=scores.__getitem__) if self._exists(n, nfes)]
-            names += [n for n in usable[:2] if n not in names]
-        if not names:
-            raise StudyError(
-                "cpr: none of the best named solvers exists at every NFE: name a cpr.template"
-            )
-        requests = [
-            Request(s, tuple(baseline(n, self.noise, s.nfe) for n in names)) for s in sorted(found)
-        ]
-        errors = np.array([np.diagonal(g) for g in self.look(requests)])
-        mean = np.log(np.where(errors > 0, errors, np.inf)).mean(0)
-        return names[int(np.argmin(np.where(np.isfinite(mean), mean, np.inf)))]
-
-    def _exists(self, name: str, nfes: Sequence[int]) -> bool:
-        """Whether a named solver has as many steps as calls, at every NFE between."""
-        try:
-            made = [baseline(name, self.noise, n) for n in range(min(nfes), max(nfes) + 1)]
-            return all(s.n_steps == s.nfe and not s.program.stochastic for s in made)
-        except ScheduleError:
-            return False
-
-    def _start(self, found: Mapping[Setting, OdeSchedule], template: str) -> CPR | None:
-        """The regression of the schedules found, if they are all of the template's family."""
-        if not all(isinstance(schedule, OdeSchedule) for schedule in found.values()):
-            return None
-        try:
-            return fit([(s.nfe, s.guidance, schedule) for s, schedule in found.items()], template)
-        except StudyError:
-            return None
-
-    def _provenance(
-        self, made: Joint, found: Mapping[Setting, OdeSchedule], start: CPR | None
-    ) -> dict[str, Any]:
-        """What the file says about itself."""
-        plain = [
-            Request(s, (schedule,), held=True)
-            for s, schedule in sorted(found.items())
-            if "time_shift" not in schedule.options and not schedule.program.stochastic
-        ]
-        errors = {r.setting: float(g[0, 0]) for r, g in zip(plain, self.look(plain), strict=True)}
-        left = made.left_out
-        rows = [
-            {
-                "nfe": s.nfe,
-                "guidance": s.guidance,
-                "start": made.before[s],
-                "found": errors.get(s),
-                "fitted": made.after[s],
-                "without_its_nfe": left.get("nfe", {}).get(s),
-                "without_its_guidance": left.get("guidance", {}).get(s),
-            }
-            for s in sorted(found)
-        ]
-        return {
-            "study": self.config.name,
-            "model": self.problem.fingerprint,
-            "start": "the template" if start is None else _RIDGE,
-            "schedules": [found[s].digest for s in sorted(found)],
-            "calls": self.calls,
-            "settings": rows,
-        }
 
 
 def regress(

@@ -1,22 +1,30 @@
 """The last stage of a search: the best candidates of every NFE improved, on the workers.
 
-A stage is "refine" (`stages.refine`) or "compensation" (`stages.compensate`). One task improves
-one schedule (refinement: the best of several starts) on noise of its own, which neither ranks
-candidates nor reports results. What comes back is proposed like any other candidate: scored on
-the search's noise, told to the study, judged on fresh seeds. The store keeps it, so that a resumed
+A stage is "refine" or "compensation". One task (`stages.tasks`) improves one schedule (refinement:
+the best of several starts). What comes back is proposed like any other candidate: scored on the
+search's noise, told to the study, judged on fresh seeds. The store keeps it, so that a resumed
 search improves nothing twice.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fewstep.predictors.compensate import compensation_cost
+from fewstep.predictors.refine import Fitted, refine_cost
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.rung import Rung, best_of
-from fewstep.search.stages.compensate import STREAM, CompensationTask, compensation_cost
 from fewstep.search.stages.plans import kept_sorts
-from fewstep.search.stages.refine import HELD, TRAIN, RefineTask, best_starts, refine_cost
+from fewstep.search.stages.tasks import (
+    COMPENSATE,
+    HELD,
+    TRAIN,
+    CompensationTask,
+    RefineTask,
+    StageTask,
+    best_starts,
+)
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
@@ -76,20 +84,31 @@ def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> di
     for nfe, results in run.pool.map_groups(tasks):
         rung, made = run.rungs[nfe], []
         for group, result in zip(groups[nfe], results, strict=True):
-            display.advance(result.evaluations)
-            display.saved(_cost(config, nfe, len(group)) - result.evaluations)
+            display.advance(result.calls)
+            display.saved(_cost(config, nfe, len(group)) - result.calls)
             done += 1
-            if result.schedule is None:
+            if result.message:
                 line = f"{stage} of {group[0].source} failed ({result.message})"
                 display.note(f"{config.search.word} {nfe}: {line}")
                 rung.failures.append(line)
                 continue
-            source = f"{stage}:{group[result.start_used].source}"
-            tried = {f"{stage}_starts": [start.source for start in group]}
-            made.append(Proposal(result.schedule, source, tried | result.note))
+            source = f"{stage}:{group[result.start].source}"
+            made.append(Proposal(result.schedule, source, _note(stage, group, result)))
         spent[nfe] = _tell(stage, rung, made, display)
         display.stage(f"{stage} of {total} schedules, {done} done")
     return spent
+
+
+def _note(stage: str, starts: list[Evaluated], found: Fitted) -> dict[str, Any]:
+    """What the trial of an improved schedule says of its fit."""
+    said: dict[str, Any] = {"starts": [start.source for start in starts]}
+    said |= {"before": found.before, "after": found.after, "calls": found.calls}
+    note = {f"{stage}_{name}": value for name, value in said.items()}
+    if stage == "refine":
+        source = starts[found.start].schedule.digest
+        return note | {"refined_from": source, "refine_samples": found.samples}
+    assert isinstance(found.schedule, OdeSchedule)
+    return note | {"ratios": [step.compensation for step in found.schedule.steps]}
 
 
 def _tell(stage: str, rung: Rung, proposals: list[Proposal], display: Display) -> int:
@@ -103,15 +122,15 @@ def _tell(stage: str, rung: Rung, proposals: list[Proposal], display: Display) -
     return sum(int(p.note.get(f"{stage}_calls", 0)) for p in told)
 
 
-def _task(run: Search, group: list[Evaluated]) -> RefineTask | CompensationTask:
+def _task(run: Search, group: list[Evaluated]) -> StageTask:
     config = run.config
     bare = tuple(start.schedule.model_copy(update={"provenance": {}}) for start in group)
     if config.finish == "compensation":
-        return CompensationTask(bare[0], config.compensation)
+        return CompensationTask(bare, config.compensation)
     # the constant image: what the best start brings along, else the search's
     image = run.mean if bare[0].constant is None else bare[0].constant
     table = kept_sorts(config.refine) if config.search.cost else config.refine
-    return RefineTask(bare, image, table, config.objective.name == "frechet")
+    return RefineTask(bare, table, image, config.objective.name == "frechet")
 
 
 def _starts(run: Search, rung: Rung, start: Evaluated | None) -> list[Evaluated]:
@@ -162,7 +181,7 @@ def streams(config: StudyConfig) -> list[tuple[str, int]]:
     """The noise of the stage, for which workers need the teacher's end points: (name, samples)."""
     if config.finish == "refine" or config.search.cost:
         return [(TRAIN, config.refine.samples), (HELD, config.refine.held)]
-    return [(STREAM, config.compensation.samples)] if config.finish else []
+    return [(COMPENSATE, config.compensation.samples)] if config.finish else []
 
 
 def _cost(config: StudyConfig, nfe: int, starts: int) -> int:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.predictors.refine import Fitted, refine_cost
+from fewstep.predictors.settings import RefineTable
 from fewstep.search.config import StudyConfig
-from fewstep.search.stages.refine import Improved, RefineTask, refine_cost
-from fewstep.search.tables import RefineTable
+from fewstep.search.stages.tasks import RefineTask
 from fewstep.search.work import Evaluator
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import named
@@ -55,7 +56,7 @@ class PlanFit(RefineTask):
 
     narrow: ProgramSchedule | None = None
 
-    def run(self, evaluator: Evaluator) -> Improved:
+    def run(self, evaluator: Evaluator) -> Fitted:
         """Fit on the evaluator's problem."""
         if self.narrow is None:
             return super().run(evaluator)
@@ -69,8 +70,7 @@ class PlanFit(RefineTask):
         program = replace(wide.program, guidance=asked, network=plan.network)
         wide = wide.model_copy(update={"program": program})
         done = replace(self, schedules=(wide,), narrow=None).run(evaluator)
-        spent = first.evaluations + done.evaluations
-        return replace(done, note=done.note | {"refine_calls": spent}, evaluations=spent)
+        return replace(done, calls=first.calls + done.calls)
 
 
 def plan_fit(
@@ -87,7 +87,7 @@ def plan_fit(
         narrow = narrow.model_copy(update={"program": single})
     featured = config.objective.name == "frechet"
     bare = member.model_copy(update={"provenance": {}})
-    return PlanFit((bare,), image, short(config.refine), featured, narrow)
+    return PlanFit((bare,), short(config.refine), image, featured, narrow)
 
 
 def short_cost(config: StudyConfig, cost: int) -> int:

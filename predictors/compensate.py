@@ -3,7 +3,7 @@
     step i >= K:  D_i <- its Lagrange interpolation at rho_i t_i + (1 - rho_i) t_{i-1}, for good
 
 All ratios are fitted together by Gauss-Newton on the end point (`predictors.gauss_newton`), on
-noise of their own ("compensate"), whose last part chooses the iterate. The original chooses one
+noise whose last part chooses the iterate. The original chooses one
 ratio after the other by the state it lands on (`experiments/benchmarks/published_dc.py`); their
 effects on the end point are coupled, and matching the teacher step by step does not bring it
 closest.
@@ -13,22 +13,15 @@ References: DC-Solver, Zhao et al. (arXiv 2409.03755) section 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from fewstep.predictors.gauss_newton import Batch, Fit
+from fewstep.predictors.refine import Fitted
+from fewstep.predictors.settings import CompensationTable
 from fewstep.samplers import Denoiser
-from fewstep.samplers.ode import start_scale
-from fewstep.search.stages.refine import Fitted, Improved, StageTask, batch_of
-from fewstep.search.tables import CompensationTable
-from fewstep.search.work import Evaluator, reason
 from fewstep.space import OdeSchedule
-from fewstep.space.errors import FewstepError, StudyError
+from fewstep.space.errors import StudyError
 from fewstep.space.unknowns import Ratios
-
-STREAM = "compensate"
 
 
 def compensate(
@@ -58,29 +51,6 @@ def compensate(
         best, after = fit.chosen(theta, table.polish, lambda at: check.losses([at])[0], before)
     made = base if best is None else model.at(best)
     return Fitted(made, 0, before, after, len(train), fit.calls + check.calls)
-
-
-@dataclass(frozen=True)
-class CompensationTask(StageTask):
-    """One base to compensate."""
-
-    schedule: OdeSchedule
-    table: CompensationTable
-
-    def run(self, evaluator: Evaluator) -> Improved:
-        """Compensate on the evaluator's problem; a base that cannot be is a failed result."""
-        table = self.table
-        changes = {"compensation_order": table.order, "compensation_variable": table.variable}
-        try:
-            base = self.schedule.model_copy(update=changes)
-            given: dict[str, Any] = {"constant": base.constant, "options": base.options}
-            batch = batch_of(evaluator, STREAM, table.samples, scale=start_scale(base), **given)
-            found = compensate(base, evaluator.ode.denoiser, batch, table)
-        except (FewstepError, RuntimeError) as error:
-            return Improved(message=reason(error))
-        assert isinstance(found.schedule, OdeSchedule)
-        ratios = [step.compensation for step in found.schedule.steps]
-        return found.improved("compensation", ratios=ratios)
 
 
 def compensation_cost(table: CompensationTable, nfe: int, bases: int) -> int:

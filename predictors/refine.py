@@ -14,35 +14,24 @@ the schedule it started from.
 References: learned times and coefficients by back-propagation through the sampler, LD3 (arXiv
 2405.15506), S4S (2502.17423), DyWeight (2603.11607); here by Gauss-Newton, without gradients of
 the network (`predictors.gauss_newton`).
-
-One task refines at one NFE, from several starts, on noise of its own ("train", "held"), which
-neither ranks candidates nor reports results.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fewstep.predictors.gauss_newton import Batch, Fit
+from fewstep.predictors.settings import RefineTable
 from fewstep.samplers import Denoiser
-from fewstep.samplers.denoiser import Counted
-from fewstep.samplers.ode import start_scale
-from fewstep.samplers.problems import conditions
-from fewstep.samplers.sample_noise import noise_of
-from fewstep.search.strategies import Evaluated, ranked
-from fewstep.search.tables import CompensationTable, RefineTable
-from fewstep.search.work import Evaluator, Work
 from fewstep.space import OdeSchedule, Program, ProgramSchedule
 from fewstep.space.errors import StudyError
 from fewstep.space.unknowns import FreeProgram, Retimed, Unknowns, canonical
 
-TRAIN, HELD = "train", "held"
 _AGREE = 1.1  # held-out over training error below which more noise teaches nothing
 _GROWTH = 4
 _HUBER = 1.0  # errors beyond so many medians count by their root
@@ -54,27 +43,23 @@ class Fitted:
     """What a fit to the teacher's end points gave.
 
     Args:
-        schedule: the result; the start itself if nothing better was found.
+        schedule: the result; the start itself if nothing better was found, or it failed.
         start: which of the starts it came from.
         before: held-out error of this start, the mean of the fit's loss; `after`, of the result.
         samples: training samples that the last fit saw.
         calls: network evaluations spent on all starts.
         curve: (training samples, held-out error) after every round of the best start's fits.
+        message: why it failed; "" if it did not.
     """
 
     schedule: Startable
-    start: int
-    before: float
-    after: float
-    samples: int
-    calls: int
+    start: int = 0
+    before: float = math.inf
+    after: float = math.inf
+    samples: int = 0
+    calls: int = 0
     curve: tuple[tuple[int, float], ...] = ()
-
-    def improved(self, stage: str, **more: Any) -> Improved:
-        """As the result of a stage's task."""
-        said = {"before": self.before, "after": self.after, "calls": self.calls}
-        note = {f"{stage}_{name}": value for name, value in said.items()} | more
-        return Improved(self.schedule, note, self.start, evaluations=self.calls)
+    message: str = ""
 
 
 def refine(
@@ -245,121 +230,6 @@ class _Refinement:
     def _errors(self, program: Program, batch: Batch) -> Tensor:
         self.calls += program.nfe * len(batch)
         return batch.errors([program], self.denoiser)[0]
-
-
-@dataclass(frozen=True)
-class Improved:
-    """What a stage made of its starts: None if it failed, and the message why.
-
-    `note` holds numbers for the trial, `start_used` says which start it came from.
-    """
-
-    schedule: Startable | None = None
-    note: dict[str, Any] = field(default_factory=dict)
-    start_used: int = 0
-    message: str = ""
-    evaluations: int = 0
-
-
-class StageTask(Work):
-    """Work of a stage; one that fails or hangs is said and left out."""
-
-    table: RefineTable | CompensationTable
-
-    def limit(self, block: float | None) -> float | None:
-        """See `Work`."""
-        return self.table.timeout
-
-    def failed(self, status: str, message: str) -> Improved:
-        """See `Work`."""
-        return Improved(message=f"{message} ({status})")
-
-
-@dataclass(frozen=True)
-class RefineTask(StageTask):
-    """The starts of one NFE, to refine.
-
-    Args:
-        schedules: the starts; all have one scale of x_T.
-        constant: the constant image that they start from or may use, if there is one.
-        table: the study's [refine].
-        featured: minimise the distance of the problem's features instead of the samples'.
-    """
-
-    schedules: tuple[Startable, ...]
-    constant: Tensor | None
-    table: RefineTable
-    featured: bool
-
-    def run(self, evaluator: Evaluator) -> Improved:
-        """Refine on the evaluator's problem."""
-        table, starts = self.table, self.schedules
-        shared: dict[str, Any] = {"constant": self.constant, "piece": table.batch}
-        shared["features"] = evaluator.features if self.featured else None
-        shared |= {"scale": start_scale(starts[0]), "options": starts[0].options}
-        train = batch_of(evaluator, TRAIN, table.samples, **shared)
-        held = batch_of(evaluator, HELD, table.held, **shared)
-        denoiser = Counted(evaluator.ode.denoiser, evaluator.prices)
-        found = refine(starts, denoiser, train, held, table)
-        found = replace(found, calls=denoiser.evaluations)
-        source = starts[found.start].digest
-        return found.improved("refine", refined_from=source, refine_samples=found.samples)
-
-
-def batch_of(
-    evaluator: Evaluator,
-    stream: str,
-    size: int,
-    *,
-    reference: str | None = None,
-    scale: float = 1.0,
-    **more: Any,
-) -> Batch:
-    """The first samples of a stream on the model's device, and the teacher's of them.
-
-    Their end points have the name `reference` [the stream's]; `scale` is that of x_T, `more` are
-    further fields of `Batch`; guidance is the problem's where none is given.
-    """
-    problem, indices = evaluator.ode, range(size)
-    z = noise_of(evaluator.seed, stream, indices, problem.shape).to(evaluator.device)
-    target = evaluator.reference(reference or stream)[:size].to(torch.float32)
-    cond = {k: v.to(z.device) for k, v in (conditions(problem, indices) or {}).items()}
-    return Batch(scale * z, target, cond, **({"guidance": problem.guidance} | more))
-
-
-def best_starts(
-    known: Sequence[Evaluated],
-    top: int,
-    named: Sequence[Evaluated] = (),
-    constant: Tensor | None = None,
-) -> list[Evaluated]:
-    """The best `top` distinct candidates, and the best of `named`: scored, deterministic.
-
-    All have the best one's scale of x_T and run-time options, and its constant image, `constant`
-    where it has none, or none: they share the noise they are fitted on.
-    """
-    found: dict[str, Evaluated] = {}
-
-    def take(candidates: Sequence[Evaluated], limit: int) -> None:
-        for e in ranked(candidates):
-            if len(found) >= limit:
-                return
-            s, first = e.schedule, next(iter(found.values()), e).schedule
-            if not isinstance(s, OdeSchedule | ProgramSchedule) or s.program.stochastic:
-                continue
-            if start_scale(s) != start_scale(first) or s.options != first.options:
-                continue
-            image = constant if first.constant is None else first.constant
-            if s.constant is None:
-                shared = constant is not None or image is None
-            else:
-                shared = image is not None and torch.equal(s.constant, image)
-            if shared and "time_shift" not in s.options:
-                found.setdefault(s.digest, e)
-
-    take(known, top)
-    take(named, len(found) + 1)
-    return list(found.values())
 
 
 def refine_cost(table: RefineTable, nfe: int) -> int:

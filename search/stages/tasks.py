@@ -1,0 +1,149 @@
+"""What the last stages send out: the starts of one NFE to refine, or one base to compensate.
+
+Both fit on noise of their own, which neither ranks candidates nor reports results
+(`predictors.refine`, `predictors.compensate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.predictors.compensate import compensate
+from fewstep.predictors.gauss_newton import Batch
+from fewstep.predictors.refine import Fitted, Startable, refine
+from fewstep.predictors.settings import CompensationTable, RefineTable
+from fewstep.samplers.denoiser import Counted
+from fewstep.samplers.ode import start_scale
+from fewstep.samplers.streams import Span, begun
+from fewstep.search.strategies import Evaluated, ranked
+from fewstep.search.work import Evaluator, Work, reason
+from fewstep.space import OdeSchedule, ProgramSchedule
+from fewstep.space.errors import FewstepError
+
+TRAIN, HELD, COMPENSATE = "train", "held", "compensate"
+"""The streams of noise."""
+
+
+@dataclass(frozen=True)
+class StageTask(Work):
+    """Starts to fit, by the study's table; one that fails or hangs is said and left out."""
+
+    schedules: tuple[Startable, ...]
+    table: RefineTable | CompensationTable
+
+    def limit(self, block: float | None) -> float | None:
+        """See `Work`."""
+        return self.table.timeout
+
+    def failed(self, status: str, message: str) -> Fitted:
+        """See `Work`."""
+        return Fitted(self.schedules[0], message=f"{message} ({status})")
+
+
+@dataclass(frozen=True)
+class RefineTask(StageTask):
+    """The starts of one NFE, to refine.
+
+    Args:
+        schedules: the starts; all have one scale of x_T.
+        table: the study's [refine].
+        constant: the constant image that they start from or may use, if there is one.
+        featured: minimise the distance of the problem's features instead of the samples'.
+    """
+
+    table: RefineTable
+    constant: Tensor | None
+    featured: bool
+
+    def run(self, evaluator: Evaluator) -> Fitted:
+        """Refine on the evaluator's problem."""
+        table, starts = self.table, self.schedules
+        shared: dict[str, Any] = {"constant": self.constant, "piece": table.batch}
+        shared["features"] = evaluator.features if self.featured else None
+        shared |= {"scale": start_scale(starts[0]), "options": starts[0].options}
+        train = batch_of(evaluator, TRAIN, table.samples, **shared)
+        held = batch_of(evaluator, HELD, table.held, **shared)
+        denoiser = Counted(evaluator.ode.denoiser, evaluator.prices)
+        found = refine(starts, denoiser, train, held, table)
+        return replace(found, calls=denoiser.evaluations)
+
+
+@dataclass(frozen=True)
+class CompensationTask(StageTask):
+    """One base to compensate."""
+
+    table: CompensationTable
+
+    def run(self, evaluator: Evaluator) -> Fitted:
+        """Compensate on the evaluator's problem; a base that cannot be is a failed result."""
+        (given,), table = self.schedules, self.table
+        changes = {"compensation_order": table.order, "compensation_variable": table.variable}
+        try:
+            base = given.model_copy(update=changes)
+            assert isinstance(base, OdeSchedule)
+            shared: dict[str, Any] = {"constant": base.constant, "options": base.options}
+            shared["scale"] = start_scale(base)
+            batch = batch_of(evaluator, COMPENSATE, table.samples, **shared)
+            return compensate(base, evaluator.ode.denoiser, batch, table)
+        except (FewstepError, RuntimeError) as error:
+            return Fitted(given, message=reason(error))
+
+
+def batch_of(
+    evaluator: Evaluator,
+    stream: str,
+    size: int,
+    *,
+    reference: str | None = None,
+    scale: float = 1.0,
+    **more: Any,
+) -> Batch:
+    """The first samples of a stream on the model's device, and the teacher's of them.
+
+    Their end points have the name `reference` [the stream's]; `scale` is that of x_T, `more` are
+    further fields of `Batch`; guidance is the problem's where none is given.
+    """
+    problem = evaluator.ode
+    z, cond = begun(problem, Span(evaluator.seed, stream, range(size)))
+    target = evaluator.reference(reference or stream)[:size].to(torch.float32)
+    return Batch(scale * z, target, cond or {}, **({"guidance": problem.guidance} | more))
+
+
+def best_starts(
+    known: Sequence[Evaluated],
+    top: int,
+    named: Sequence[Evaluated] = (),
+    constant: Tensor | None = None,
+) -> list[Evaluated]:
+    """The best `top` distinct candidates, and the best of `named`: scored, deterministic.
+
+    All have the best one's scale of x_T and run-time options, and its constant image, `constant`
+    where it has none, or none: they share the noise they are fitted on.
+    """
+    found: dict[str, Evaluated] = {}
+
+    def take(candidates: Sequence[Evaluated], limit: int) -> None:
+        for e in ranked(candidates):
+            if len(found) >= limit:
+                return
+            s, first = e.schedule, next(iter(found.values()), e).schedule
+            if not isinstance(s, OdeSchedule | ProgramSchedule) or s.program.stochastic:
+                continue
+            if start_scale(s) != start_scale(first) or s.options != first.options:
+                continue
+            image = constant if first.constant is None else first.constant
+            if s.constant is None:
+                shared = constant is not None or image is None
+            else:
+                shared = image is not None and torch.equal(s.constant, image)
+            if shared and "time_shift" not in s.options:
+                found.setdefault(s.digest, e)
+
+    take(known, top)
+    take(named, len(found) + 1)
+    return list(found.values())
