@@ -1,8 +1,14 @@
-"""What a search says while it runs, here to nobody; the terminal's form is the command line's."""
+"""What a search shows, here nothing: the command line brings a terminal, pictures and a page."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
+    from fewstep.search.verdict import Verdict
 
 
 class Display:
@@ -13,6 +19,13 @@ class Display:
 
     def __exit__(self, *error: object) -> None:
         return None
+
+    def begins(self, run: Search, per_call: float) -> None:
+        """What the search is about to do; `per_call` seconds of a network evaluation, measured."""
+
+    def ends(self, run: Search, verdicts: Sequence[Verdict]) -> Sequence[Path]:
+        """What it found, before its workers leave; files made in its folder, to be tracked."""
+        return ()
 
     def total(self, evaluations: int | None) -> None:
         """The network evaluations expected in all; None if unknown (a budget in seconds)."""
@@ -48,10 +61,3 @@ def duration(seconds: float) -> str:
             else f"{int(seconds // 60) + 1} min 0 s"
         )
     return f"{minutes / 60:.1f} h"
-
-
-def count(number: int) -> str:
-    """A large number in short, e.g. "2.1 M"."""
-    if number >= 1_000_000:
-        return f"{number / 1e6:.1f} M"
-    return f"{number / 1e3:.0f} k" if number >= 10_000 else str(number)

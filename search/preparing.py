@@ -13,7 +13,6 @@ the space, one of fewer calls with calls of weight 0 added where that is possibl
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,29 +24,24 @@ import torch
 
 from fewstep.samplers import AnyProblem, Problem
 from fewstep.samplers.streams import cut
-from fewstep.search.cluster import cpus, pack, sent_already
+from fewstep.search.cluster import pack, sent_already
 from fewstep.search.config import StudyConfig
-from fewstep.search.display import Display, count, duration
+from fewstep.search.display import Display
 from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
-from fewstep.search.record import shown_url
-from fewstep.search.stages.cpr import cpr_cost, wanted
-from fewstep.search.stages.improve import finish_cost, named_bases
-from fewstep.search.stages.plans import rivals, short_cost
+from fewstep.search.stages.improve import named_bases
 from fewstep.search.strategies import Evaluated, Proposal, Proposer
-from fewstep.search.tracking import tracking_uri
-from fewstep.search.verdict import final_cost
 from fewstep.search.work import Block, Evaluator, Want
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.files import load_schedule
 from fewstep.space.growing import with_calls
-from fewstep.space.plans import PlanDomain
+from fewstep.space.plans import PlanDomain, rivals
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
 
 if TYPE_CHECKING:
-    from fewstep.search.run import Search
+    pass
 
 
 def open_pool(
@@ -231,72 +225,3 @@ def speed(evaluator: Evaluator, config: StudyConfig) -> tuple[float, int | None]
     # on a CPU the processor's time: other work on the machine does not count
     seconds = time.process_time() - begun if on_cpu else done.seconds
     return seconds / max(done.evaluations, 1), piece
-
-
-def announce(run: Search, per_call: float) -> None:
-    """Say what the search will cost, before it does."""
-    config, pool = run.config, run.pool
-    around = _around(run)
-    at_once = max(1, min(pool.workers, cpus()) if run.address is None else pool.workers)
-    where = f"{pool.workers} workers" if pool.workers else "this process"
-    each = f"({per_call * 1e6:.0f} µs each, measured)"
-    own = "and the strategy's own time"
-    total: int | None = None
-    if run.limits is not None:
-        asked, trials = _candidates(run)
-        total = trials + around
-        on, most = f"each on {config.search.samples} samples", ""
-        if config.search.race:
-            on, most = f"racing on {' -> '.join(map(str, config.search.levels))} samples", "≤ "
-        text = f"{asked}, {on}; {most}{count(total)} network evaluations on {where}"
-    elif config.budget.calls is not None:
-        total = config.budget.calls + around
-        text = (
-            f"{count(config.budget.calls)} network evaluations of racing candidates, "
-            f"{count(total)} in all on {where}"
-        )
-    else:
-        seconds = (config.budget.seconds or 0) + around * per_call / at_once
-        text = f"{config.budget.seconds:g} s of search on {where}"
-        each, own = f"about {duration(seconds)} in all", "the result depends on the machine"
-    if total is not None:
-        each = f"about {duration(total * per_call / at_once)} {each}"
-    run.display.total(total)
-    run.display.note(f"{config.name}: {text}, {each}; {own}")
-    run.display.note(places(config, run.out, run.store.name))
-
-
-def places(config: StudyConfig, out: Path, name: str) -> str:
-    """Where a search leaves what it finds, in one line."""
-    storage = config.search.storage
-    kept = out.resolve() / "study.journal" if storage is None else f"{shown_url(storage)} ({name})"
-    said = f"on {socket.gethostname()}: results {out.resolve()}, trials {kept}"
-    if not config.tracking.enabled:
-        return f"{said}, no MLflow"
-    uri, experiment = tracking_uri(config), config.tracking.experiment
-    return f"{said}, MLflow {shown_url(uri)} (experiment {experiment})"
-
-
-def _around(run: Search) -> int:
-    """Network evaluations of the teacher, the verdict and the last stages, at most."""
-    config, final, reference = run.config, run.config.final, 0
-    if run.problem.has_teacher:
-        check = 2 * min(config.teacher.check, final.samples)
-        reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
-    verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
-    fitting = cpr_cost(config, 1) if wanted(config) else 0
-    return reference + run.problem.per_sample * verdict + finish_cost(config) + fitting
-
-
-def _candidates(run: Search) -> tuple[str, int]:
-    """How many candidates there will be, in words, and their network evaluations."""
-    limits = dict(run.limits or {})
-    if run.config.base_strategy is None:
-        for nfe, limit in limits.items():
-            limits[nfe] = min(limit, len(run.solvers[nfe]) + len(run.warm.get(nfe, ())))
-    asked = ", ".join(f"{n} at {run.config.search.word} {nfe}" for nfe, n in limits.items())
-    calls = run.config.search.samples * sum(nfe * n for nfe, n in limits.items())
-    if run.config.search.cost:
-        plans = ((n, max(0, limit - len(run.solvers[n]))) for n, limit in limits.items())
-        calls += sum(count * short_cost(run.config, n) for n, count in plans)
-    return asked, run.problem.per_sample * calls

@@ -1,4 +1,4 @@
-"""What a search leaves behind: schedule files, tables, pictures, a page, and the MLflow record."""
+"""What a search leaves behind: schedule files, results.json and the MLflow record."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from fewstep.samplers import AnyProblem, Problem
-from fewstep.samplers.pictures import contact_sheet
-from fewstep.search import report
 from fewstep.search.config import StudyConfig
-from fewstep.search.rung import best_so_far
-from fewstep.search.verdict import FRESH, Row, Verdict
-from fewstep.search.work import Block
+from fewstep.search.verdict import Row, Verdict, pareto
 from fewstep.space.files import save_schedule, write_text
 
 if TYPE_CHECKING:
@@ -37,19 +29,12 @@ def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
         "objective": config.objective.name or "",
         "statistic": config.objective.statistic or "mean",
         "rows": [row.to_dict() for row in rows],
-        "pareto": [row.setting for row in report.pareto(rows)],
+        "pareto": [row.setting for row in pareto(rows)],
     }
     if run.evaluator.prices is not None:
         results["prices"] = asdict(run.evaluator.prices)
     written = write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    pictures = _pictures(run, verdicts)
-    stages = ("teacher.", "refine.", "compensation.", "cpr.")
-    unused = () if run.problem.has_teacher else (*stages, "search.guidance", "objective.features")
-    facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
-    facts["model fingerprint"] = run.evaluator.problem.fingerprint
-    facts["fewstep"] = version("fewstep")
-    page = report.page(out / "report.html", f"fewstep: {config.name}", rows, pictures, facts)
-    for path in (written, out / "study.json", page, *pictures):
+    for path in (written, out / "study.json", *run.display.ends(run, verdicts)):
         tracker.file(None, path)
     for row in rows:
         tracker.numbers(row.setting, metrics(row))
@@ -69,25 +54,6 @@ def _save_schedule(run: Search, verdict: Verdict) -> None:
         tracker.file(row.setting, file, "schedules")
         tracker.file(None, file, "schedules")
     tracker.tag(row.setting, **{"fewstep.digest": schedule.digest, "fewstep.source": row.source})
-
-
-def _pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
-    """What can be drawn of a search: samples, the Pareto front, errors, curves."""
-    out, problem, objective = run.out, run.evaluator.problem, run.config.objective.name or ""
-    made: list[Path | None] = []
-    if run.problem.has_teacher or problem.picture is not None:
-        drawn = _sheet(run, verdicts)
-        made.append(contact_sheet(out / "samples.png", drawn, problem.picture))
-    if len(verdicts) > 1:
-        rows = [v.row for v in verdicts]
-        made.append(report.pareto_picture(out / "pareto.png", rows, objective))
-    errors = {v.row.setting: v.errors for v in verdicts if v.errors is not None}
-    if errors:
-        made.append(report.errors_picture(out / "errors.png", errors))
-    series = {nfe: best_so_far(rung.known) for nfe, rung in run.rungs.items()}
-    levels = {nfe: best_so_far(rung.named_known())[-1][1] for nfe, rung in run.rungs.items()}
-    made.append(report.curves(out / "curves.png", series, levels, objective))
-    return [path for path in made if path is not None]
 
 
 def metrics(row: Row) -> dict[str, float]:
@@ -121,30 +87,6 @@ def schedule_path(out: Path, row: Row) -> Path:
     """Where the schedule of a row lies: schedules/nfe05.json, cost08.json, or nfe05_w7.5.json."""
     scale = "" if row.guidance is None else f"_w{row.guidance:g}"
     return out / "schedules" / f"{row.file}{scale}.json"
-
-
-def _sheet(run: Search, verdicts: Sequence[Verdict]) -> list[tuple[str, Tensor]]:
-    """Samples on the same fresh noise.
-
-    Per NFE the problem's own baselines, best named and found; then the teacher if any.
-    """
-    config, problem, endpoints = run.config, run.evaluator.problem, run.endpoints.get(FRESH)
-    size = min(config.final.pictures, config.final.samples)
-    own = problem.baselines if isinstance(problem, Problem) else None
-    labels: list[str] = []
-    schedules: list[Any] = []
-    for v in verdicts:
-        shown: dict[str, Any] = dict(own(v.row.nfe)) if own and v.row.cost is None else {}
-        shown |= {v.row.best_named: v.best_named, "found": v.found}
-        for name, schedule in shown.items():
-            labels.append(f"{name}, {schedule.nfe} calls")
-            schedules.append(schedule)
-    blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
-    samples = [torch.from_numpy(np.array(r.values[0])) for r in run.pool.map(blocks)]
-    rows = list(zip(labels, samples, strict=True))
-    if endpoints is not None:
-        rows.append((f"teacher, {config.teacher.nfe} calls", endpoints[:size]))
-    return rows
 
 
 def _provenance(

@@ -35,7 +35,6 @@ from fewstep.search.family import domain_of, readable, settled
 from fewstep.search.objective import Frechet
 from fewstep.search.pool import Pool, gathered
 from fewstep.search.preparing import (
-    announce,
     check_names,
     load_warm,
     make_proposer,
@@ -195,7 +194,7 @@ class Search:
             try:
                 self.pool = open_pool(self._given, self.evaluator, self.address, self.display)
                 opening.result()
-                announce(self, per_call)
+                self.display.begins(self, per_call)
                 outcome = self._work()
                 status = "FINISHED"
                 return outcome

@@ -33,7 +33,7 @@ SELECT, FRESH = "select", "fresh"
 STOCK = "stock:"
 """Prefix of the scheduler that a pipeline came with: always compared."""
 
-_RIVALS = 6  # named solvers compared on the "select" noise, the best of the search
+RIVALS = 6  # named solvers compared on the "select" noise, the best of the search
 WITHIN = math.log(1.1)
 """Half the width, in logs, that the interval of a geometric ratio is brought to."""
 
@@ -141,6 +141,15 @@ class Row:
         return TypeAdapter(cls).validate_python(data)
 
 
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """The rows worth their calls, or cost: no row of as little has as low a score."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda r: (r.setting, r.found_score)):
+        if not front or row.found_score < front[-1].found_score:
+            front.append(row)
+    return front
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A row, the two schedules it compares, and their fresh errors per sample if there are any."""
@@ -171,11 +180,6 @@ def contenders(
     for e in ranked(known):
         best.setdefault(e.schedule.digest, e)
     return list(picks.values()), list(best.values())[: table.top]
-
-
-def final_cost(nfe: int, table: FinalTable) -> int:
-    """Network evaluations of the verdict at one NFE, if the first fresh samples are enough."""
-    return nfe * table.samples * (table.top + _RIVALS + 4)
 
 
 class Judge:
@@ -255,8 +259,8 @@ class Judge:
         self, best: Sequence[Evaluated], solvers: Sequence[Evaluated]
     ) -> tuple[Evaluated, list[Evaluated], dict[str, Result], str]:
         """(the candidate to keep, the rivals best first, their results, what stood against)."""
-        rivals = list(solvers[:_RIVALS])
-        rivals += [e for e in solvers[_RIVALS:] if e.source.startswith(STOCK)]
+        rivals = list(solvers[:RIVALS])
+        rivals += [e for e in solvers[RIVALS:] if e.source.startswith(STOCK)]
         every = {e.schedule.digest: e for e in (*best, *rivals)}
         self._refer(SELECT, self._table.samples)
         schedules = [e.schedule for e in every.values()]

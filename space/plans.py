@@ -8,11 +8,14 @@ each stage, its calls given their company (`space.growing.widened`) and their so
 Calls are chosen one after the other while the cheapest sort still fits into the cost, so that any
 values mean a member, and a dear call takes the place of two cheap ones. ONE table names the
 decisions of a call; parameters, membership and moves read it.
+
+Rivals are the named solvers that cost as much: fully guided, guided in an interval of noise levels
+only (Kynkaanniemi et al. 2024, arXiv 2404.07724), or on one of the model's other networks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.space.baselines import baseline
+from fewstep.space.baselines import baseline, named
 from fewstep.space.choices import Parameter, Value
 from fewstep.space.costs import Prices, call_sorts, pattern
 from fewstep.space.errors import ScheduleError
@@ -30,10 +33,12 @@ from fewstep.space.noise import NoiseSchedule
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
 
-__all__ = ["DECISIONS", "Plan", "PlanDomain", "PlannedCall", "plan_of"]
+__all__ = ["DECISIONS", "Plan", "PlanDomain", "PlannedCall", "plan_of", "rivals"]
 
 _EPS = 1e-9
 _BINS = 6  # of a plan's course, for its features
+SHIFTS = (0.0, 0.5, 1.0)
+"""Where a guidance interval begins, as a share of the calls that it leaves unguided."""
 
 
 @dataclass(frozen=True)
@@ -320,3 +325,36 @@ class PlanDomain(Domain):
 def plan_of(schedule: ProgramSchedule, *, guided: bool = True) -> Plan:
     """The plan of a program; `guided` where it leaves the scale open."""
     return tuple(PlannedCall(*sort) for sort in call_sorts(schedule.program, guided=guided))
+
+
+def rivals(domain: PlanDomain) -> dict[str, Any]:
+    """Every named solver at the domain's cost, by its name and its calls."""
+    found: dict[str, Any] = {}
+    solvers: dict[int, dict[str, Any]] = {}
+    for network in domain.networks:
+        for scales in _intervals(domain.cost, domain.prices, domain.scale, network):
+            calls = len(scales)
+            if calls not in solvers:
+                solvers[calls] = named(domain.noise, calls)
+            for name, schedule in solvers[calls].items():
+                made = ProgramSchedule.of(schedule)
+                guidance = None if domain.scale is None else torch.tensor(scales).double()
+                names = (network,) * calls if network else None
+                program = replace(made.program, guidance=guidance, network=names)
+                short_name = pattern(program, guided=False)
+                found[f"{name}/{short_name}"] = made.model_copy(update={"program": program})
+    return found
+
+
+def _intervals(
+    cost: float, prices: Prices, scale: float | None, network: str
+) -> Iterator[list[float]]:
+    """The scales of every call, for each number of guided calls and places of the interval."""
+    dear, cheap = (prices.of(guided=g, network=network) for g in (True, False))
+    most = int(cost / dear + 1e-9) if scale is not None else 0
+    for guided in range(most, 0 if scale is not None else -1, -1):
+        single = int((cost - guided * dear) / cheap + 1e-9)
+        for before in sorted({round(shift * single) for shift in SHIFTS}):
+            if guided + single:
+                after = single - before
+                yield [1.0] * before + [scale or 1.0] * guided + [1.0] * after

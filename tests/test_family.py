@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fewstep.experiments.__main__ import main
+from fewstep.experiments.cli.page import Paged
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
 from fewstep.search.verdict import Row
@@ -22,7 +23,8 @@ STRATEGIES = ("random", "evolution", "tpe", "cmaes", "s3")
 
 
 def _search(folder, kind, out, *overrides, **options):
-    return run.search(load_study(write_drawn(folder, kind), overrides), out, **options)
+    config = load_study(write_drawn(folder, kind), overrides)
+    return run.search(config, out, display=Paged(), **options)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -11,12 +11,11 @@ import pytest
 
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.stages.plans import rivals
 from fewstep.space import ScheduleError, StudyError, load_schedule
 from fewstep.space import noise as noises
 from fewstep.space.baselines import named
 from fewstep.space.costs import Prices, pattern
-from fewstep.space.plans import PlanDomain, PlannedCall, plan_of
+from fewstep.space.plans import PlanDomain, PlannedCall, plan_of, rivals
 from tests.studies import STUDY, called, write_study
 
 VP = noises.VPLinear()

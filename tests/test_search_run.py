@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 from fewstep.experiments.benchmarks.killed import table
+from fewstep.experiments.cli.page import Paged
 from fewstep.predictors.yardstick import level
 from fewstep.search import run
 from fewstep.search.config import load_study, study_from_dict
@@ -24,7 +25,8 @@ STRATEGIES = ("random", "evolution", "tpe", "cmaes", "nsgaii", "qmc", "s3", "ran
 
 
 def _search(folder, out, *overrides, **options):
-    return run.search(load_study(write_study(folder), overrides), out, **options)
+    config = load_study(write_study(folder), overrides)
+    return run.search(config, out, display=Paged(), **options)
 
 
 def _results(out):
@@ -383,7 +385,7 @@ def test_a_row_that_fewer_calls_match_is_off_the_front(finished):
     from dataclasses import replace
 
     from fewstep.experiments.cli.closing import results_table
-    from fewstep.search.report import pareto
+    from fewstep.search.verdict import pareto
 
     (row,) = finished.rows
     rows = [replace(row, nfe=n, found_score=s) for n, s in ((8, 3.0), (4, 5.0), (6, 2.0))]

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from fewstep.experiments.cli.page import Paged
 from fewstep.samplers.streams import cut
 from fewstep.search import run
 from fewstep.search.config import load_study
@@ -20,7 +21,8 @@ FEW = ("budget.candidates=24", "search.samples=8", "final.samples=16", "final.to
 
 
 def _search(folder, kind, *overrides):
-    return run.search(load_study(write_drawn(folder, kind), overrides), folder / "out")
+    config = load_study(write_drawn(folder, kind), overrides)
+    return run.search(config, folder / "out", display=Paged())
 
 
 def _evaluator(folder, kind):

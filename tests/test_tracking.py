@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from fewstep.experiments.cli.page import Paged
 from fewstep.search import run
 from fewstep.search.config import load_study
 from fewstep.search.tracking import MlflowTracker, send_kept
@@ -22,7 +23,8 @@ from tests.studies import STUDY, command, environment, write_study
 
 
 def _search(folder, out, *overrides, **options):
-    return run.search(load_study(write_study(folder), overrides), out, **options)
+    config = load_study(write_study(folder), overrides)
+    return run.search(config, out, **({"display": Paged()} | options))
 
 
 def test_mlflow_holds_the_runs_and_a_resumed_search_continues_them(tmp_path):

@@ -43,13 +43,13 @@ from fewstep.samplers.ode import start_scale
 from fewstep.samplers.prices import priced
 from fewstep.samplers.problems import conditions
 from fewstep.samplers.sample_noise import noise_of
-from fewstep.search.stages.plans import kept_sorts, rivals, short
+from fewstep.search.stages.plans import kept_sorts, short
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import baseline, named
 from fewstep.space.costs import Prices, pattern
 from fewstep.space.growing import widened
-from fewstep.space.plans import Plan, PlanDomain
+from fewstep.space.plans import Plan, PlanDomain, rivals
 
 Called = tuple[str, Startable]
 STRATEGIES = ("s3", "random", "evolution")

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
+from fewstep.experiments.cli.page import COLUMNS, fact_cells, fact_names, number
 from fewstep.predictors.cpr import CPR
-from fewstep.search.report import COLUMNS, fact_cells, fact_names, number, pareto
-from fewstep.search.verdict import Row
+from fewstep.search.verdict import Row, pareto
 
 _LEFT = ("without_its_nfe", "without_its_guidance")
 TERMINAL = 16

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.experiments.cli.importance import DECISIONS, Effect, effects, swaps
+from fewstep.experiments.cli.page import number
 from fewstep.experiments.cli.rescore import rescore
 from fewstep.samplers.pictures import save_figure
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.report import number
 from fewstep.search.verdict import FRESH
 from fewstep.search.work import Evaluator
 from fewstep.space.errors import StudyError

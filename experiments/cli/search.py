@@ -104,13 +104,14 @@ def search(
     if in_job():
         config = lasting(config, out)
     from fewstep.experiments.cli import closing
+    from fewstep.experiments.cli.announcing import places
+    from fewstep.experiments.cli.page import Paged
     from fewstep.experiments.cli.terminal import Terminal
     from fewstep.search import run
-    from fewstep.search.display import Display, duration
-    from fewstep.search.preparing import places
+    from fewstep.search.display import duration
 
     folder = out or Path("runs") / config.name
-    display = Display() if quiet else Terminal()
+    display = Paged() if quiet else Terminal()
     outcome = run.search(
         config, folder, resume=resume, overwrite=overwrite, address=address, display=display
     )

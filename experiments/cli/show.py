@@ -131,8 +131,8 @@ def compare(
 
     from rich.table import Table
 
+    from fewstep.experiments.cli import page
     from fewstep.experiments.cli.drawing import compare_scores
-    from fewstep.search import report
     from fewstep.search.config import load_study
 
     config = load_study(study, settings or [])
@@ -147,8 +147,8 @@ def compare(
             row.name,
             str(row.nfe),
             f"{row.score:.4g}",
-            report.share(row.ratio),
-            report.span(row.interval),
+            page.share(row.ratio),
+            page.span(row.interval),
             *(
                 "–" if row.comparison is None else f"{getattr(row.comparison, key):.3f}"
                 for _, key in STATISTICS

@@ -8,7 +8,7 @@ done, the rate and the time left. What turns out not to be needed is taken off t
 from __future__ import annotations
 
 import time
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -20,13 +20,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fewstep.search.display import Display, count, duration
+from fewstep.experiments.cli.announcing import announce, count
+from fewstep.experiments.cli.page import Paged
+from fewstep.search.display import duration
+
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
 
 _EVERY = 30.0
 _GLANCE = 0.2  # seconds between looks at work that has not ended
 
 
-class Terminal(Display):
+class Terminal(Paged):
     """Shows a rich progress bar on a terminal, and plain lines elsewhere.
 
     Args:
@@ -59,6 +64,10 @@ class Terminal(Display):
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
+
+    def begins(self, run: Search, per_call: float) -> None:
+        """See `Display`."""
+        announce(run, per_call)
 
     def total(self, evaluations: int | None) -> None:
         """See `Display`."""

@@ -85,7 +85,7 @@ def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> di
         rung, made = run.rungs[nfe], []
         for group, result in zip(groups[nfe], results, strict=True):
             display.advance(result.calls)
-            display.saved(_cost(config, nfe, len(group)) - result.calls)
+            display.saved(task_cost(config, nfe, len(group)) - result.calls)
             done += 1
             if result.message:
                 line = f"{stage} of {group[0].source} failed ({result.message})"
@@ -167,16 +167,6 @@ def named_bases(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> dict[str
     return found
 
 
-def finish_cost(config: StudyConfig) -> int:
-    """Network evaluations of the stage at all NFEs, as announced."""
-    if config.finish is None:
-        return 0
-    bases = len(config.compensation.base) or config.compensation.top
-    count = 1 if config.finish == "refine" else bases
-    noise = sum(size for _, size in streams(config)) * config.teacher.nfe
-    return noise + sum(count * _cost(config, nfe, 1) for nfe in config.search.settings)
-
-
 def streams(config: StudyConfig) -> list[tuple[str, int]]:
     """The noise of the stage, for which workers need the teacher's end points: (name, samples)."""
     if config.finish == "refine" or config.search.cost:
@@ -184,7 +174,7 @@ def streams(config: StudyConfig) -> list[tuple[str, int]]:
     return [(COMPENSATE, config.compensation.samples)] if config.finish else []
 
 
-def _cost(config: StudyConfig, nfe: int, starts: int) -> int:
+def task_cost(config: StudyConfig, nfe: int, starts: int) -> int:
     """Network evaluations of one task, as announced."""
     if config.search.cost:  # some of the calls are guided
         return (config.refine.top + 1) * refine_cost(config.refine, round(nfe / 1.5)) // 2

@@ -1,36 +1,27 @@
-"""Searching by cost: the short fit by which a plan is scored, and the rivals of equal cost.
+"""Searching by cost: the short fit by which a plan is scored.
 
 A plan (`space.plans`) says little before its numbers are fitted: by itself it is a named solver
 whose calls were given other sorts. So every plan proposed is first fitted in short, by the one
 Levenberg-Marquardt fit on few samples, and the program it becomes is scored like any candidate.
 The best go on to the stage that refines.
-
-Rivals are the named solvers that cost as much: fully guided, guided in an interval of noise levels
-only (Kynkaanniemi et al. 2024, arXiv 2404.07724), or on one of the model's other networks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.predictors.refine import Fitted, refine_cost
+from fewstep.predictors.refine import Fitted
 from fewstep.predictors.settings import RefineTable
 from fewstep.search.config import StudyConfig
 from fewstep.search.stages.tasks import RefineTask
 from fewstep.search.work import Evaluator
 from fewstep.space import ProgramSchedule
-from fewstep.space.baselines import named
-from fewstep.space.costs import Prices, networks_of, pattern, stages
+from fewstep.space.costs import networks_of, stages
 from fewstep.space.growing import widened
 from fewstep.space.plans import PlanDomain
-
-SHIFTS = (0.0, 0.5, 1.0)
-"""Where a guidance interval begins, as a share of the calls that it leaves unguided."""
 
 
 def kept_sorts(table: RefineTable) -> RefineTable:
@@ -88,42 +79,3 @@ def plan_fit(
     featured = config.objective.name == "frechet"
     bare = member.model_copy(update={"provenance": {}})
     return PlanFit((bare,), short(config.refine), image, featured, narrow)
-
-
-def short_cost(config: StudyConfig, cost: int) -> int:
-    """Network evaluations of one short fit, as announced: half of the calls guided."""
-    calls = max(1, round(cost / 1.5))
-    return round(1.5 * refine_cost(short(config.refine).model_copy(update={"top": 1}), calls) / 2)
-
-
-def rivals(domain: PlanDomain) -> dict[str, Any]:
-    """Every named solver at the domain's cost, by its name and its calls."""
-    found: dict[str, Any] = {}
-    solvers: dict[int, dict[str, Any]] = {}
-    for network in domain.networks:
-        for scales in _intervals(domain.cost, domain.prices, domain.scale, network):
-            calls = len(scales)
-            if calls not in solvers:
-                solvers[calls] = named(domain.noise, calls)
-            for name, schedule in solvers[calls].items():
-                made = ProgramSchedule.of(schedule)
-                guidance = None if domain.scale is None else torch.tensor(scales).double()
-                names = (network,) * calls if network else None
-                program = replace(made.program, guidance=guidance, network=names)
-                short_name = pattern(program, guided=False)
-                found[f"{name}/{short_name}"] = made.model_copy(update={"program": program})
-    return found
-
-
-def _intervals(
-    cost: float, prices: Prices, scale: float | None, network: str
-) -> Iterator[list[float]]:
-    """The scales of every call, for each number of guided calls and places of the interval."""
-    dear, cheap = (prices.of(guided=g, network=network) for g in (True, False))
-    most = int(cost / dear + 1e-9) if scale is not None else 0
-    for guided in range(most, 0 if scale is not None else -1, -1):
-        single = int((cost - guided * dear) / cheap + 1e-9)
-        for before in sorted({round(shift * single) for shift in SHIFTS}):
-            if guided + single:
-                after = single - before
-                yield [1.0] * before + [scale or 1.0] * guided + [1.0] * after

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fewstep.samplers.pictures import save_figure
-from fewstep.search.verdict import Row
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.samplers import Problem
+from fewstep.samplers.pictures import contact_sheet, save_figure
+from fewstep.search.display import Display
+from fewstep.search.rung import best_so_far
+from fewstep.search.verdict import FRESH, Row, Verdict, pareto
+from fewstep.search.work import Block
 from fewstep.space.files import write_text
 
+if TYPE_CHECKING:
+    from fewstep.search.run import Search
+
 Points = Sequence[tuple[int, float]]
-_PAGE = Path(__file__).with_name("report.html")
+_PAGE = Path(__file__).with_name("page.html")
 
 
 def number(value: float | None) -> str:
@@ -123,15 +135,6 @@ def errors_picture(path: Path, errors: Mapping[int, tuple[Any, Any]]) -> Path:
     return save_figure(figure, path, dpi=110)
 
 
-def pareto(rows: Sequence[Row]) -> list[Row]:
-    """The rows worth their calls, or cost: no row of as little has as low a score."""
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r.setting, r.found_score)):
-        if not front or row.found_score < front[-1].found_score:
-            front.append(row)
-    return front
-
-
 def pareto_picture(path: Path, rows: Sequence[Row], objective: str) -> Path:
     """Score against calls on fresh samples: found, with its Pareto front, and best named."""
     from matplotlib.ticker import MaxNLocator
@@ -186,3 +189,64 @@ def page(
 def fact_names(rows: Sequence[Row]) -> list[str]:
     """Names of the facts that an objective has."""
     return list(rows[0].facts) if rows else []
+
+
+class Paged(Display):
+    """Shows nothing while a search runs, and at its end writes its pictures and its page."""
+
+    def ends(self, run: Search, verdicts: Sequence[Verdict]) -> Sequence[Path]:
+        """See `Display`."""
+        config, rows = run.config, [v.row for v in verdicts]
+        drawn = pictures(run, verdicts)
+        unused: tuple[str, ...] = ()
+        if not run.problem.has_teacher:
+            unused = ("teacher.", "refine.", "compensation.", "cpr.")
+            unused += ("search.guidance", "objective.features")
+        facts = {k: str(v) for k, v in config.identity().items() if not k.startswith(unused)}
+        facts["model fingerprint"] = run.problem.fingerprint
+        facts["fewstep"] = version("fewstep")
+        title = f"fewstep: {config.name}"
+        return [page(run.out / "report.html", title, rows, drawn, facts), *drawn]
+
+
+def pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
+    """What can be drawn of a search: samples, the Pareto front, errors, curves."""
+    out, problem, objective = run.out, run.evaluator.problem, run.config.objective.name or ""
+    made: list[Path | None] = []
+    if run.problem.has_teacher or problem.picture is not None:
+        drawn = _sheet(run, verdicts)
+        made.append(contact_sheet(out / "samples.png", drawn, problem.picture))
+    if len(verdicts) > 1:
+        rows = [v.row for v in verdicts]
+        made.append(pareto_picture(out / "pareto.png", rows, objective))
+    errors = {v.row.setting: v.errors for v in verdicts if v.errors is not None}
+    if errors:
+        made.append(errors_picture(out / "errors.png", errors))
+    series = {nfe: best_so_far(rung.known) for nfe, rung in run.rungs.items()}
+    levels = {nfe: best_so_far(rung.named_known())[-1][1] for nfe, rung in run.rungs.items()}
+    made.append(curves(out / "curves.png", series, levels, objective))
+    return [path for path in made if path is not None]
+
+
+def _sheet(run: Search, verdicts: Sequence[Verdict]) -> list[tuple[str, Tensor]]:
+    """Samples on the same fresh noise.
+
+    Per NFE the problem's own baselines, best named and found; then the teacher if any.
+    """
+    config, problem, endpoints = run.config, run.evaluator.problem, run.endpoints.get(FRESH)
+    size = min(config.final.pictures, config.final.samples)
+    own = problem.baselines if isinstance(problem, Problem) else None
+    labels: list[str] = []
+    schedules: list[Any] = []
+    for v in verdicts:
+        shown: dict[str, Any] = dict(own(v.row.nfe)) if own and v.row.cost is None else {}
+        shown |= {v.row.best_named: v.best_named, "found": v.found}
+        for name, schedule in shown.items():
+            labels.append(f"{name}, {schedule.nfe} calls")
+            schedules.append(schedule)
+    blocks = [Block((schedule,), FRESH, 0, size, "samples") for schedule in schedules]
+    samples = [torch.from_numpy(np.array(r.values[0])) for r in run.pool.map(blocks)]
+    rows = list(zip(labels, samples, strict=True))
+    if endpoints is not None:
+        rows.append((f"teacher, {config.teacher.nfe} calls", endpoints[:size]))
+    return rows
