@@ -10,9 +10,9 @@ References: Rasmussen and Williams 2006, eq. 2.25-2.26 (posterior), 5.12 (leave-
 
 from __future__ import annotations
 
-import copy
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,14 +118,6 @@ class GaussianProcess:
         variance = (torch.exp(self._theta[-2]) - (half**2).sum(0)).clamp(min=1e-12)
         return mean * self._y_scale + self._y_mean, variance.sqrt() * self._y_scale
 
-    def believe(self, x: Tensor, y: Tensor) -> GaussianProcess:
-        """A process with further rows x (n, d), y (n,), its kernel as fitted."""
-        more = copy.copy(self)
-        more._x = torch.cat([self._x, self._features(x)])
-        more._y = torch.cat([self._y, (y.double() - self._y_mean) / self._y_scale])
-        more._factorise()
-        return more
-
     def left_out(self, folds: Tensor) -> Tensor:
         """Predictions of each training row from the rows of other folds, kernel as fitted.
 
@@ -159,3 +151,11 @@ class GaussianProcess:
         for name, value in state.items():
             setattr(self, f"_{name}", value)
         self._factorise()
+
+
+def expected_improvement(gain: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """E max(0, gain + std * z) of a standard normal z; Jones et al. 1998, eq. 15."""
+    z = torch.from_numpy(gain / std)
+    density = torch.exp(-0.5 * z**2) / (2 * math.pi) ** 0.5
+    found: np.ndarray = std * (z * torch.special.ndtr(z) + density).numpy()
+    return found

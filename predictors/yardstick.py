@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator
+from scipy.stats import wilcoxon
 
 from fewstep.space.errors import StudyError
 
@@ -43,6 +44,9 @@ FLOOR = 1e-20
 
 Number = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 """A number whose JSON form is null where it is not finite."""
+
+LEVEL = 0.1
+"""Of the test by which a schedule loses against another."""
 
 _NORMAL95 = 1.959964
 _TRIMMED = {"geometric": 0.01, "trimmed": 0.05}
@@ -72,6 +76,17 @@ def comparable(errors: Array, statistic: Statistic) -> Array:
     if statistic in ("geometric", "median"):
         return np.log(np.maximum(errors, FLOOR))
     return errors
+
+
+def loses(candidate: Array, leader: Array, statistic: Statistic = "mean") -> bool:
+    """Whether a candidate's errors are worse than the leader's on the same samples, both (n,).
+
+    By a one-sided Wilcoxon signed-rank test on the paired differences, at level `LEVEL`.
+    """
+    difference = comparable(candidate, statistic) - comparable(leader, statistic)
+    if level(candidate, statistic) <= level(leader, statistic) or not difference.any():
+        return False
+    return bool(wilcoxon(difference, alternative="greater").pvalue < LEVEL)
 
 
 def tail_index(errors: Array, share: float = 0.02) -> float:

@@ -15,11 +15,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from fewstep.samplers import AnyProblem, Problem
@@ -29,7 +28,7 @@ from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
 from fewstep.search.stages.improve import named_bases
-from fewstep.search.strategies import Evaluated, Proposal, Proposer
+from fewstep.search.strategies import Proposal
 from fewstep.search.work import Block, Evaluator, Want
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
@@ -66,32 +65,6 @@ def open_pool(
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
         packed = pack(config, Path(folder), display.note)
         return RayPool(packed, address, Path(folder), display, piece)
-
-
-def make_proposer(
-    config: StudyConfig, domain: Domain, earlier: Sequence[Evaluated]
-) -> Proposer | None:
-    """The strategy that a study names, on a domain; None for a stage alone, which needs none.
-
-    Raises:
-        StudyError: an unknown name or option.
-    """
-    if config.base_strategy is None:
-        if config.search.options:
-            raise StudyError(
-                f"search.options are those of a strategy that proposes: {config.search.strategy} "
-                f"has its own table, [{config.finish}]"
-            )
-        return None
-    rng = np.random.default_rng([config.search.seed, domain.nfe])
-    return Proposer(
-        config.base_strategy,
-        domain,
-        seed=int(rng.integers(2**31)),
-        size=config.search.generation,
-        earlier=earlier,
-        options=config.search.options,
-    )
 
 
 def starters(config: StudyConfig, problem: AnyProblem, domain: Domain) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from fewstep.search.pool import Pool, gathered
 from fewstep.search.preparing import (
     check_names,
     load_warm,
-    make_proposer,
     open_pool,
     speed,
     starters,
@@ -58,6 +57,7 @@ from fewstep.search.verdict import FRESH, Judge, Row, Verdict
 from fewstep.search.work import Block, Evaluator
 from fewstep.space import Program
 from fewstep.space.costs import Prices, pattern
+from fewstep.space.errors import StudyError
 from fewstep.space.files import load_schedule, save_schedule, write_text
 
 
@@ -280,8 +280,23 @@ class Search:
         return time.monotonic() - self._begun
 
     def proposer(self, nfe: int, earlier: Sequence[Evaluated]) -> Proposer | None:
-        """The strategy at an NFE; None for a stage alone, which needs none."""
-        return make_proposer(self.config, self.domains[nfe], earlier)
+        """The strategy at an NFE; None for a stage alone, which needs none.
+
+        Raises:
+            StudyError: an unknown name or option.
+        """
+        config, domain = self.config, self.domains[nfe]
+        if config.base_strategy is None:
+            if config.search.options:
+                raise StudyError(
+                    "search.options are those of a strategy that proposes: "
+                    f"{config.search.strategy} has its own table, [{config.finish}]"
+                )
+            return None
+        seed = int(np.random.default_rng([config.search.seed, domain.nfe]).integers(2**31))
+        options, size = config.search.options, config.search.generation
+        shared: dict[str, Any] = {"earlier": earlier, "options": options, "size": size}
+        return Proposer(config.base_strategy, domain, seed=seed, **shared)
 
     def _work(self) -> Outcome:
         config = self.config

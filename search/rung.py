@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.search.scoring import SEARCH, Race, Waiting
-from fewstep.search.stages.plans import plan_fit
+from fewstep.search.stages.tasks import PlanFit
 from fewstep.search.store import Kept
 from fewstep.search.strategies import Evaluated, Proposal, ranked
 from fewstep.search.work import Result
@@ -132,7 +132,7 @@ class Rung:
 
     def _proposals(self, number: int, kept: list[Kept], paid: int) -> list[Proposal]:
         """All of a generation; those that are kept as they are kept."""
-        held = [Proposal(self._asked(k), k.evaluated.source, dict(k.note)) for k in kept]
+        held = [Proposal(self._asked(k), k.source, dict(k.note)) for k in kept]
         if number == 0:
             if len(held) >= paid:
                 return held
@@ -169,7 +169,7 @@ class Rung:
 
     def _asked(self, kept: Kept) -> Any:
         """What was proposed where a kept schedule is what a plan became."""
-        schedule, domain = kept.evaluated.schedule, self._run.domains[self.nfe]
+        schedule, domain = kept.schedule, self._run.domains[self.nfe]
         if "plan_calls" not in kept.note:
             return schedule
         member = domain.canonical(schedule)
@@ -191,7 +191,7 @@ class Rung:
         """Plans as the programs that a short fit makes of them."""
         domain, run = self._run.domains[self.nfe], self._run
         todo = {key: s for key, s in fresh.items() if key not in self._fitted}
-        works = [plan_fit(run.config, domain, s, run.mean) for s in todo.values()]
+        works = [PlanFit.of(run.config, domain, s, run.mean) for s in todo.values()]
         for (key, member), made in zip(todo.items(), run.pool.map(works), strict=True):
             run.display.advance(made.calls)
             self._fitted[key] = (member if made.message else made.schedule), made.calls
@@ -245,13 +245,12 @@ class Rung:
     def _keep(self, generation: _Generation, proposal: Proposal, result: Result) -> Kept:
         fitted = self._fitted.get(self._key(proposal.schedule, generation.number))
         schedule = fitted[0] if fitted else proposal.schedule
-        evaluated = Evaluated.of(schedule, result, proposal.source)
         note = dict(proposal.note) | ({"plan_calls": fitted[1]} if fitted else {})
         if result.status == "ok" and result.samples < self._search.samples:
             note["stopped"] = True
         expressed = proposal.trial is not None and fitted is None
-        where = generation.number, generation.size
-        kept = Kept(evaluated, result, *where, note, self._run.clock(), expressed)
+        where = proposal.source, generation.number, generation.size
+        kept = Kept(schedule, result, *where, note, self._run.clock(), expressed)
         self._trials.add(kept)
         return kept
 
@@ -273,7 +272,7 @@ class Rung:
                 continue  # cut short: told again with the rest
             self.known.append(kept.evaluated)
             self.costs.append(kept.result.calls)
-            digest = kept.evaluated.schedule.digest
+            digest = kept.schedule.digest
             self._results.setdefault(digest, kept.result)
             self._seen.add(digest)
 
@@ -285,9 +284,7 @@ class Rung:
     def extend(self, proposals: list[Proposal]) -> list[Proposal]:
         """Score, tell and keep refined schedules; those kept from before where there are some."""
         if self.refined_before:
-            return [
-                Proposal(k.evaluated.schedule, k.evaluated.source, dict(k.note)) for k in self._now
-            ]
+            return [Proposal(k.schedule, k.source, dict(k.note)) for k in self._now]
         noted = [dataclasses.replace(p, note={**p.note, "after": self._told}) for p in proposals]
         if noted:
             self._tell(self._start(REFINED, noted, len(noted), self._now))

@@ -9,7 +9,7 @@ A generation is scored on the first n_1 samples, then on n_2 > n_1, ... up to al
 growth a candidate is compared with the leader, the lowest score over the same samples among the
 generation and the best schedule known: it is stopped if its score is higher and the one-sided
 Wilcoxon signed-rank test on the paired differences (of log errors, where the study compares
-geometric means) finds it worse at level `LEVEL` (the rule of Optuna's WilcoxonPruner). All
+geometric means) finds it worse (`yardstick.loses`; the rule of Optuna's WilcoxonPruner). All
 candidates share the noise, so the pairs differ by the schedule only. Ranks and the trimmed
 geometric mean see to it that no single sample stops or saves a candidate.
 
@@ -27,13 +27,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import wilcoxon
 
-from fewstep.predictors.yardstick import Array, Statistic, comparable, level
+from fewstep.predictors.yardstick import Array, Statistic, level, loses
 from fewstep.samplers.streams import cut
 from fewstep.search.objective import Objective
 from fewstep.search.store import Kept
-from fewstep.search.strategies import Evaluated
 from fewstep.search.work import Block, BlockResult, Result
 
 if TYPE_CHECKING:
@@ -41,10 +39,6 @@ if TYPE_CHECKING:
 
 SEARCH = "search"
 """The stream of noise that candidates are scored on."""
-
-LEVEL = 0.1
-"""Of the test by which candidates are stopped."""
-
 
 Waiting = Callable[[], list[Result]]
 """Schedules under evaluation: waits for their results, in the order given; to be called once."""
@@ -135,8 +129,8 @@ class Scorer:
         if stream != SEARCH:
             for schedule, result in zip(group, results, strict=True):
                 kept = replace(result, samples=samples)
-                trial = Kept(Evaluated.of(schedule, kept), kept, expressed=True)
-                self._run.store.trials(schedule.nfe, stream).add(trial)
+                trials = self._run.store.trials(schedule.nfe, stream)
+                trials.add(Kept(schedule, kept, expressed=True))
         return results
 
 
@@ -180,14 +174,6 @@ def assemble(
             Result(score, "ok", "", per_sample, measures, samples=len(measures), **cost)
         )
     return results
-
-
-def loses(candidate: Array, leader: Array, statistic: Statistic = "mean") -> bool:
-    """Whether a candidate's errors are worse than the leader's on the same samples, both (n,)."""
-    difference = comparable(candidate, statistic) - comparable(leader, statistic)
-    if level(candidate, statistic) <= level(leader, statistic) or not difference.any():
-        return False
-    return bool(wilcoxon(difference, alternative="greater").pvalue < LEVEL)
 
 
 @dataclass

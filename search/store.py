@@ -69,21 +69,28 @@ class Kept:
     """A trial as it is kept.
 
     Args:
-        evaluated: the candidate and its score.
+        schedule: the candidate.
         result: what its evaluation gave and cost; calls and seconds are 0 for one scored before.
+        source: see `Evaluated`.
         generation: number of its generation, which has `size` candidates.
         note: further numbers and words.
         elapsed: seconds since the search began.
         expressed: whether its parameters express its schedule.
     """
 
-    evaluated: Evaluated
+    schedule: Any
     result: Result
+    source: str = ""
     generation: int = 0
     size: int = 0
     note: Mapping[str, Any] = field(default_factory=dict)
     elapsed: float = 0.0
     expressed: bool = False
+
+    @property
+    def evaluated(self) -> Evaluated:
+        """The candidate as strategies see it."""
+        return Evaluated.of(self.schedule, self.result, self.source)
 
 
 class Store:
@@ -246,17 +253,16 @@ class Trials:
         Raises:
             StudyError: another process writes to the study.
         """
-        evaluated, result = kept.evaluated, kept.result
-        ok = evaluated.status == "ok"
+        result, ok = kept.result, kept.result.status == "ok"
         stopped = bool(kept.note.get("stopped"))
-        params = self._params(evaluated.schedule)
+        params = self._params(kept.schedule)
         states = self._optuna.trial.TrialState
         trial = self._optuna.trial.create_trial(
             state=(states.PRUNED if stopped else states.COMPLETE) if ok else states.FAIL,
-            value=evaluated.score if ok else None,
+            value=result.score if ok else None,
             params=params,
             distributions={name: self._distributions[name] for name in params},
-            intermediate_values={evaluated.samples: evaluated.score} if ok and stopped else {},
+            intermediate_values={result.samples: result.score} if ok and stopped else {},
             user_attrs=_attributes(kept),
         )
         storage = self.study._storage
@@ -270,7 +276,7 @@ class Trials:
             )
         self.count += 1
         if self._results is not None:
-            self._results[evaluated.schedule.digest, result.samples] = result
+            self._results[kept.schedule.digest, result.samples] = result
 
     def kept(self) -> list[Kept]:
         """Every trial, in the order told."""
@@ -304,19 +310,18 @@ class Trials:
             schedule = self._domain.from_params(trial.params)
         else:
             raise StudyError(f"{self.study.study_name}: trial {trial.number} has no schedule")
-        evaluated = Evaluated.of(schedule, result, attrs["source"])
         note = {k: v for k, v in attrs.items() if k not in _OWN}
-        where = attrs["generation"], attrs["size"]
-        return Kept(evaluated, result, *where, note, attrs["elapsed"], "schedule" not in attrs)
+        where = attrs["source"], attrs["generation"], attrs["size"]
+        return Kept(schedule, result, *where, note, attrs["elapsed"], "schedule" not in attrs)
 
 
 def _attributes(kept: Kept) -> dict[str, Any]:
-    evaluated, result, schedule = kept.evaluated, kept.result, kept.evaluated.schedule
+    result, schedule = kept.result, kept.schedule
     found: dict[str, Any] = {
         "digest": schedule.digest,
-        "source": evaluated.source,
-        "status": evaluated.status,
-        "samples": evaluated.samples,
+        "source": kept.source,
+        "status": result.status,
+        "samples": result.samples,
         "calls": result.calls,
         "seconds": round(result.seconds, 6),
         "elapsed": round(kept.elapsed, 3),

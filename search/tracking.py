@@ -52,25 +52,25 @@ class Tracker:
 
     def curve(self, nfe: int, metric: str, points: Sequence[tuple[int, float]]) -> None:
         """Add (trial, value) points of a metric; points already there are skipped."""
-        self._send(["curve", _key(nfe), metric, _now(), [list(point) for point in points]])
+        self.send(["curve", _key(nfe), metric, _now(), [list(point) for point in points]])
 
     def numbers(self, nfe: int | None, values: Mapping[str, float]) -> None:
         """Final numbers."""
-        self._send(["numbers", _key(nfe), _now(), {k: float(v) for k, v in values.items()}])
+        self.send(["numbers", _key(nfe), _now(), {k: float(v) for k, v in values.items()}])
 
     def tag(self, nfe: int | None, **tags: str) -> None:
         """Words to find a run by."""
-        self._send(["tags", _key(nfe), tags])
+        self.send(["tags", _key(nfe), tags])
 
     def file(self, nfe: int | None, path: Path, folder: str = "") -> None:
         """Keep a file as an artifact."""
-        self._send(["file", _key(nfe), str(path.resolve()), folder])
+        self.send(["file", _key(nfe), str(path.resolve()), folder])
 
     def close(self, status: str) -> None:
         """End the runs: FINISHED, FAILED or KILLED."""
 
-    def _send(self, report: Report) -> None:
-        pass
+    def send(self, report: Report) -> None:
+        """Report something, in its JSON form."""
 
 
 def _key(nfe: int | None) -> str:
@@ -180,7 +180,7 @@ class MlflowTracker(Tracker):
         """See `Tracker`; what is not written by then is kept in the search's folder."""
         if self._monitor is not None:
             self._monitor.finish()
-        self._send(["end", status, _now()])
+        self.send(["end", status, _now()])
         self._thread.submit(self._drain, last=True)
         self._thread.shutdown(wait=True)
         left = [*self._aside, *self._waiting]
@@ -195,8 +195,8 @@ class MlflowTracker(Tracker):
             f"them with: fewstep report {self._out} --log"
         )
 
-    def _send(self, report: Report) -> None:
-        """Write a report from the background, after those that wait."""
+    def send(self, report: Report) -> None:
+        """See `Tracker`: written from the background, after those that wait."""
         self._waiting.append(report)
         self._thread.submit(self._drain)
 
@@ -354,25 +354,3 @@ def beginning(config: StudyConfig, search: str, out: Path) -> dict[str, Any]:
         "tags": tags,
         "time": _now(),
     }
-
-
-def send_kept(out: Path, say: Callable[[str], None]) -> int:
-    """Send the reports that a search kept in its folder; how many there were.
-
-    Raises:
-        StudyError: the server does not answer, or the file is damaged.
-    """
-    try:
-        head, *reports = map(json.loads, (out / SPOOL).read_text(encoding="utf-8").splitlines())
-        tracker = MlflowTracker(head["uri"], head["begin"], out, say)
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{out / SPOOL} is damaged ({error}): --resume the search") from None
-    tracker.open()
-    for report in reports[:-1]:
-        tracker._send(report)
-    tracker.close(reports[-1][1])
-    if (out / SPOOL).exists():
-        raise StudyError(f"MLflow at {tracker.uri} did not take everything: try again later")
-    return len(reports)

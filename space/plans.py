@@ -26,14 +26,14 @@ import torch
 
 from fewstep.space.baselines import baseline, named
 from fewstep.space.choices import Parameter, Value
-from fewstep.space.costs import Prices, call_sorts, pattern
+from fewstep.space.costs import Prices, call_sorts, networks_of, pattern, stages
 from fewstep.space.errors import ScheduleError
 from fewstep.space.growing import widened
 from fewstep.space.noise import NoiseSchedule
-from fewstep.space.program import ProgramSchedule
+from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.protocol import Domain
 
-__all__ = ["DECISIONS", "Plan", "PlanDomain", "PlannedCall", "plan_of", "rivals"]
+__all__ = ["DECISIONS", "Plan", "PlanDomain", "PlannedCall", "plan_of", "rivals", "widened_to"]
 
 _EPS = 1e-9
 _BINS = 6  # of a plan's course, for its features
@@ -203,6 +203,21 @@ class PlanDomain(Domain):
         except ScheduleError as error:
             raise ScheduleError(f"space.start: {error}") from None
 
+    def narrowed(self, member: ProgramSchedule) -> ProgramSchedule | None:
+        """The named solver with a call for each stage of a member, of its sort.
+
+        None where every stage has one call.
+        """
+        program = member.program
+        if program.depth == program.nfe:
+            return None
+        heads = [stage[0] for stage in stages(program)]
+        narrow = self.narrow(len(heads))
+        guidance = None if program.guidance is None else program.guidance[heads]
+        names = tuple(networks_of(program)[c] for c in heads)
+        single = replace(narrow.program, guidance=guidance, network=names if any(names) else None)
+        return narrow.model_copy(update={"program": single})
+
     def from_params(self, values: Mapping[str, Any]) -> ProgramSchedule:
         """The member nearest to any values."""
         by_call: dict[int, dict[str, Any]] = {}
@@ -320,6 +335,16 @@ class PlanDomain(Domain):
         if not isinstance(schedule, ProgramSchedule) or schedule.noise != self.noise:
             return []
         return [self.member(self._nearest(self._plan(schedule)))]
+
+
+def widened_to(plan: Program, narrow: ProgramSchedule) -> ProgramSchedule:
+    """A schedule with a call for each stage of a plan, with the plan's calls beside them."""
+    wide = widened(narrow, [len(stage) for stage in stages(plan)])
+    asked, found = plan.guidance, wide.program.guidance
+    if asked is not None and found is not None:  # a guided call beside an unguided one, too
+        asked = torch.where((asked != 1) & (found != 1), found, asked)
+    program = replace(wide.program, guidance=asked, network=plan.network)
+    return wide.model_copy(update={"program": program})
 
 
 def plan_of(schedule: ProgramSchedule, *, guided: bool = True) -> Plan:

@@ -5,9 +5,10 @@ import base64
 import numpy as np
 import pytest
 
+from fewstep.predictors.yardstick import LEVEL, loses
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.scoring import LEVEL, Race, loses
+from fewstep.search.scoring import Race
 from fewstep.search.work import Result
 from fewstep.space import StudyError
 from tests.studies import trial_table, write_study

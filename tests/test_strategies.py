@@ -8,9 +8,9 @@ import optuna
 import pytest
 import torch
 
+from fewstep.predictors.gaussian import expected_improvement
 from fewstep.samplers import run, run_candidates
 from fewstep.search.strategies import STRATEGIES, Evaluated, Proposer, S3Sampler, suggest
-from fewstep.search.strategies.s3 import expected_improvement
 from fewstep.space import StudyError
 from fewstep.space.baselines import baseline
 from fewstep.space.domain import OdeDomain

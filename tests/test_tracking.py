@@ -14,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fewstep.experiments.cli.page import Paged
+from fewstep.experiments.cli.reporting import send_kept
 from fewstep.search import run
 from fewstep.search.config import load_study
-from fewstep.search.tracking import MlflowTracker, send_kept
+from fewstep.search.tracking import MlflowTracker
 from fewstep.space import StudyError, load_schedule
 from tests.clusters import free_ports
 from tests.studies import STUDY, command, environment, write_study

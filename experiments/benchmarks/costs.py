@@ -43,7 +43,7 @@ from fewstep.samplers.ode import start_scale
 from fewstep.samplers.prices import priced
 from fewstep.samplers.problems import conditions
 from fewstep.samplers.sample_noise import noise_of
-from fewstep.search.stages.plans import kept_sorts, short
+from fewstep.search.stages.tasks import kept_sorts, short
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import baseline, named

@@ -13,7 +13,7 @@ from fewstep.search.display import duration
 from fewstep.search.record import shown_url
 from fewstep.search.stages.cpr import cpr_cost, wanted
 from fewstep.search.stages.improve import streams, task_cost
-from fewstep.search.stages.plans import short
+from fewstep.search.stages.tasks import short
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import RIVALS
 

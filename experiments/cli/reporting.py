@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fewstep.experiments.cli import decisions
@@ -13,6 +13,7 @@ from fewstep.experiments.cli.rescore import load_evaluator
 from fewstep.search.config import StudyConfig, load_study, study_from_dict
 from fewstep.search.display import Display
 from fewstep.search.results import schedule_path
+from fewstep.search.tracking import SPOOL, MlflowTracker
 from fewstep.search.verdict import Row
 from fewstep.space import OdeSchedule, load_schedule
 from fewstep.space.errors import StudyError
@@ -125,3 +126,25 @@ def _study_of(out: Path, study: Path | None) -> StudyConfig:
         raise StudyError(f"{file} is absent or damaged: write it anew with --resume") from None
     folder = "" if study is None else load_study(study).folder
     return study_from_dict(data, folder=folder, source=str(file))
+
+
+def send_kept(out: Path, say: Callable[[str], None]) -> int:
+    """Send the reports that a search kept in its folder; how many there were.
+
+    Raises:
+        StudyError: the server does not answer, or the file is damaged.
+    """
+    try:
+        head, *reports = map(json.loads, (out / SPOOL).read_text(encoding="utf-8").splitlines())
+        tracker = MlflowTracker(head["uri"], head["begin"], out, say)
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{out / SPOOL} is damaged ({error}): --resume the search") from None
+    tracker.open()
+    for report in reports[:-1]:
+        tracker.send(report)
+    tracker.close(reports[-1][1])
+    if (out / SPOOL).exists():
+        raise StudyError(f"MLflow at {tracker.uri} did not take everything: try again later")
+    return len(reports)

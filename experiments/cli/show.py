@@ -199,7 +199,7 @@ def report(
 ) -> None:
     """Say what a search found, and which decisions of its schedules mattered at which step."""
     if log:
-        from fewstep.search.tracking import send_kept
+        from fewstep.experiments.cli.reporting import send_kept
 
         sent = send_kept(what, print)
         print(f"{sent} reports sent" if sent else f"{what}: nothing waits for MLflow")

@@ -33,7 +33,6 @@ from fewstep.space import OdeSchedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
 from fewstep.space.files import load_schedule
-from fewstep.space.noise import NoiseSchedule
 
 TRAIN, HELD = "cpr", "cpr-held"
 
@@ -99,7 +98,6 @@ class Stage:
         self, config: StudyConfig, problem: Problem, pool: Pool, display: Display
     ) -> None:
         self.config, self.problem, self.pool, self.display = config, problem, pool, display
-        self.noise: NoiseSchedule = problem.denoiser.noise
         self.calls = 0
 
     def run(self, found: Mapping[Setting, OdeSchedule]) -> CPR:
@@ -119,7 +117,7 @@ class Stage:
             found,
             self.look,
             table,
-            noise=self.noise,
+            noise=self.problem.denoiser.noise,
             template=table.template or (base[0] if one else None),
             order=self.config.compensation.order,
             say=lambda text: self.display.stage(f"CPR: {text}"),
@@ -142,7 +140,8 @@ class Stage:
 
     def _refer(self, stream: str, size: int, guidance: float) -> None:
         """The teacher's end points of a stream at a scale, given to every worker."""
-        teacher = baseline(self.config.teacher.solver, self.noise, self.config.teacher.nfe)
+        table, noise = self.config.teacher, self.problem.denoiser.noise
+        teacher = baseline(table.solver, noise, table.nfe)
         scale, many = self._scale(guidance), self.config.search.block[1]
         more: dict[str, Any] = {"want": "samples", "strict": True, "guidance": scale}
         blocks = Block.cover([teacher], stream, range(size), many, **more)

@@ -15,7 +15,6 @@ from fewstep.predictors.refine import Fitted, refine_cost
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
 from fewstep.search.rung import Rung, best_of
-from fewstep.search.stages.plans import kept_sorts
 from fewstep.search.stages.tasks import (
     COMPENSATE,
     HELD,
@@ -24,6 +23,7 @@ from fewstep.search.stages.tasks import (
     RefineTask,
     StageTask,
     best_starts,
+    kept_sorts,
 )
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, ProgramSchedule

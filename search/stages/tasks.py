@@ -1,6 +1,6 @@
-"""What the last stages send out: the starts of one NFE to refine, or one base to compensate.
+"""What is fitted on workers: the starts of one NFE to refine, a base to compensate, a plan.
 
-Both fit on noise of their own, which neither ranks candidates nor reports results
+All fit on noise of their own, which neither ranks candidates nor reports results
 (`predictors.refine`, `predictors.compensate`).
 """
 
@@ -20,10 +20,12 @@ from fewstep.predictors.settings import CompensationTable, RefineTable
 from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import start_scale
 from fewstep.samplers.streams import Span, begun
+from fewstep.search.config import StudyConfig
 from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.work import Evaluator, Work, reason
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.errors import FewstepError
+from fewstep.space.plans import PlanDomain, widened_to
 
 TRAIN, HELD, COMPENSATE = "train", "held", "compensate"
 """The streams of noise."""
@@ -74,6 +76,45 @@ class RefineTask(StageTask):
 
 
 @dataclass(frozen=True)
+class PlanFit(RefineTask):
+    """The short fit of one plan.
+
+    A plan (`space.plans`) says little before its numbers are fitted: by itself it is a named
+    solver whose calls were given other sorts. So every plan proposed is first fitted on few
+    samples, and the program it becomes is scored like any candidate.
+
+    Args:
+        narrow: of a plan with stages, the program with one call of each, fitted first; the calls
+            beside join it half and half, since a call that begins at weight 0 would stay idle.
+    """
+
+    narrow: ProgramSchedule | None = None
+
+    def run(self, evaluator: Evaluator) -> Fitted:
+        """Fit on the evaluator's problem."""
+        if self.narrow is None:
+            return super().run(evaluator)
+        first = replace(self, schedules=(self.narrow,), narrow=None).run(evaluator)
+        assert isinstance(first.schedule, ProgramSchedule)
+        wide = widened_to(self.schedules[0].program, first.schedule)
+        done = replace(self, schedules=(wide,), narrow=None).run(evaluator)
+        return replace(done, calls=first.calls + done.calls)
+
+    @classmethod
+    def of(
+        cls,
+        config: StudyConfig,
+        domain: PlanDomain,
+        member: ProgramSchedule,
+        image: Tensor | None,
+    ) -> PlanFit:
+        """Of a member of a plan's domain; `image` is the constant image that it may use."""
+        featured, narrow = config.objective.name == "frechet", domain.narrowed(member)
+        bare = member.model_copy(update={"provenance": {}})
+        return cls((bare,), short(config.refine), image, featured, narrow)
+
+
+@dataclass(frozen=True)
 class CompensationTask(StageTask):
     """One base to compensate."""
 
@@ -92,6 +133,18 @@ class CompensationTask(StageTask):
             return compensate(base, evaluator.ode.denoiser, batch, table)
         except (FewstepError, RuntimeError) as error:
             return Fitted(given, message=reason(error))
+
+
+def kept_sorts(table: RefineTable) -> RefineTable:
+    """The table of a fit that keeps a plan: guidance scales move, sorts and stages stay."""
+    return table.model_copy(update={"knobs": ("times", "weights", "guidance"), "stages": True})
+
+
+def short(table: RefineTable) -> RefineTable:
+    """The table of the short fit."""
+    samples, rounds = table.short
+    changes = {"samples": samples, "held": samples, "batch": samples, "rounds": rounds}
+    return kept_sorts(table).model_copy(update=changes)
 
 
 def batch_of(

@@ -35,6 +35,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from fewstep.predictors.gaussian import expected_improvement
 from fewstep.search.strategies import NOTE, SOURCE, Evaluated
 from fewstep.search.strategies.spaces import (
     ELITE,
@@ -290,11 +291,3 @@ def _choose(
         chosen.append((point, note))
         cov = cov - np.outer(cov[:, i], cov[:, i]) / (cov[i, i] + 1e-9)
     return chosen
-
-
-def expected_improvement(gain: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """E max(0, gain + std * z) of a standard normal z; Jones et al. 1998, eq. 15."""
-    z = torch.from_numpy(gain / std)
-    density = torch.exp(-0.5 * z**2) / (2 * math.pi) ** 0.5
-    found: np.ndarray = std * (z * torch.special.ndtr(z) + density).numpy()
-    return found
