@@ -278,6 +278,14 @@ def regression(
     return replace(made.model, provenance={"start": begun, "settings": rows})
 
 
+def regression_cost(table: CprTable, nfes: Sequence[int]) -> int:
+    """Network evaluations of a regression at one guidance scale, at most."""
+    decisions = len(table.decisions)
+    return sum(
+        n * (table.rounds * (n * decisions + 4) * table.samples + 8 * table.held) for n in nfes
+    )
+
+
 def _best_template(found: Mapping[Setting, OdeSchedule], look: Look, noise: NoiseSchedule) -> str:
     """The named solver with the lowest mean log error, out of the best few of any setting."""
     nfes = [s.nfe for s in found]

@@ -27,7 +27,7 @@ from fewstep.samplers.sample_noise import noise_of
 from fewstep.samplers.targets import Target
 from fewstep.samplers.token_denoiser import TokenDenoiser, start_masked
 from fewstep.space.baselines import named as named_solvers
-from fewstep.space.errors import ModelError, ScheduleError, StudyError
+from fewstep.space.errors import ModelError, StudyError, blamed
 from fewstep.space.masked import MaskedNoise, MaskedSchedule
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.particle_policies import named_policies
@@ -203,10 +203,8 @@ class MaskedProblem(_Asks):
             "modes": ("parallel",) if tilted else ("parallel", "extrapolate"),
             "positions": ("uniform", "confidence"),
         }
-        try:
+        with blamed("search.nfe"):
             every = MaskedDomain(self.free, nfe, **self.settled, **choices)
-        except ScheduleError as error:
-            raise StudyError(f"search.nfe: {error}") from None
         return dict(every.baselines())
 
     def check(self, schedule: Any, name: str) -> None:

@@ -52,12 +52,7 @@ def duration(seconds: float) -> str:
         return "under a second"
     if seconds < 100:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        rest = round((seconds - 60 * int(seconds // 60)) / 10) * 10
-        return (
-            f"{int(seconds // 60)} min {rest} s"
-            if rest < 60
-            else f"{int(seconds // 60) + 1} min 0 s"
-        )
-    return f"{minutes / 60:.1f} h"
+    if round(seconds / 60) < 100:
+        minutes, rest = divmod(round(seconds / 10) * 10, 60)
+        return f"{minutes} min {rest} s"
+    return f"{round(seconds / 60) / 60:.1f} h"

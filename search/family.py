@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from fewstep.predictors.yardstick import Statistic
@@ -13,7 +12,7 @@ from fewstep.samplers.prices import priced
 from fewstep.search.config import StudyConfig
 from fewstep.space.costs import Prices
 from fewstep.space.domain import OdeDomain
-from fewstep.space.errors import ScheduleError, StudyError
+from fewstep.space.errors import ScheduleError, StudyError, blamed
 from fewstep.space.masked_domain import MaskedDomain
 from fewstep.space.particle_domain import ParticleDomain
 from fewstep.space.plans import PlanDomain
@@ -81,10 +80,10 @@ def domain_of(config: StudyConfig, problem: AnyProblem, nfe: int) -> Any:
         return _particles(config, problem, nfe)
     steps = {f.name for f in dataclasses.fields(StepChoices)}
     ours = _open(OdeDomain, "noise", "nfe", "choices", "constant")
-    with _space_named():
+    with blamed("space", ScheduleError, TypeError):
         if config.search.cost:
             return _plans(config, problem, nfe)
-        values = _values(config, ours | steps)
+        values = _values(config.space, ours | steps)
         choices = StepChoices(**{k: v for k, v in values.items() if k in steps})
         mine = {k: v for k, v in values.items() if k in ours}
         return OdeDomain(problem.denoiser.noise, nfe, choices=choices, **mine)
@@ -96,7 +95,7 @@ def _plans(config: StudyConfig, problem: Problem, cost: int) -> PlanDomain:
     prices = priced(Prices(**config.prices.listed), problem)
     scale = None if problem.guidance in (None, 1) else problem.guidance
     found = {"networks": ["", *prices.networks]} | config.space
-    values = _values(config.model_copy(update={"space": found}), _open(PlanDomain, *settled))
+    values = _values(found, _open(PlanDomain, *settled))
     return PlanDomain(problem.denoiser.noise, cost, prices, scale, **values)
 
 
@@ -105,14 +104,14 @@ def _masked(config: StudyConfig, problem: MaskedProblem, nfe: int) -> MaskedDoma
     keys = _open(MaskedDomain, "length", "nfe", "noise", "curve")
     if problem.target is not None:
         keys &= {"positions", "temperature"}
-    values = _values(config, keys)
-    with _space_named():
+    values = _values(config.space, keys)
+    with blamed("space", ScheduleError, TypeError):
         return MaskedDomain(problem.free, nfe, **problem.settled, **values)
 
 
 def _particles(config: StudyConfig, problem: ParticleProblem, nfe: int) -> ParticleDomain:
     settled = ("noise", "nfe", "own", "own_ramp", "rewarded")
-    values, target = _values(config, _open(ParticleDomain, *settled)), problem.target
+    values, target = _values(config.space, _open(ParticleDomain, *settled)), problem.target
     if values.get("strength") is not None and target.reward is None:
         for i, factor in enumerate(target.factors):
             if factor.log_density is None:
@@ -124,7 +123,7 @@ def _particles(config: StudyConfig, problem: ParticleProblem, nfe: int) -> Parti
         )
     own: dict[str, Any] = {"own": target.strength, "own_ramp": target.ramp}
     own["rewarded"] = target.reward is not None
-    with _space_named():
+    with blamed("space", ScheduleError, TypeError):
         return ParticleDomain(target.noise, nfe, **own, **values)
 
 
@@ -138,24 +137,15 @@ def _open(domain: type[Any], *fixed: str) -> set[str]:
     return {f.name for f in dataclasses.fields(domain) if f.init} - set(fixed)
 
 
-def _values(config: StudyConfig, keys: set[str]) -> dict[str, Any]:
+def _values(space: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
     """The values of [space], lists as tuples."""
-    for key in config.space:
+    for key in space:
         if key not in keys:
             raise StudyError(
                 f"space.{key} is an unknown key: use one of {', '.join(sorted(keys))}"
             )
-    return {k: _tuples(v) for k, v in config.space.items()}
+    return {k: _tuples(v) for k, v in space.items()}
 
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _space_named() -> Iterator[None]:
-    """Say that what is wrong with a domain stands in [space]."""
-    try:
-        yield
-    except (ScheduleError, TypeError) as error:
-        raise StudyError(f"space: {error}") from None

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,16 +31,13 @@ from fewstep.search.stages.improve import named_bases
 from fewstep.search.strategies import Proposal
 from fewstep.search.work import Block, Evaluator, Want
 from fewstep.space.baselines import baseline
-from fewstep.space.errors import FewstepError, ScheduleError, StudyError
+from fewstep.space.errors import FewstepError, StudyError, blamed
 from fewstep.space.files import load_schedule
 from fewstep.space.growing import with_calls
 from fewstep.space.plans import PlanDomain, rivals
 from fewstep.space.program import ProgramSchedule
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule
-
-if TYPE_CHECKING:
-    pass
 
 
 def open_pool(
@@ -109,11 +106,9 @@ def check_names(config: StudyConfig, problem: AnyProblem) -> None:
         for nfe in nfes:
             named_bases(config, noise, nfe)
     if config.cpr.template is not None and nfes:
-        try:
+        with blamed("cpr.template"):
             for nfe in range(min(nfes), max(nfes) + 1):
                 baseline(config.cpr.template, noise, nfe)
-        except ScheduleError as error:
-            raise StudyError(f"cpr.template: {error}") from None
 
 
 def load_warm(config: StudyConfig, problem: AnyProblem) -> dict[str, Any]:
@@ -125,11 +120,9 @@ def load_warm(config: StudyConfig, problem: AnyProblem) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name in config.search.warm:
-        try:
+        with blamed("search.warm", FewstepError):
             schedule = load_schedule(Path(config.folder) / name)
             problem.check(schedule, name)
-        except FewstepError as error:
-            raise StudyError(f"search.warm: {error}") from None
         if isinstance(schedule, ProgramSchedule) and schedule.nfe > max(config.search.nfe):
             raise StudyError(
                 f"search.warm: {name} is a fitted program of {schedule.nfe} calls, to which calls "

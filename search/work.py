@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -49,8 +49,6 @@ Want = Literal["measures", "samples", "features"]
 class Work(ABC):
     """What a pool takes; see the module's first lines. By default it has no parts."""
 
-    what: ClassVar[str] = "a task"
-
     @abstractmethod
     def run(self, evaluator: Evaluator) -> Any:
         """Do it."""
@@ -69,7 +67,7 @@ class Work(ABC):
 
     def failed(self, status: str, message: str) -> Any:
         """The result of work that was given up; by default the search cannot go on without it."""
-        raise StudyError(f"{self.what} could not be done: {message} ({status})")
+        raise StudyError(f"a task could not be done: {message} ({status})")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 
 class FewstepError(Exception):
@@ -24,6 +26,16 @@ class StudyError(FewstepError, ValueError):
 def one_line(error: BaseException, most: int | None = None) -> str:
     """What an exception says, in one line; its type's name where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+@contextlib.contextmanager
+def blamed(setting: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors, by default ScheduleErrors, into a StudyError that names a study's setting."""
+    caught = kinds or (ScheduleError,)
+    try:
+        yield
+    except caught as error:
+        raise StudyError(f"{setting}: {error}") from None
 
 
 def need(condition: bool, message: str) -> None:

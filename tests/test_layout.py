@@ -274,7 +274,7 @@ NAMED = {
 }
 """Functions of more than eight parameters, and why."""
 
-LARGEST = {"lines": 6516, "files": 27}
+LARGEST = {"lines": 6487, "files": 27}
 """search/ is to shrink, to 6,500 lines in 30 files: lower these with it."""
 
 

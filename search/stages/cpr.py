@@ -17,7 +17,7 @@ import torch
 
 from fewstep.predictors.cpr import CPR
 from fewstep.predictors.cpr_family import Setting
-from fewstep.predictors.cpr_joint import Request, gram, regression
+from fewstep.predictors.cpr_joint import Request, gram, regression, regression_cost
 from fewstep.predictors.yardstick import Array
 from fewstep.samplers import Problem
 from fewstep.samplers.denoiser import Counted
@@ -83,12 +83,9 @@ def wanted(config: StudyConfig) -> bool:
 
 def cpr_cost(config: StudyConfig, scales: int) -> int:
     """Network evaluations of the stage, at most."""
-    table, decisions = config.cpr, len(config.cpr.decisions)
-    each = sum(
-        n * (table.rounds * (n * decisions + 4) * table.samples + 8 * table.held)
-        for n in config.search.nfe
-    )
-    return scales * (each + (table.samples + table.held) * config.teacher.nfe)
+    table = config.cpr
+    noise = (table.samples + table.held) * config.teacher.nfe
+    return scales * (regression_cost(table, config.search.nfe) + noise)
 
 
 class Stage:

@@ -28,7 +28,7 @@ from fewstep.search.stages.tasks import (
 from fewstep.search.strategies import Evaluated, Proposal
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
-from fewstep.space.errors import ScheduleError, StudyError
+from fewstep.space.errors import ScheduleError, StudyError, blamed
 from fewstep.space.growing import grown
 from fewstep.space.noise import NoiseSchedule
 
@@ -158,10 +158,8 @@ def named_bases(config: StudyConfig, noise: NoiseSchedule, nfe: int) -> dict[str
     """
     found = {}
     for name in config.compensation.base:
-        try:
+        with blamed("compensation.base"):
             found[name] = baseline(name, noise, nfe)
-        except ScheduleError as error:
-            raise StudyError(f"compensation.base: {error}") from None
         if found[name].program.stochastic:
             raise StudyError(f"compensation.base: {name} adds fresh noise: name another")
     return found
