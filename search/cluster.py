@@ -1,4 +1,4 @@
-"""A Ray cluster: its address checked, the connection, and what is sent to its machines.
+"""A Ray cluster: the connection, and what is sent to its machines.
 
 A cluster has its own Python with torch, Ray and the rest; a search sends fewstep itself (a copy of
 the package that runs here), the study and the files that it names, as Ray's working directory.
@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,6 @@ from fewstep.search.config import StudyConfig
 from fewstep.space.errors import StudyError
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-_PATIENCE = 3.0
 _LAYERS = ("space", "samplers", "predictors", "search", "experiments")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "benchmarks", "results", ".*")
 LIMIT = 90 * 2**20
@@ -115,57 +113,10 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def check_address(address: str | None) -> str | None:
-    """The address to join, None where a cluster is to be started; refused within seconds.
-
-    Raises:
-        StudyError: nobody answers there, or a dashboard does.
-    """
+def address_of(address: str | None) -> str | None:
+    """The address to join, by default RAY_ADDRESS; None where a cluster is to be started."""
     address = address or os.environ.get("RAY_ADDRESS")
-    if address in (None, "", "local"):
-        return None
-    assert address is not None
-    place = address
-    if address == "auto":
-        place = os.environ.get("RAY_ADDRESS") or _current_cluster()
-    plain = place.removeprefix("ray://")
-    if plain.startswith(("http://", "https://")) or _answers_http(address, plain):
-        raise StudyError(
-            f"--address {address} is that of a dashboard, which takes jobs: fewstep submit STUDY "
-            f"--address http://{plain.partition('://')[2] or plain}; a search joins host:6379 or "
-            "ray://host:10001"
-        )
-    return address
-
-
-def _current_cluster() -> str:
-    """Where `ray start` on this machine noted its address."""
-    folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
-    try:
-        return (folder / "ray_current_cluster").read_text().strip()
-    except OSError:
-        raise StudyError(
-            "--address auto: no Ray cluster was started on this machine (ray start --head); name "
-            "its address, or leave --address out"
-        ) from None
-
-
-def _answers_http(address: str, place: str) -> bool:
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdigit():
-        raise StudyError(f"--address {address}: write auto, host:port or ray://host:port")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as talk:
-            talk.settimeout(_PATIENCE)
-            talk.sendall(b"GET /api/version HTTP/1.0\r\n\r\n")
-            with contextlib.suppress(OSError):
-                return talk.recv(8).startswith(b"HTTP/")
-    except OSError as error:
-        raise StudyError(
-            f"--address {address}: no Ray cluster answers there ({error.strerror or error}): is "
-            "it running, and the port reachable from here?"
-        ) from None
-    return False
+    return None if address in (None, "", "local") else address
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from fewstep.predictors.yardstick import Array, frechet_distance
 from fewstep.samplers import Problem
 from fewstep.samplers.prices import measured_prices, priced, prices_in_words
-from fewstep.search.cluster import check_address
+from fewstep.search.cluster import address_of
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
 from fewstep.search.family import domain_of, readable, settled
@@ -95,7 +95,7 @@ def search(
     """
     display = display or Display()
     if config.search.workers != 0 or address is not None:
-        address = check_address(address)
+        address = address_of(address)
     with held(out, resume=resume, overwrite=overwrite):
         if len(config.search.guidance or ()) > 1:
             return _search_scales(config, out, resume, overwrite, address, display)

@@ -274,8 +274,8 @@ NAMED = {
 }
 """Functions of more than eight parameters, and why."""
 
-LARGEST = {"lines": 6487, "files": 27}
-"""search/ is to shrink, to 6,500 lines in 30 files: lower these with it."""
+LARGEST = {"lines": 6438, "files": 27}
+"""search/ holds at most 6,500 lines in 30 files, now and later; lower these where it shrinks."""
 
 
 def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef, bool]]:

@@ -104,12 +104,15 @@ def search(
     if in_job():
         config = lasting(config, out)
     from fewstep.experiments.cli import closing
+    from fewstep.experiments.cli.addresses import check_address
     from fewstep.experiments.cli.announcing import places
     from fewstep.experiments.cli.page import Paged
     from fewstep.experiments.cli.terminal import Terminal
     from fewstep.search import run
     from fewstep.search.display import duration
 
+    if config.search.workers != 0 or address is not None:
+        check_address(address)
     folder = out or Path("runs") / config.name
     display = Paged() if quiet else Terminal()
     outcome = run.search(
