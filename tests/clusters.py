@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ def plain_environment(home: Path, **extra: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def head(home: Path, cpus: int = 3) -> Iterator[Head]:
+def head(home: Path, cpus: int = 3, **extra: str) -> Iterator[Head]:
     """Start a head; it is gone, with all its processes, afterwards."""
     port, dashboard, client, agent = free_ports(4)
-    environment = plain_environment(home)
+    environment = plain_environment(home, **extra)
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     start += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={cpus}"]
     start += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
@@ -83,6 +84,8 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         assert process.poll() is None, log.read_text()
         try:
             urllib.request.urlopen(url, timeout=5).close()
+        except urllib.error.HTTPError:
+            return  # it wants a token
         except OSError:
             time.sleep(0.25)
         else:

@@ -144,6 +144,27 @@ def test_a_search_here_on_workers_there_sends_them_what_they_need(tmp_path, clus
     assert trial_table(tmp_path / "there") == trial_table(tmp_path / "here")
 
 
+def test_a_head_with_a_token_lets_in_who_has_it(tmp_path):
+    study, home = write_study(tmp_path / "study"), tmp_path / "home"
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("5" * 64)
+    few = ("--set", "budget.candidates=20", "--set", "search.workers=1")
+    with head(home, RAY_AUTH_MODE="token") as made:
+        env = _own(made.environment)
+        del env["RAY_AUTH_MODE"]  # as most have it
+        words = ("submit", study, *few, "--address", made.jobs, "--out", tmp_path / "out")
+        done = _fewstep(*words, cwd=tmp_path, env=env)
+        words = ("search", study, *few, "--address", made.client, "--out", tmp_path / "here")
+        here = _fewstep(*words, cwd=tmp_path, env=env)
+        token.unlink()
+        without = _fewstep("submit", "tiny", "--address", made.jobs, "--stop", cwd="/", env=env)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert here.returncode == 0, here.stderr
+    assert trial_table(tmp_path / "out") == trial_table(tmp_path / "here")
+    assert without.stderr.startswith(f"fewstep: error: --address {made.jobs}: Authentication")
+
+
 def test_wrong_addresses_are_a_line_within_seconds_and_leave_nothing(tmp_path, cluster, capsys):
     study, (nobody,) = write_study(tmp_path / "home"), free_ports(1)
     wrong = {

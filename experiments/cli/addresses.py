@@ -32,6 +32,19 @@ def check_address(address: str | None) -> None:
             f"--address http://{plain.partition('://')[2] or plain}; a search joins host:6379 or "
             "ray://host:10001"
         )
+    if address.startswith("ray://"):
+        use_token()
+
+
+def use_token() -> None:
+    """Show servers Ray's token, where this user has one, before Ray is imported.
+
+    Every search with workers makes one (`ray.init`), and a head that finds it lets nobody in
+    without. Ray shows it unasked to the cluster of this machine alone. Drivers that join a
+    cluster without a token by host:port must not show theirs: their workers die.
+    """
+    if (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _current_cluster() -> str:

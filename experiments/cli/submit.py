@@ -9,6 +9,7 @@ import os
 import shlex
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,11 +80,17 @@ def submit(
     if wait:
         _follow(client, job)
     else:
-        print(f"follow it: fewstep submit {_name(study)} --follow")
+        print(f"follow it: {_following(client, job)}")
+
+
+def _following(client: Any, job: str) -> str:
+    return f"fewstep submit {job} --address {client.get_address()} --follow"
 
 
 def _client(address: str | None) -> Any:
     """The cluster's job server, if it answers within seconds."""
+    from fewstep.experiments.cli.addresses import use_token
+
     place = (address or os.environ.get("RAY_ADDRESS") or "").rstrip("/")
     if not place.startswith(("http://", "https://")):
         raise StudyError(
@@ -96,13 +103,15 @@ def _client(address: str | None) -> Any:
     except ValueError:
         raise StudyError(f"--address {place}: that is no Ray dashboard") from None
     except OSError as error:
-        raise StudyError(
-            f"--address {place}: no dashboard answers there ({getattr(error, 'reason', error)})"
-        ) from None
+        if not (isinstance(error, urllib.error.HTTPError) and error.code in (401, 403)):
+            why = getattr(error, "reason", error)
+            raise StudyError(f"--address {place}: no dashboard answers there ({why})") from None
+    use_token()
     try:
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+        for logger in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private"):
+            logging.getLogger(f"ray.{logger}").setLevel(logging.WARNING)
         return JobSubmissionClient(place)
     except ImportError:
         raise StudyError("submitting needs Ray: pip install 'fewstep[search]'") from None
@@ -154,9 +163,11 @@ def _send(
 
 
 def _jobs(client: Any, name: str) -> list[Any]:
-    """The jobs of a study, the latest last."""
+    """The jobs of a study, the latest last; or the one of that id."""
     found = [
-        job for job in client.list_jobs() if (job.metadata or {}).get("fewstep.study") == name
+        job
+        for job in client.list_jobs()
+        if name in ((job.metadata or {}).get("fewstep.study"), job.submission_id)
     ]
     return sorted(found, key=lambda job: job.start_time or 0)
 
@@ -199,13 +210,13 @@ def _follow(client: Any, job: str) -> None:
     try:
         asyncio.run(tail())
     except KeyboardInterrupt:
-        print(f"\nthe job goes on: follow it with fewstep submit {job} --follow", flush=True)
+        print(f"\nthe job goes on: follow it with {_following(client, job)}", flush=True)
         raise
     while (info := client.get_job_info(job)).status not in _ENDED:
         time.sleep(0.5)
     if info.status != "SUCCEEDED":
         print(f"job {job}: {info.status.lower()}", flush=True)
-        raise typer.Exit(info.driver_exit_code or 1)
+        raise typer.Exit(info.driver_exit_code or (143 if info.status == "STOPPED" else 1))
 
 
 def _stop(client: Any, job: str) -> None:
