@@ -73,7 +73,7 @@ wheel: $(STAMP)  ## build dist/fewstep-*.whl
 ui: $(STAMP)  ## open MLflow on the runs of the demo
 	@mkdir -p runs
 	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
-	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
+	@$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db --artifacts-destination runs/mlartifacts
 
 results: $(STAMP)  ## make the tables of results again (TABLE=a: one of them): experiments/results/tables.md
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -P -m fewstep.experiments.benchmarks.tables $(TABLE)

@@ -14,6 +14,8 @@ import getpass
 import json
 import logging
 import os
+import re
+import shutil
 import sys
 import time
 import urllib.error
@@ -153,8 +155,7 @@ class MlflowTracker(Tracker):
                 tags["mlflow.parentRunId"] = self.runs["parent"]
                 name, params["nfe"] = f"{name} NFE {key}", key
             made = client.create_run(experiment, begin["time"], tags=tags, run_name=name)
-            listed = [Param(key, value) for key, value in params.items()]
-            self._log(made.info.run_id, "params", listed, 90)
+            self._log(made.info.run_id, "params", [Param(*item) for item in params.items()], 90)
             self.runs = {**self.runs, key: str(made.info.run_id)}
         if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() == "true":
             with contextlib.suppress(Exception):
@@ -168,11 +169,8 @@ class MlflowTracker(Tracker):
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        location = None
-        if self.uri.startswith("sqlite:///"):
-            # beside the database, not in whatever folder one stands
-            database = Path(self.uri.removeprefix("sqlite:///")).resolve()
-            location = (database.parent / "mlartifacts" / name).as_uri()
+        folder = re.sub(r"\W+", "-", name, flags=re.ASCII)  # relative: see `_keep`
+        location = f"mlflow-artifacts:/{folder}" if self.uri.startswith("sqlite:///") else None
         kind = {"mlflow.experimentKind": "custom_model_development"}  # its page under training
         return str(self._client.create_experiment(name, artifact_location=location, tags=kind))
 
@@ -188,8 +186,8 @@ class MlflowTracker(Tracker):
         if not left:
             spool.unlink(missing_ok=True)
             return
-        head = {"uri": self.uri, "begin": self._begin}
-        write_text(spool, "".join(json.dumps(line) + "\n" for line in [head, *left]))
+        lines = [{"uri": self.uri, "begin": self._begin}, *left]
+        write_text(spool, "".join(json.dumps(line) + "\n" for line in lines))
         self._say(
             f"MLflow at {self.uri} does not have everything: {len(left)} reports are kept; send "
             f"them with: fewstep report {self._out} --log"
@@ -223,13 +221,12 @@ class MlflowTracker(Tracker):
                     self._waiting.popleft()
                 return
             except Exception as error:  # whatever a client of a service may raise
+                why = one_line(error, 200)
                 if not (self._complete and self._answers()):
-                    self._go_away(one_line(error, 200))
+                    self._go_away(why)
                     return
                 if not (self._aside or last):
-                    self._say(
-                        f"MLflow at {self.uri}: {one_line(error, 200)}; tried again at the end"
-                    )
+                    self._say(f"MLflow at {self.uri}: {why}; tried again at the end")
                 self._aside.append(self._waiting.popleft())  # the rest can be written
 
     @property
@@ -240,8 +237,7 @@ class MlflowTracker(Tracker):
     def _go_away(self, why: str) -> None:
         if not self._away:
             self._say(
-                f"MLflow at {self.uri} does not answer ({why}): the search goes on, and reports "
-                "wait for it"
+                f"MLflow at {self.uri} does not answer ({why}): the search goes on, reports wait"
             )
         self._away = time.monotonic()
 
@@ -251,10 +247,8 @@ class MlflowTracker(Tracker):
             return True
         try:
             urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_PROBE).close()
-        except urllib.error.HTTPError:
-            return True  # it answers
-        except (OSError, ValueError):
-            return False
+        except (OSError, ValueError) as error:
+            return isinstance(error, urllib.error.HTTPError)  # it answers
         return True
 
     def _write(self, report: Report) -> None:
@@ -272,7 +266,18 @@ class MlflowTracker(Tracker):
             for name, value in facts[1].items():
                 self._client.set_tag(run_id, name, value)
         else:
-            self._client.log_artifact(run_id, facts[1], facts[2] or None)
+            self._keep(run_id, facts[1], facts[2])
+
+    def _keep(self, run_id: str, file: str, folder: str) -> None:
+        """Keep a file; with a database, beside it, where `mlflow ui` looks and moves with it."""
+        scheme, _, place = self._client.get_run(run_id).info.artifact_uri.partition(":/")
+        if scheme != "mlflow-artifacts" or not self.uri.startswith("sqlite:///"):
+            self._client.log_artifact(run_id, file, folder or None)
+            return
+        beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
+        target = beside / place.lstrip("/") / folder
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
 
     def _write_curve(
         self, run_id: str, metric: str, now: int, points: Sequence[tuple[int, float]]

@@ -46,10 +46,18 @@ def test_mlflow_holds_the_runs_and_a_resumed_search_continues_them(tmp_path):
     assert child.data.tags["fewstep.nfe"] == "3"
     curve = client.get_metric_history(child.info.run_id, "best_endpoint_mse")
     assert [m.step for m in curve] == sorted({m.step for m in curve})
-    names = {f.path for f in client.list_artifacts(parents[0].info.run_id)}
-    assert names >= {"results.json", "curves.png", "report.html", "schedules"}
+    assert parents[0].info.artifact_uri.startswith("mlflow-artifacts:/fewstep/")
     schedule = load_schedule(out / "schedules" / "nfe03.json")
     assert schedule.provenance["mlflow_run"] == child.info.run_id
+    (port,), moved = free_ports(1), tmp_path / "elsewhere"
+    (tmp_path / "ml").rename(moved)
+    with _server(moved, port, "ui"):  # MLflow's defaults, in the folder
+        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        names = {f.path for f in client.list_artifacts(parents[0].info.run_id)}
+        page = f"http://127.0.0.1:{port}/get-artifact?path=results.json&run_uuid="
+        kept = urllib.request.urlopen(page + parents[0].info.run_id, timeout=20).read()
+    assert names >= {"results.json", "curves.png", "report.html", "schedules"}
+    assert kept == (out / "results.json").read_bytes()
 
 
 def test_a_terminated_search_ends_its_mlflow_runs(tmp_path):
@@ -207,10 +215,11 @@ def test_a_uri_that_cannot_be_used_is_refused_before_anything_runs(tmp_path, uri
 
 
 @contextlib.contextmanager
-def _server(folder, port):
-    words = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    words += ["--artifacts-destination", str(folder / "kept")]
+def _server(folder, port, command="server"):
+    words = [sys.executable, "-m", "mlflow", command, "--workers", "1", "--port", str(port)]
+    if command == "server":
+        words += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        words += ["--artifacts-destination", str(folder / "kept")]
     with (folder / "server.log").open("a") as log:
         process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, process_group=0)
     try:
