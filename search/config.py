@@ -148,7 +148,7 @@ class SearchTable(Table):
             the best are stopped (`search.scoring`); none scores every candidate on all samples.
         block: (candidates, samples) that run as one batch; scores belong to it to the last bit.
         workers: evaluator processes; 0 evaluates in this process; [least, most] begins when the
-            least are there and takes in more as they come; None is one per CPU core.
+            least are there and takes in more as they come; None is one per core, or GPU if used.
         storage: Optuna storage URL; None is the journal file in the output folder.
         timeout: seconds after which one block of candidates counts as hung; None never.
         retries: how often a block is tried again after its worker died.

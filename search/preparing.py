@@ -47,17 +47,17 @@ def open_pool(
 
     Workers of another machine get the study's files, and find them in the folder they start in.
     """
-    piece = evaluator.piece
-    if address is None and config.search.workers == 0:
+    piece, search = evaluator.piece, config.search
+    if address is None and search.workers == 0:
         return SerialPool(evaluator, display)
-    if address is None:
-        return RayPool(config, display=display, piece=piece)
-    if config.search.workers == 0:  # as many as the cluster has room for
-        config = config.model_copy(
-            update={"search": config.search.model_copy(update={"workers": None})}
-        )
-    if sent_already():
+    if search.workers == 0:  # as many as the cluster has room for
+        search = search.model_copy(update={"workers": None})
+    if search.workers is None and not search.gpus and evaluator.device.type == "cuda":
+        search = search.model_copy(update={"gpus": 1.0})  # a copy of the model per GPU, not core
+    config = config.model_copy(update={"search": search})
+    if address is not None and sent_already():
         config = config.model_copy(update={"folder": os.path.relpath(config.folder or ".")})
+    if address is None or sent_already():
         return RayPool(config, address, display=display, piece=piece)
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
         packed = pack(config, Path(folder), display.note)

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from fewstep.samplers.streams import cut
+from fewstep.search import preparing
 from fewstep.search.config import load_study
 from fewstep.search.display import Display
 from fewstep.search.pool import RayPool, SerialPool
@@ -79,6 +81,19 @@ def test_a_search_on_workers_has_the_trial_table_of_one_process(tmp_path):
     two = search(load_study(study, ["search.workers=2"]), tmp_path / "two")
     assert trial_table(one.out) == trial_table(two.out)
     assert one.rows == two.rows
+
+
+def test_a_model_on_a_gpu_has_one_worker_for_each_gpu_unless_it_is_said(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(preparing, "RayPool", lambda config, *rest, **more: made.append(config))
+    config, _, _ = _setup(tmp_path)
+    evaluator = Evaluator.of(config)
+    for device, setting in (("cpu", None), ("cuda", None), ("cuda", 4)):
+        evaluator.device = torch.device(device)
+        search = config.search.model_copy(update={"workers": setting})
+        config = config.model_copy(update={"search": search})
+        preparing.open_pool(config, evaluator, None, Display())
+    assert [(c.search.workers, c.search.gpus) for c in made] == [(None, 0), (None, 1), (4, 0)]
 
 
 class _Heard(Display):
