@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import optuna
 import pytest
@@ -24,6 +25,7 @@ SLOW = '''
 
 _plain = Mixture.__call__
 _seen = set()
+_filled = []
 
 
 def _call(self, x, t, *, cond=None, guidance=None):
@@ -43,8 +45,11 @@ def _call(self, x, t, *, cond=None, guidance=None):
         (folder / "die").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     for value in set(t.tolist()):
-        for what in ("hang", "exit", "memory"):
+        for what in ("hang", "exit", "memory", "fill"):
             if (folder / f"{what}{value!r}").exists():
+                while what == "fill":  # until the machine says no
+                    _filled.append(b"x" * 2**26)
+                    time.sleep(0.02)
                 if what == "hang":
                     time.sleep(600)
                 if what == "exit":
@@ -142,6 +147,36 @@ def test_dead_hanging_leaving_and_large_candidates_cost_themselves_alone(
     assert kept[0] == kept[1]
     proposed = [[r[3] for r in rows] for rows in (found, plain)]
     assert proposed[0] == proposed[1]
+
+
+def test_a_candidate_that_fills_the_machine_is_told_from_the_others(tmp_path, undisturbed):
+    """Ray ends workers where memory runs low; what they had is done elsewhere, each alone."""
+    from ray.cluster_utils import Cluster
+
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    memory = {line[0]: int(line[1]) / 2**20 for line in lines}
+    if memory["MemAvailable:"] < 8:
+        pytest.skip("needs 8 GiB of free memory")
+    most = 1 - (memory["MemAvailable:"] - 3) / memory["MemTotal:"]
+    settings = {"memory_usage_threshold": most, "memory_monitor_refresh_ms": 100}
+    faults, out = tmp_path / "faults", tmp_path / "out"
+    faults.mkdir()
+    study, row = _study(tmp_path / "study", faults), _proposed(undisturbed)[2]
+    _fault(faults, "fill", row, undisturbed)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in plain_environment(tmp_path).items():
+            patch.setenv(name, value)
+        made = Cluster(True, head_node_args={"num_cpus": 1, "_system_config": settings})
+        try:
+            few = ("search.workers=1", "search.retries=0", "budget.candidates=104")
+            _, said = (process := _start(study, out, (made,), *few)).communicate(timeout=200)
+        finally:
+            made.shutdown()
+    assert process.returncode == 0, said
+    found = trial_table(out)
+    assert {r[0]: r[-1]["status"] for r in found if r[1] == "FAIL"} == {row[0]: "oom"}
+    kept = [[_without_cost(r) for r in rows if r[0] != row[0]] for rows in (found, undisturbed[0])]
+    assert kept[0] == kept[1][: len(kept[0])]
 
 
 def _proposed(undisturbed):
