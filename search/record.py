@@ -21,7 +21,7 @@ _LEFT = (
     *("samples.png", "curves.png", "pareto.png", "decisions.json", "decisions.png"),
 )
 
-_MADE_AT_ONCE = ("already exists", "UNIQUE constraint", "duplicate key", "database is locked")
+_MADE_AT_ONCE = ("already exists", "UNIQUE constraint", "duplicate key")
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def write_results(run: Search, verdicts: Sequence[Verdict]) -> tuple[Row, ...]:
 def _save_schedule(run: Search, verdict: Verdict) -> None:
     """The file of the schedule to keep, its image beside it; both tracked."""
     row, tracker = verdict.row, run.tracker
-    provenance = _provenance(run.config, row, run.evaluator.problem, tracker.runs)
+    provenance = _provenance(run.config, row, run.problem, tracker.runs)
     schedule = verdict.kept.model_copy(update={"provenance": provenance})
     path = save_schedule(schedule, schedule_path(run.out, row))
     image = path.with_suffix(".safetensors")

@@ -88,7 +88,7 @@ def search(
         resume: go on with the search in `out`, or of this name in the study's storage.
         overwrite: discard the search in `out`; what a storage elsewhere holds stays.
         address: Ray cluster; None joins RAY_ADDRESS or starts one on loopback.
-        display: where progress is shown.
+        display: shows progress, and draws pictures and the page at the end; None does neither.
 
     Raises:
         FewstepError: a study, a model or a folder that cannot be used.
@@ -264,7 +264,7 @@ class Search:
         prices = self.config.prices.model_copy(update=found)
         self.config = self.config.model_copy(update={"prices": prices})
         self._given = self._given.model_copy(update={"prices": prices})
-        self.evaluator.prices = priced(Prices(**found), self.evaluator.problem)
+        self.evaluator.prices = priced(Prices(**found), self.problem)
         self._open_spaces()
 
     def _open_tracker(self) -> None:
@@ -362,7 +362,7 @@ class Search:
 
     def cost_of(self, schedule: Any) -> int:
         """Network evaluations of one sample of a schedule, by the study's prices if it has any."""
-        prices, problem = self.evaluator.prices, self.evaluator.problem
+        prices, problem = self.evaluator.prices, self.problem
         if prices is None:
             return int(schedule.nfe) * self.problem.per_sample
         guided = isinstance(problem, Problem) and problem.guidance not in (None, 1)

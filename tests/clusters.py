@@ -84,8 +84,9 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         assert process.poll() is None, log.read_text()
         try:
             urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.HTTPError:
-            return  # it wants a token
+        except urllib.error.HTTPError as answer:  # it wants a token
+            answer.close()
+            return
         except OSError:
             time.sleep(0.25)
         else:

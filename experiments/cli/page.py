@@ -211,9 +211,9 @@ class Paged(Display):
 
 def pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
     """What can be drawn of a search: samples, the Pareto front, errors, curves."""
-    out, problem, objective = run.out, run.evaluator.problem, run.config.objective.name or ""
+    out, problem, objective = run.out, run.problem, run.config.objective.name or ""
     made: list[Path | None] = []
-    if run.problem.has_teacher or problem.picture is not None:
+    if problem.has_teacher or problem.picture is not None:
         drawn = _sheet(run, verdicts)
         made.append(contact_sheet(out / "samples.png", drawn, problem.picture))
     if len(verdicts) > 1:
@@ -233,7 +233,7 @@ def _sheet(run: Search, verdicts: Sequence[Verdict]) -> list[tuple[str, Tensor]]
 
     Per NFE the problem's own baselines, best named and found; then the teacher if any.
     """
-    config, problem, endpoints = run.config, run.evaluator.problem, run.endpoints.get(FRESH)
+    config, problem, endpoints = run.config, run.problem, run.endpoints.get(FRESH)
     size = min(config.final.pictures, config.final.samples)
     own = problem.baselines if isinstance(problem, Problem) else None
     labels: list[str] = []
