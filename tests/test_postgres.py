@@ -9,15 +9,32 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 from fewstep.experiments.benchmarks.killed import table
+from fewstep.space.noise import VPLinear
 from tests.clusters import free_ports
-from tests.studies import command, fewstep, trial_table, write_study
+from tests.studies import MODEL, command, fewstep, trial_table, write_study
 
 pytestmark = pytest.mark.slow
 
 _BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-_SETTINGS = ("-q", "--set", "budget.candidates=30")
+_SETTINGS = ("-q", "--set", "budget.candidates=120", "--set", "search.strategy=random")
+_GATE = """
+
+_plain = Mixture.__call__
+
+
+def _call(self, x, t, *, cond=None, guidance=None):
+    \"\"\"Wait at the time that the file `gate` names until the file is gone.\"\"\"
+    while os.path.exists("gate") and abs(float(t[0]) - float(open("gate").read())) < 1e-9:
+        open("here", "w").close()
+        time.sleep(0.05)
+    return _plain(self, x, t, cond=cond, guidance=guidance)
+
+
+Mixture.__call__ = _call
+"""
 
 
 @pytest.fixture
@@ -63,16 +80,19 @@ def server(tmp_path):
 def test_a_search_stops_when_its_database_dies_and_goes_on_when_it_is_back(tmp_path, server):
     start, die, url = server
     study = write_study(tmp_path)
+    (tmp_path / "tiny_model.py").write_text(MODEL + _GATE)
     plain = fewstep("search", str(study), "--out", "plain", *_SETTINGS, cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr
+    gate, here = tmp_path / "gate", tmp_path / "here"
+    gate.write_text(repr(_second_time(trial_table(tmp_path / "plain")[-1])))
     words = ["search", str(study), "--out", "out", *_SETTINGS, "--set", f"search.storage={url}"]
     process = subprocess.Popen(command(*words), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < limit:
-        if len(_told(url)) > 4:
-            break
-        time.sleep(0.2)
+    while process.poll() is None and time.monotonic() < limit and not here.exists():
+        time.sleep(0.05)
+    assert 100 < len(_told(url)) < 120
     die()
+    gate.unlink()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "the storage of tiny-nfe03 cannot be written" in said
@@ -84,6 +104,11 @@ def test_a_search_stops_when_its_database_dies_and_goes_on_when_it_is_back(tmp_p
     done = fewstep(*words, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert _told(url) == trial_table(tmp_path / "plain")
+
+
+def _second_time(row):
+    """When a trial asks its network for the second time."""
+    return float(VPLinear().t_of_lam(torch.tensor(row[3]["lam_1"], dtype=torch.float64)))
 
 
 def _told(url):
