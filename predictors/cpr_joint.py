@@ -39,11 +39,8 @@ from torch import Tensor
 
 from fewstep.predictors.cpr import CPR, fit
 from fewstep.predictors.cpr_family import PolynomialFamily, Setting
-from fewstep.predictors.gauss_newton import Batch
 from fewstep.predictors.levenberg import Quadratic, damped_step, levenberg
 from fewstep.predictors.settings import CprTable
-from fewstep.samplers import Denoiser
-from fewstep.space import Program
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, ScheduleError, StudyError
 from fewstep.space.noise import NoiseSchedule
@@ -51,7 +48,6 @@ from fewstep.space.schedule import OdeSchedule
 from fewstep.space.unknowns import DIFFERENCE
 
 Array = NDArray[np.float64]
-_IMAGES = 256  # in one network call, about
 
 
 @dataclass(frozen=True)
@@ -227,14 +223,11 @@ def _total(each: Iterable[Quadratic]) -> Quadratic:
     return Quadratic(normal, slope, float(np.exp(np.mean([math.log(q.loss) for q in listed]))))
 
 
-def gram(batch: Batch, programs: Sequence[Program], denoiser: Denoiser) -> Array:
-    """Gram matrix of the residuals of M programs, per element, (M, M)."""
-    count = len(programs)
-    total = np.zeros((count, count))
-    for part in replace(batch, piece=max(8, _IMAGES // count)).pieces():
-        residual = part.residuals(programs, denoiser).double().flatten(1).cpu().numpy()
-        total += residual @ residual.T
-    return total / batch.target.numel()
+def gram(residuals: Array) -> Array:
+    """Gram matrix of the residuals (M, B, *shape) of M schedules, per element, (M, M)."""
+    flat = residuals.astype(np.float64).reshape(len(residuals), -1)
+    found: Array = flat @ flat.T / flat.shape[1]
+    return found
 
 
 def regression(

@@ -95,10 +95,10 @@ def one_thread() -> Iterator[None]:
 class Worker:
     """The body of an actor: an evaluator, loaded when first needed, on one thread."""
 
-    def __init__(self, config: StudyConfig, piece: int | None) -> None:
+    def __init__(self, config: StudyConfig) -> None:
         torch.set_num_threads(1)
         leave_checkout()
-        self._config, self._piece, self._begun = config, piece, 0
+        self._config, self._begun = config, 0
         self._evaluator: Evaluator | None = None
         self._shared: dict[str, Any] = {}
 
@@ -107,10 +107,13 @@ class Worker:
         self._loaded()
         return versions()
 
-    def run(self, works: Sequence[Work], shared: dict[str, Any]) -> tuple[list[Any], float]:
+    def run(
+        self, works: Sequence[Work], shared: dict[str, Any], piece: int | None
+    ) -> tuple[list[Any], float]:
         """Do works, and the seconds they took; `shared` names end points in the object store."""
         torch.set_num_threads(1)  # of this thread, which Ray chose
         evaluator, begun = self._loaded(), time.perf_counter()
+        evaluator.set_piece(piece)
         self._begun = _asked(evaluator)
         for stream, reference in shared.items():
             if self._shared.get(stream) != reference:  # new, or of more samples than before
@@ -124,7 +127,7 @@ class Worker:
 
     def _loaded(self) -> Evaluator:
         if self._evaluator is None:
-            self._evaluator = Evaluator.of(self._config, self._piece)
+            self._evaluator = Evaluator.of(self._config)
         return self._evaluator
 
 
@@ -163,7 +166,8 @@ class RayPool:
         address: cluster to join ("auto", "host:port", "ray://..."); None starts one on loopback.
         folder: what the cluster's machines get as their working directory.
         display: told how many workers are there, as they come and go.
-        piece: images of one network call that suit the workers' processor, where it was found.
+        piece: images of one network call that suit the workers' processor, where it was found;
+            may be set anew.
     """
 
     def __init__(
@@ -174,7 +178,7 @@ class RayPool:
         display: Display | None = None,
         piece: int | None = None,
     ) -> None:
-        self._config, self._settings, self._piece = config, config.search, piece
+        self._config, self._settings, self.piece = config, config.search, piece
         self._display, settings = display or Display(), config.search
         self._least, self._most = settings.bounds
         self._shared: dict[str, Any] = {}
@@ -266,7 +270,7 @@ class RayPool:
             if settings.gpus:
                 wanted = min(wanted, int(whole.get("GPU", 0) / settings.gpus))
         for _ in range(max(wanted, 1) - self.workers):
-            self._await(self._actor.remote(self._config, self._piece))
+            self._await(self._actor.remote(self._config))
 
     def _await(self, actor: Any) -> None:
         self._coming[actor.ready.remote()] = actor
@@ -325,7 +329,7 @@ class RayPool:
                     break
                 jobs.append(self._queue.popleft())
             actor = self._idle.pop()
-            ref = actor.run.remote([job.work for job in jobs], self._shared)
+            ref = actor.run.remote([job.work for job in jobs], self._shared, self.piece)
             self._flying[ref] = (jobs, actor, time.monotonic())
 
     def _limit(self, job: _Job) -> float | None:

@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fewstep.search.display import Display
 from fewstep.search.pool import Pool, RayPool, SerialPool, one_thread
 from fewstep.search.stages.improve import named_bases
 from fewstep.search.strategies import Proposal
-from fewstep.search.work import Block, Evaluator, Want
+from fewstep.search.work import Block, Evaluator, Want, Work
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError, StudyError, blamed
 from fewstep.space.files import load_schedule
@@ -191,3 +192,14 @@ def speed(evaluator: Evaluator, config: StudyConfig) -> tuple[float, int | None]
     # on a CPU the processor's time: other work on the machine does not count
     seconds = time.process_time() - begun if on_cpu else done.seconds
     return seconds / max(done.evaluations, 1), piece
+
+
+@dataclass(frozen=True)
+class Speed(Work):
+    """`speed` where the workers are: another machine's processor is not the driver's."""
+
+    config: StudyConfig
+
+    def run(self, evaluator: Evaluator) -> tuple[float, int | None]:
+        """See `speed`."""
+        return speed(evaluator, self.config)

@@ -64,7 +64,7 @@ def held(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
 def _clear(out: Path) -> None:
     for name in _LEFT:
         (out / name).unlink(missing_ok=True)
-    for path in (out / "schedules").glob("*"):
+    for path in (*(out / "schedules").glob("*"), *(out / "cpr").glob("*")):
         if path.suffix in (".json", ".safetensors"):
             path.unlink()
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.predictors.between import Aligned
 from fewstep.predictors.yardstick import Array, frechet_distance
 from fewstep.samplers import Problem
 from fewstep.samplers.prices import measured_prices, priced, prices_in_words
@@ -33,8 +34,9 @@ from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display, duration
 from fewstep.search.family import domain_of, readable, settled
 from fewstep.search.objective import Frechet
-from fewstep.search.pool import Pool, gathered
+from fewstep.search.pool import Pool, RayPool, gathered
 from fewstep.search.preparing import (
+    Speed,
     check_names,
     load_warm,
     open_pool,
@@ -46,8 +48,8 @@ from fewstep.search.record import held, open_storage
 from fewstep.search.results import schedule_path, write_results
 from fewstep.search.rung import Rung, best_of, best_so_far
 from fewstep.search.scoring import SEARCH, Scorer
-from fewstep.search.stages.cpr import cpr_cost, regress, wanted
-from fewstep.search.stages.improve import finish_rungs, streams
+from fewstep.search.stages.cpr import Stage, cpr_cost, regress, wanted
+from fewstep.search.stages.improve import finish_rungs, fitted, streams
 from fewstep.search.stages.tasks import TRAIN
 from fewstep.search.store import Store
 from fewstep.search.strategies import Evaluated, Proposer
@@ -99,12 +101,24 @@ def search(
     with held(out, resume=resume, overwrite=overwrite):
         if len(config.search.guidance or ()) > 1:
             return _search_scales(config, out, resume, overwrite, address, display)
-        one = Search(config, out, display, address)
-        try:
-            return one.run(resume)
-        finally:
-            if hasattr(one, "store"):
-                one.store.close()
+        return _search_one(config, out, resume, address, display, {})[0]
+
+
+def _search_one(
+    config: StudyConfig,
+    out: Path,
+    resume: bool,
+    address: str | None,
+    display: Display,
+    starts: Mapping[int, Evaluated],
+) -> tuple[Outcome, dict[int, Evaluated]]:
+    """A search at one guidance scale, and by NFE the program it fitted from `starts`."""
+    one = Search(config, out, display, address, starts)
+    try:
+        return one.run(resume), fitted(one)
+    finally:
+        if hasattr(one, "store"):
+            one.store.close()
 
 
 def _search_scales(
@@ -120,37 +134,48 @@ def _search_scales(
         OUT/w7.5/...                       all that the search at scale 7.5 leaves
         OUT/schedules/nfe05_w7.5.json      every schedule found
         OUT/results.json                   all rows, each with its guidance
-        OUT/cpr.json                       schedules for the settings between (`stages.cpr`)
+        OUT/cpr/nfe05_w7.5.json            fitted programs for the scales between (`stages.cpr`)
+        OUT/cpr.json                       a regression for the settings between, if asked for
 
-    A scale changes what the teacher samples, so the searches share nothing but the study; each
-    resumes by itself.
+    A scale changes what the teacher samples, so the searches share the study alone, and each
+    resumes by itself; but a fit also starts from the program that was fitted at the scale before.
     """
     begun, objective, rows = time.monotonic(), "", list[Row]()
     storage, scales = open_storage(config.search.storage, out), config.search.guidance or ()
     store = Store(storage, config.name, out, config.identity(budget=False), resume)
     write_text(out / "study.json", json.dumps(config.resolved(), indent=1) + "\n")
     off = {"cpr": config.cpr.model_copy(update={"fit": False})}
-    more: dict[str, Any] = {"overwrite": overwrite, "address": address, "display": display}
+    aligned, starts = Aligned(), dict[int, Evaluated]()
+    going_on = store.resumed and not overwrite
     try:
         for scale in scales:
             folder, part = out / f"w{scale:g}", config.at_guidance(scale).model_copy(update=off)
             display.note(f"guidance {scale:g}")
-            found = search(part, folder, resume=store.resumed and not overwrite, **more)
+            with held(folder, resume=going_on, overwrite=overwrite):
+                found, starts = _search_one(part, folder, going_on, address, display, starts)
             for row in found.rows:
                 save_schedule(load_schedule(schedule_path(folder, row)), schedule_path(out, row))
             rows, objective = [*rows, *found.rows], found.objective
+            aligned.add(scale, {n: e.schedule for n, e in starts.items()})
+            starts = {n: replace(e, source=f"w{scale:g}") for n, e in starts.items()}
     finally:
         store.close(keep=any(out.glob("w*/study.json")))
     listed = [row.to_dict() for row in rows]
     results = {"study": config.name, "objective": objective, "rows": listed}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    if wanted(config):
+    if wanted(config) or aligned.programs:
         first = config.at_guidance(scales[0])
         evaluator = Evaluator.of(first)
+        aligned.save(out / "cpr", study=config.name, model=evaluator.problem.fingerprint)
         pool = open_pool(first, evaluator, address, display)
         with contextlib.closing(pool), display:
-            display.total(cpr_cost(config, len(scales)))
-            regress(config, out, rows, evaluator.ode, pool, display)
+            display.total(cpr_cost(config, len(scales)) if wanted(config) else None)
+            if aligned.programs:
+                stage = Stage(config, evaluator.ode, pool, display)
+                results["between"] = aligned.left_out(stage.sampled)
+                write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+            if wanted(config):
+                regress(config, out, rows, evaluator.ode, pool, display)
     return Outcome(objective, tuple(rows), out, time.monotonic() - begun)
 
 
@@ -161,6 +186,7 @@ class Search:
         solvers: named schedules by NFE.
         domains: search spaces by NFE.
         warm: candidates of search.warm by NFE, where they are still to be scored.
+        starts: programs by NFE from which refinement makes a fit of its own.
         store: the trials.
         pool: does the work.
         scorer: evaluates schedules.
@@ -171,10 +197,15 @@ class Search:
     scorer: Scorer
 
     def __init__(
-        self, config: StudyConfig, out: Path, display: Display, address: str | None
+        self,
+        config: StudyConfig,
+        out: Path,
+        display: Display,
+        address: str | None,
+        starts: Mapping[int, Evaluated],
     ) -> None:
         self.config, self.out, self.display, self.address = config, out, display, address
-        self.tracker = Tracker()
+        self.starts, self.tracker = starts, Tracker()
         self.rungs: dict[int, Rung] = {}
         self.references: dict[str, Array] = {}
         self.endpoints: dict[str, Tensor] = {}
@@ -185,8 +216,8 @@ class Search:
         self._prepare()
         per_call, piece = speed(self.evaluator, self.config)
         self._open_store(resume)
-        self.store.note(piece=self.store.notes.get("piece", piece))  # scores depend on it
-        self.evaluator.set_piece(self.store.notes["piece"])
+        known = self.store.notes  # scores depend on the piece: a search that goes on keeps it
+        self.evaluator.set_piece(known.get("piece", piece))
         with self.display, ThreadPoolExecutor(1) as background:
             self.display.stage("starting workers")
             opening = background.submit(self._open_tracker)
@@ -194,6 +225,11 @@ class Search:
             try:
                 self.pool = open_pool(self._given, self.evaluator, self.address, self.display)
                 opening.result()
+                if "piece" not in known:
+                    if isinstance(self.pool, RayPool) and self.address is not None:
+                        per_call, piece = next(self.pool.map([Speed(self.config)]))
+                        self.pool.piece = piece
+                    self.store.note(piece=piece)
                 self.display.begins(self, per_call)
                 outcome = self._work()
                 status = "FINISHED"

@@ -304,14 +304,12 @@ class Evaluator:
         self._references: dict[str, Callable[[], Tensor]] = {}
 
     @classmethod
-    def of(cls, config: StudyConfig, piece: int | None = None) -> Self:
-        """The evaluator of a study as it was given, unsettled; see `set_piece`."""
+    def of(cls, config: StudyConfig) -> Self:
+        """The evaluator of a study as it was given, unsettled."""
         problem = load_problem(config)
         prices = Prices(**config.prices.listed) if config.search.cost else None
         objective = make_objective(config, watched(problem))
-        made = cls(problem, objective, config.search.seed, prices)
-        made.set_piece(piece)
-        return made
+        return cls(problem, objective, config.search.seed, prices)
 
     def set_piece(self, images: int | None) -> None:
         """Let network calls of stacked ODE candidates hold at most so many images."""

@@ -1,8 +1,8 @@
 """The numbers of a schedule as unknowns: what a fit may move, and the program that it means.
 
 `FreeProgram` opens every number of a program, `Retimed` the inner times of a schedule, `Ratios`
-its compensation ratios; theta = 0 is the start. `numbers` lists those of a canonical program, and
-`perturbed` moves one of them.
+its compensation ratios; theta = 0 is the start. `numbers` lists those of a canonical program,
+`with_numbers` gives it others, and `perturbed` moves one of them.
 """
 
 from __future__ import annotations
@@ -273,6 +273,16 @@ def numbers(program: Program, noise: NoiseSchedule) -> Tensor:
     """The numbers of a canonical program in one vector, queries as lam."""
     parts = _parts(program) | {"t": finite_lam(noise, program.t)}
     return torch.cat([value.reshape(-1) for value in parts.values()])
+
+
+def with_numbers(program: Program, noise: NoiseSchedule, values: Tensor) -> Program:
+    """A canonical program with other `numbers`."""
+    parts, changed = _parts(program), dict[str, Any]()
+    sizes = [value.numel() for value in parts.values()]
+    for (name, old), new in zip(parts.items(), values.split(sizes), strict=True):
+        changed[name] = new.reshape(old.shape)
+    t = noise.t_of_lam(changed.pop("t"))
+    return at_times(dataclasses.replace(program, **changed), noise, t)
 
 
 def perturbed(program: Program, noise: NoiseSchedule, index: int) -> Program:

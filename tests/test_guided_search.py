@@ -19,6 +19,7 @@ TEXT = (
     .replace('"evolution"', '"random"')
     + """
 [cpr]
+fit = true
 samples = 24
 held = 16
 rounds = 2
@@ -138,7 +139,8 @@ def test_a_search_cut_anywhere_goes_on_to_the_same_end(finished, tmp_path):
 
 
 def test_one_scale_keeps_one_folder_and_one_setting_fits_nothing(tmp_path):
-    outcome = _search(tmp_path, "search.guidance=[2]", "search.nfe=[3]")
+    plain = TEXT.replace("fit = true\n", "")
+    outcome = _search(tmp_path, "search.guidance=[2]", "search.nfe=[3]", text=plain)
     assert [row.guidance for row in outcome.rows] == [2.0]
     assert load_schedule(outcome.out / "schedules" / "nfe03_w2.json").provenance["guidance"] == 2
     assert not (outcome.out / "cpr.json").exists()
@@ -146,6 +148,7 @@ def test_one_scale_keeps_one_folder_and_one_setting_fits_nothing(tmp_path):
 
 def test_without_scales_files_keep_their_names_and_one_family_starts_the_fit(tmp_path):
     text = TEXT.replace("guidance = [1, 3]\n", "").replace('"random"', '"compensation"')
+    text = text.replace("fit = true\n", "")  # after compensation that is so by itself
     text = text.replace("\ntemplate = ", "\n# ")
     text += '\n[compensation]\nbase = "unipc2-bh2/quadratic/low"\nsamples = 16\n'
     settings = ("search.nfe=[4, 5]", "budget.candidates=1")  # DDIM is all there is to beat

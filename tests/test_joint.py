@@ -36,7 +36,7 @@ class Bench:
 
     def gram(self, schedules, k: int) -> np.ndarray:
         batch = Batch(self.noise[k], self.ends[k])
-        return gram(batch, [s.program for s in schedules], self.model)
+        return gram(batch.residuals([s.program for s in schedules], self.model).numpy())
 
     def look(self, requests: list[Request]) -> list[np.ndarray]:
         self.requests += len(requests)

@@ -11,7 +11,7 @@ from fewstep.search.config import load_study
 from fewstep.search.display import Display
 from fewstep.search.pool import RayPool, SerialPool
 from fewstep.search.run import search
-from fewstep.search.work import Block, Evaluator
+from fewstep.search.work import Block, Evaluator, Work
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 
@@ -94,6 +94,23 @@ def test_a_model_on_a_gpu_has_one_worker_for_each_gpu_unless_it_is_said(tmp_path
         config = config.model_copy(update={"search": search})
         preparing.open_pool(config, evaluator, None, Display())
     assert [(c.search.workers, c.search.gpus) for c in made] == [(None, 0), (None, 1), (4, 0)]
+
+
+def test_workers_ask_in_pieces_of_the_size_that_one_of_them_found(tmp_path):
+    class Piece(Work):
+        def run(self, evaluator):
+            return evaluator.piece, evaluator.problem.denoiser.piece
+
+    config, _, _ = _setup(tmp_path)
+    pool = _pool(config, workers=1)
+    try:
+        (found,) = pool.map([preparing.Speed(config)])
+        assert found[0] > 0
+        assert found[1] is None  # on a CPU the loop's own rule holds
+        pool.piece = 48
+        assert list(pool.map([Piece()])) == [(48, 48)]
+    finally:
+        pool.close()
 
 
 class _Heard(Display):

@@ -231,8 +231,11 @@ def fit_cells(cells: Sequence[tuple[int, float]], a: argparse.Namespace) -> tupl
         for r in requests:
             n = a.held if r.held else a.train
             s = stream(REFINE + r.held, n, r.setting.guidance)
-            batch = Batch(s.x_T, s.target, s.cond, s.guidance)
-            found.append(gram(batch, [schedule.program for schedule in r.schedules], p.denoiser))
+            piece = max(8, 256 // len(r.schedules))  # 256 images in one network call, about
+            batch = Batch(s.x_T, s.target, s.cond, s.guidance, piece=piece)
+            programs = [schedule.program for schedule in r.schedules]
+            parts = [part.residuals(programs, p.denoiser) for part in batch.pieces()]
+            found.append(gram(torch.cat(parts, dim=1).numpy()))
             spent += len(r.schedules) * n * r.setting.nfe
         return found
 

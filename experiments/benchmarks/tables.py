@@ -54,7 +54,8 @@ TABLES = {
     ),
     "b": ResultTable(
         "Guidance 1 to 7.5",
-        "Digits; dynamic compensation of one solver at each scale.",
+        "Digits; each scale is fitted from the one before. The last table: what a program between "
+        "two scales loses.",
         (_search("digits_guidance", "guidance"), "fewstep report runs/results/guidance"),
     ),
     "c": ResultTable(

@@ -73,6 +73,7 @@ def _around(run: Search) -> int:
         reference = (config.search.samples + 2 * final.samples + check) * config.teacher.nfe
     verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
     fitting = cpr_cost(config, 1) if wanted(config) else 0
+    fitting += sum(task_cost(config, nfe, 1) for nfe in run.starts)
     return reference + run.problem.per_sample * verdict + finish_cost(config) + fitting
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -36,6 +38,10 @@ def closing(
         if named:
             found.append(named_table(part))
         found.append(results_table(part, objective))
+    results = out / "results.json"
+    kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    if kept.get("between"):
+        found.append(between_table(kept["between"]))
     if (out / "cpr.json").exists():
         found.append(cpr_table(CPR.load(out / "cpr.json")))
     return found
@@ -84,6 +90,21 @@ def named_table(rows: Sequence[Row]) -> Table:
             cells.setdefault(solver, {}).setdefault(row.setting, f"{number(scored.score)} {kind}")
     for solver in sorted(cells):
         table.add_row(solver, *(cells[solver].get(row.setting, "–") for row in rows))
+    return table
+
+
+def between_table(between: Sequence[Mapping[str, Any]]) -> Table:
+    """What a fitted program between two guidance scales loses (`Aligned.left_out`)."""
+    table = Table(title="programs between two guidance scales: fewstep export --cpr OUT/cpr")
+    table.caption = (
+        "geometric mean of the errors at a scale w of its own program, and of the one between "
+        "its neighbours, as if w had not been searched"
+    )
+    for head in ("NFE", "w", "its own", "between", "between / own"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in between:
+        errors = (f"{row['own']:.4g}", f"{row['between']:.4g}", f"{row['ratio']:.2f}")
+        table.add_row(str(row["nfe"]), f"{row['guidance']:g}", *errors)
     return table
 
 

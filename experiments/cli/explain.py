@@ -72,7 +72,8 @@ def headline(schedule: Loaded) -> list[str]:
     if "cpr" in origin:
         asked = origin["cpr"]
         where = f"NFE {asked['nfe']}, guidance {asked['guidance']:g}"
-        lines.append(f"its numbers predicted for {where}, by a CPR")
+        how = "between two fitted programs" if "between" in origin else "by a CPR"
+        lines.append(f"its numbers predicted for {where}, {how}")
     if "policy" in origin:
         lines.append(f"policy {origin['policy']}")
     if "score" in origin:

@@ -99,10 +99,11 @@ def export(
 def predict(
     cpr: Path, nfe: int | None, guidance: float | None, out: Path | None, outside: str
 ) -> list[str]:
-    """Write the schedule that a regression predicts for a setting.
+    """Write the schedule that a regression, or programs fitted beside it, predict for a setting.
 
     Args:
-        cpr: file of a regression (`predictors.cpr`), such as a search's OUT/cpr.json.
+        cpr: file of a regression (`predictors.cpr`), such as a search's OUT/cpr.json, or folder
+            of programs fitted at several guidance scales (`predictors.between`), OUT/cpr.
         nfe: network calls.
         guidance: guidance scale; None where the regression was fitted to one only.
         out: schedule file to write; None is named after the setting, in this folder.
@@ -114,13 +115,54 @@ def predict(
     Raises:
         StudyError: no such file, a setting that is missing, or one outside the box.
     """
-    from fewstep.predictors.cpr import CPR, OutsideTrustRegion
     from fewstep.space.files import save_schedule
 
     if outside not in ("refuse", "neutral"):
         raise StudyError(f"--outside {outside}: use refuse or neutral")
-    if not cpr.is_file():
+    if not cpr.exists():
         raise StudyError(f"--cpr {cpr}: no such file; a search over several settings writes one")
+    caught: list[warnings.WarningMessage] = []
+    made: OdeSchedule | ProgramSchedule
+    if cpr.is_dir():
+        made, guidance, origin = _between(cpr, nfe, guidance, outside)
+    else:
+        made, guidance, origin, caught = _regressed(cpr, nfe, guidance, outside)
+    notes: dict[str, object] = {"guidance": guidance}
+    notes |= {k: origin[k] for k in ("model", "study") if k in origin}
+    made = made.model_copy(update={"provenance": {**made.provenance, **notes}})
+    path = save_schedule(made, out or Path(f"nfe{made.nfe:02d}_w{guidance:g}.json"))
+    lines = [f"{path}: {made.nfe} network calls, to be sampled with guidance {guidance:g}"]
+    return lines + [f"warning: {w.message}" for w in caught]
+
+
+def _between(
+    folder: Path, nfe: int | None, guidance: float | None, outside: str
+) -> tuple[ProgramSchedule, float, Mapping[str, Any]]:
+    """A program of a folder of them, or one between two: with its scale, and where it is from."""
+    from fewstep.predictors.between import Aligned
+
+    if outside != "refuse":
+        raise StudyError(f"--outside {outside}: a folder of fitted programs has no neutral one")
+    found = Aligned.load(folder)
+    if nfe is None:
+        known = ", ".join(map(str, sorted(found.programs)))
+        raise StudyError(f"--nfe is missing: {folder} knows {known}")
+    if guidance is None:
+        scales = sorted({w for known in found.programs.values() for w in known})
+        raise StudyError(f"--guidance is missing: {folder} knows {scales[0]:g} to {scales[-1]:g}")
+    made = found.predict(nfe, guidance)
+    origin = next(iter(found.programs[nfe].values())).provenance
+    note = {"cpr": {"nfe": nfe, "guidance": guidance}}
+    noted = made.model_copy(update={"provenance": {**made.provenance, **note}})
+    return noted, guidance, origin
+
+
+def _regressed(
+    cpr: Path, nfe: int | None, guidance: float | None, outside: str
+) -> tuple[OdeSchedule, float, Mapping[str, Any], list[warnings.WarningMessage]]:
+    """What a regression predicts, as `_between`, and its warnings."""
+    from fewstep.predictors.cpr import CPR, OutsideTrustRegion
+
     model = CPR.load(cpr)
     if nfe is None:
         raise StudyError(f"--nfe is missing: {cpr} knows {model.nfe[0]} to {model.nfe[1]}")
@@ -133,12 +175,7 @@ def predict(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", OutsideTrustRegion)
         made = model.predict(nfe, guidance, outside=how)
-    notes: dict[str, object] = {"guidance": guidance}
-    notes |= {k: model.provenance[k] for k in ("model", "study") if k in model.provenance}
-    made = made.model_copy(update={"provenance": {**made.provenance, **notes}})
-    path = save_schedule(made, out or Path(f"nfe{nfe:02d}_w{guidance:g}.json"))
-    lines = [f"{path}: {nfe} network calls, to be sampled with guidance {guidance:g}"]
-    return lines + [f"warning: {w.message}" for w in caught]
+    return made, guidance, model.provenance, caught
 
 
 def write_named(name: str, study: Path, nfe: int, out: Path | None) -> Path | str:

@@ -42,9 +42,6 @@ batch = 4
 rounds = 4
 mean = false       # no mean image: schedules start at the noise, and run in every pipeline
 
-[cpr]              # schedules for the numbers of calls between; costs as much again
-fit = false
-
 [final]            # the verdict, on noise the search has not seen
 samples = 32
 most = 64          # doubled until the ratio is known to 10 %, at most to this

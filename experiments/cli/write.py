@@ -82,7 +82,12 @@ def export(
     ] = None,
     cpr: Annotated[
         Path | None,
-        typer.Option("--cpr", help="Instead of FILE: predict with it.", show_default=False),
+        typer.Option(
+            "--cpr",
+            help="Instead of FILE: predict with it, a regression's file or a folder of programs "
+            "fitted at several guidance scales.",
+            show_default=False,
+        ),
     ] = None,
     nfe: Annotated[
         int | None, typer.Option("--nfe", min=1, help="With --cpr: calls.", show_default=False)

@@ -1,74 +1,40 @@
-"""The last stage of a search over several settings: schedules for those between, in OUT/cpr.json.
+"""The last stage of a search over several settings: schedules for those between.
 
-The template's continuous decisions are fitted end to end over all settings together
-(`predictors.cpr_joint`), on noise of its own: the template is the one the study names, or the base
-it compensates, or the named solver that is best over all settings.
+After compensation, and where the study asks for it: a regression in OUT/cpr.json. The template's
+continuous decisions are fitted end to end over all settings together (`predictors.cpr_joint`), on
+noise of its own: the template is the one the study names, or the base it compensates, or the named
+solver that is best over all settings.
+
+After refinement at several guidance scales: fitted programs in OUT/cpr, between which scales are
+interpolated (`predictors.between`); here is measured what that costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fewstep.predictors.cpr import CPR
 from fewstep.predictors.cpr_family import Setting
 from fewstep.predictors.cpr_joint import Request, gram, regression, regression_cost
 from fewstep.predictors.yardstick import Array
 from fewstep.samplers import Problem
-from fewstep.samplers.denoiser import Counted
-from fewstep.samplers.ode import on_unit_noise
 from fewstep.search.config import StudyConfig
 from fewstep.search.display import Display
-from fewstep.search.pool import Pool, gathered
+from fewstep.search.pool import Pool
 from fewstep.search.results import schedule_path
-from fewstep.search.stages.tasks import batch_of
 from fewstep.search.verdict import Row
-from fewstep.search.work import Block, Evaluator, Work
-from fewstep.space import OdeSchedule
+from fewstep.search.work import Block
+from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import FewstepError
 from fewstep.space.files import load_schedule
 
 TRAIN, HELD = "cpr", "cpr-held"
-
-
-@dataclass(frozen=True)
-class GramTask(Work):
-    """Schedules of one setting, constant image and run-time options on the noise of a stream.
-
-    The stream and the guidance scale (None: the problem's) name the end points: `key`.
-    """
-
-    schedules: tuple[OdeSchedule, ...]
-    stream: str
-    samples: int
-    guidance: float | None
-
-    def failed(self, status: str, message: str) -> tuple[Array, int]:
-        """See `Work`: schedules whose errors are not known."""
-        count = len(self.schedules)
-        return np.full((count, count), np.nan), 0
-
-    def run(self, evaluator: Evaluator) -> tuple[Array, int]:
-        """The Gram matrix of the residuals, (M, M), and network evaluations."""
-        like, name = self.schedules[0], key(self.stream, self.guidance)
-        given: dict[str, Any] = {"constant": like.constant, "options": like.options}
-        if self.guidance is not None:
-            given["guidance"] = self.guidance
-        batch = batch_of(evaluator, self.stream, self.samples, reference=name, **given)
-        denoiser = Counted(evaluator.ode.denoiser)
-        found = gram(batch, [on_unit_noise(s) for s in self.schedules], denoiser)
-        return found, denoiser.evaluations
-
-
-def key(stream: str, guidance: float | None) -> str:
-    """Name under which workers hold the teacher's end points of a stream at a scale."""
-    return stream if guidance is None else f"{stream}/w{guidance:g}"
 
 
 def wanted(config: StudyConfig) -> bool:
@@ -77,7 +43,8 @@ def wanted(config: StudyConfig) -> bool:
         return False
     settings = len(config.search.nfe) * len(config.search.guidance or (1,))
     if config.cpr.fit is None:
-        return settings > 1 and config.objective.name in (None, "endpoint_mse")
+        plain = config.objective.name in (None, "endpoint_mse")
+        return config.finish == "compensation" and settings > 1 and plain
     return config.cpr.fit
 
 
@@ -89,13 +56,13 @@ def cpr_cost(config: StudyConfig, scales: int) -> int:
 
 
 class Stage:
-    """Fits a study's regression."""
+    """Fits a study's regression, and looks at programs between scales."""
 
     def __init__(
         self, config: StudyConfig, problem: Problem, pool: Pool, display: Display
     ) -> None:
         self.config, self.problem, self.pool, self.display = config, problem, pool, display
-        self.calls = 0
+        self.calls, self._known = 0, dict[tuple[float, bool], Array]()
 
     def run(self, found: Mapping[Setting, OdeSchedule]) -> CPR:
         """Fit to the settings of the schedules found.
@@ -104,10 +71,6 @@ class Stage:
             StudyError: no template for these settings.
         """
         settings, table = sorted(found), self.config.cpr
-        self.display.stage("CPR: teacher")
-        for guidance in sorted({s.guidance for s in settings}):
-            for stream, size in ((TRAIN, table.samples), (HELD, table.held)):
-                self._refer(stream, size, guidance)
         base = self.config.compensation.base  # its schedules are a family already
         one = self.config.finish == "compensation" and len(base) == 1
         model = regression(
@@ -132,36 +95,48 @@ class Stage:
             },
         )
 
-    def _scale(self, guidance: float) -> float | None:
-        return guidance if self.config.search.guidance is not None else None
-
-    def _refer(self, stream: str, size: int, guidance: float) -> None:
-        """The teacher's end points of a stream at a scale, given to every worker."""
-        table, noise = self.config.teacher, self.problem.denoiser.noise
-        teacher = baseline(table.solver, noise, table.nfe)
-        scale, many = self._scale(guidance), self.config.search.block[1]
-        more: dict[str, Any] = {"want": "samples", "strict": True, "guidance": scale}
-        blocks = Block.cover([teacher], stream, range(size), many, **more)
-        ends = torch.from_numpy(gathered(self.pool, blocks, self._count))
-        self.pool.share(key(stream, scale), ends)
-
-    def _count(self, evaluations: int) -> None:
-        self.calls += evaluations
-        self.display.advance(evaluations)
-
     def look(self, requests: Sequence[Request]) -> list[Array]:
         """See `predictors.cpr_joint.Look`."""
-        table = self.config.cpr
-        noise = {True: (HELD, table.held), False: (TRAIN, table.samples)}
-        tasks = [
-            GramTask(r.schedules, *noise[r.held], self._scale(r.setting.guidance))
-            for r in requests
-        ]
-        found = []
-        for errors, evaluations in self.pool.map(tasks):
-            self._count(evaluations)
-            found.append(errors)
-        return found
+        asked = [(r.setting.guidance, r.held, r.schedules) for r in requests]
+        ends = [self._ends(guidance, held) for guidance, held, _ in asked]
+        found = zip(self._samples(asked), ends, strict=True)
+        return [gram(samples - end) for samples, end in found]
+
+    def sampled(
+        self, setting: Setting, schedules: Sequence[ProgramSchedule]
+    ) -> tuple[Array, Array]:
+        """See `predictors.between.Sampled`."""
+        self.display.stage(f"NFE {setting.nfe}, guidance {setting.guidance:g}: left out")
+        ends = self._ends(setting.guidance, True)
+        return np.concatenate(
+            self._samples([(setting.guidance, True, [s]) for s in schedules])
+        ), ends
+
+    def _ends(self, guidance: float, held: bool) -> Array:
+        """The teacher's end points at a scale."""
+        if (guidance, held) not in self._known:
+            table = self.config.teacher
+            teacher = baseline(table.solver, self.problem.denoiser.noise, table.nfe)
+            (found,) = self._samples([(guidance, held, [teacher])], strict=True)
+            self._known[guidance, held] = found[0]
+        return self._known[guidance, held]
+
+    def _samples(
+        self, asked: Sequence[tuple[float, bool, Sequence[Any]]], strict: bool = False
+    ) -> list[Array]:
+        """Samples (M, B, *shape) of M schedules each, at a scale; NaN where one failed."""
+        table, many = self.config.cpr, self.config.search.block[1]
+        more: dict[str, Any] = {"want": "samples", "strict": strict}
+        groups, found = dict[int, list[Block]](), dict[int, Array]()
+        for k, (guidance, held, schedules) in enumerate(asked):
+            stream, size = (HELD, table.held) if held else (TRAIN, table.samples)
+            scale = guidance if self.config.search.guidance is not None else None
+            groups[k] = Block.cover(schedules, stream, range(size), many, guidance=scale, **more)
+        for k, results in self.pool.map_groups(groups):
+            self.calls += (evaluations := sum(r.evaluations for r in results))
+            self.display.advance(evaluations)
+            found[k] = np.concatenate([r.values for r in results], axis=1)
+        return [found[k] for k in groups]
 
 
 def regress(

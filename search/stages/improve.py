@@ -25,7 +25,7 @@ from fewstep.search.stages.tasks import (
     best_starts,
     kept_sorts,
 )
-from fewstep.search.strategies import Evaluated, Proposal
+from fewstep.search.strategies import Evaluated, Proposal, ranked
 from fewstep.space import OdeSchedule, ProgramSchedule
 from fewstep.space.baselines import baseline
 from fewstep.space.errors import ScheduleError, StudyError, blamed
@@ -50,6 +50,18 @@ def finish_rungs(run: Search) -> dict[int, int]:
         start = None if below is None else _grown(run.rungs[below], nfe, run.display)
         spent |= _improve(run, [nfe], start)
     return spent
+
+
+def fitted(run: Search) -> dict[int, Evaluated]:
+    """By NFE the program that was fitted from the start given, else the best one fitted."""
+    found = {}
+    for nfe, rung in run.rungs.items():
+        made = [e for e in ranked(rung.known) if e.source.startswith("refine:")]
+        made = [e for e in made if isinstance(e.schedule, ProgramSchedule)]
+        given = f"refine:{run.starts[nfe].source}" if nfe in run.starts else None
+        for e in sorted(made, key=lambda e: e.source != given)[:1]:
+            found[nfe] = e
+    return found
 
 
 def _grown(rung: Rung, nfe: int, display: Display) -> Evaluated | None:
@@ -78,6 +90,8 @@ def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> di
         found = [] if rung.refined_before else _starts(run, rung, start)
         alone = config.finish == "compensation" or bool(config.search.cost) or not found
         groups[nfe] = [[one] for one in found] if alone else [found]
+        if nfe in run.starts and not alone:
+            groups[nfe].append([run.starts[nfe]])
     total, done = sum(map(len, groups.values())), 0
     display.stage(f"{stage} of {total} schedules")
     tasks = {nfe: [_task(run, group) for group in at] for nfe, at in groups.items()}
