@@ -214,8 +214,9 @@ def pictures(run: Search, verdicts: Sequence[Verdict]) -> list[Path]:
     out, problem, objective = run.out, run.problem, run.config.objective.name or ""
     made: list[Path | None] = []
     if problem.has_teacher or problem.picture is not None:
-        drawn = _sheet(run, verdicts)
-        made.append(contact_sheet(out / "samples.png", drawn, problem.picture))
+        drawn, apart = _sheet(run, verdicts), problem.has_teacher
+        file = out / "samples.png"
+        made.append(contact_sheet(file, drawn, problem.picture, differences=apart))
     if len(verdicts) > 1:
         rows = [v.row for v in verdicts]
         made.append(pareto_picture(out / "pareto.png", rows, objective))
