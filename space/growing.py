@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.space.costs import stages
 from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule, finite_lam
 from fewstep.space.program import Program, ProgramSchedule, at_times, written_out
@@ -132,15 +133,15 @@ AHEAD = 1 / 3
 
 
 def widened(schedule: ProgramSchedule, widths: Sequence[int]) -> ProgramSchedule:
-    """A program whose call c is a stage of `widths[c]` queries.
+    """A program whose call c has become `widths[c]` queries of one stage.
 
     Further queries are `AHEAD` of a step apart in lam; their states are a first-order step from
-    the call's with the newest output before it. The first has half of the call's weight in every
-    row, the others share the rest.
+    the call's with the newest output before its stage. The first has half of the call's weight in
+    every row, the others share the rest.
 
     Args:
-        schedule: a program without fresh noise.
-        widths: queries of each stage, at least 1.
+        schedule: a program without fresh noise; its stages stay, and grow.
+        widths: queries for each call, at least 1.
 
     Raises:
         ScheduleError: another number of widths than calls, a width below 1, or fresh noise.
@@ -157,6 +158,7 @@ def widened(schedule: ProgramSchedule, widths: Sequence[int]) -> ProgramSchedule
     image, outputs = rest[:, :1], rest[:, 1:] @ spread
     ends = torch.tensor([*program.t.tolist(), schedule.end], dtype=torch.float64)
     lam = finite_lam(noise, ends)
+    heads = [stage[0] for stage in stages(program) for _ in stage]
     times, states, source = list[Tensor](), list[Tensor](), list[int]()
     for c, width in enumerate(widths):
         here = torch.cat([p[c : c + 1], image[c], outputs[c]])
@@ -165,7 +167,9 @@ def widened(schedule: ProgramSchedule, widths: Sequence[int]) -> ProgramSchedule
             t = program.t[c] if i == 0 else noise.t_of_lam(lam[c] + ahead * (lam[c + 1] - lam[c]))
             keep = noise.sigma(t) / program.sigma[c]
             state = keep * here
-            newest = torch.cat([state.new_zeros(2), spread[c - 1]]) if c else _image_of(here)
+            newest = _image_of(here)
+            if heads[c]:
+                newest = torch.cat([state.new_zeros(2), spread[heads[c] - 1]])
             times.append(t)
             states.append(state + (noise.alpha(t) - program.alpha[c] * keep) * newest)
             source.append(c)

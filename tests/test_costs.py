@@ -199,6 +199,9 @@ def test_queries_beside_a_call_share_its_weight_and_nearly_keep_the_samples(nois
     truth = sample(baseline("dpmpp3m/logsnr", noise, 100), model, x)
     before, after = (float((sample(one, model, x) - truth).square().mean()) for one in (s, wide))
     assert after < 4 * before + 1e-4
+    wider = widened(wide, [1, 2] * 5)  # and a stage may grow
+    assert [len(stage) for stage in stages(wider.program)] == [3] * 5
+    assert float((sample(wider, model, x) - truth).square().mean()) < 4 * before + 1e-4
     assert bool((wide.program.b[-1] != 0).all() == (s.program.b[-1] != 0).all())
     with pytest.raises(ScheduleError, match="no widths of 5 calls"):
         widened(s, (2, 2))

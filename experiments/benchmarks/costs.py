@@ -337,7 +337,7 @@ class _Widened:
 
     def __init__(self, bench: Bench, depth: int) -> None:
         self.bench, self.depth = bench, depth
-        self._narrow: ProgramSchedule | None = None
+        self._fitted = dict[int, ProgramSchedule]()
 
     def named(self, calls: int) -> Called:
         """The best named solver at a number of calls."""
@@ -346,15 +346,18 @@ class _Widened:
         return f"{name} at {calls}", best
 
     def of(self, width: int) -> Called:
-        """Fitted from the best named solver, each call given company, fitted again."""
+        """Fitted from the best named solver; from the stages of one call less, given one more."""
         begun = time.process_time()
-        if self._narrow is None:
-            made = self.bench.fit(ProgramSchedule.of(self.named(self.depth)[1]))
-            self._narrow = ProgramSchedule.of(made)
-        found: Startable = self._narrow
-        if width > 1:
-            found = self.bench.fit(widened(self._narrow, [width] * self.depth))
-        return f"fitted {self.depth} x {width}, {time.process_time() - begun:.0f} s", found
+        if width not in self._fitted:
+            if width == 1:
+                wide = ProgramSchedule.of(self.named(self.depth)[1])
+            else:
+                before = self.of(width - 1)[1]
+                assert isinstance(before, ProgramSchedule)
+                wide = widened(before, [*[1] * (width - 2), 2] * self.depth)
+            self._fitted[width] = ProgramSchedule.of(self.bench.fit(wide))
+        name = f"fitted {self.depth} x {width}, {time.process_time() - begun:.0f} s"
+        return name, self._fitted[width]
 
 
 def stages(a: argparse.Namespace, kept: Notebook) -> None:
