@@ -152,12 +152,12 @@ def _search_scales(
             folder, part = out / f"w{scale:g}", config.at_guidance(scale).model_copy(update=off)
             display.note(f"guidance {scale:g}")
             with held(folder, resume=going_on, overwrite=overwrite):
-                found, starts = _search_one(part, folder, going_on, address, display, starts)
+                found, more = _search_one(part, folder, going_on, address, display, starts)
             for row in found.rows:
                 save_schedule(load_schedule(schedule_path(folder, row)), schedule_path(out, row))
             rows, objective = [*rows, *found.rows], found.objective
-            aligned.add(scale, {n: e.schedule for n, e in starts.items()})
-            starts = {n: replace(e, source=f"w{scale:g}") for n, e in starts.items()}
+            aligned.add(scale, {n: e.schedule for n, e in more.items()})
+            starts |= {n: replace(e, source=f"w{scale:g}") for n, e in more.items()}
     finally:
         store.close(keep=any(out.glob("w*/study.json")))
     listed = [row.to_dict() for row in rows]

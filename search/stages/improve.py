@@ -53,13 +53,14 @@ def finish_rungs(run: Search) -> dict[int, int]:
 
 
 def fitted(run: Search) -> dict[int, Evaluated]:
-    """By NFE the program that was fitted from the start given, else the best one fitted."""
+    """By NFE the program fitted from the start given (none if that failed), else the best one."""
+    if run.config.search.cost:
+        return {}  # programs of equal cost need not have the same numbers
     found = {}
     for nfe, rung in run.rungs.items():
-        made = [e for e in ranked(rung.known) if e.source.startswith("refine:")]
-        made = [e for e in made if isinstance(e.schedule, ProgramSchedule)]
-        given = f"refine:{run.starts[nfe].source}" if nfe in run.starts else None
-        for e in sorted(made, key=lambda e: e.source != given)[:1]:
+        given = f"refine:{run.starts[nfe].source}" if nfe in run.starts else "refine:"
+        made = [e for e in ranked(rung.known) if isinstance(e.schedule, ProgramSchedule)]
+        for e in [e for e in made if e.source.startswith(given)][:1]:
             found[nfe] = e
     return found
 
