@@ -49,6 +49,7 @@ class Fitted:
         samples: training samples that the last fit saw.
         calls: network evaluations spent on all starts.
         curve: (training samples, held-out error) after every round of the best start's fits.
+        eased: the start was first fitted at half the guidance scale.
         message: why it failed; "" if it did not.
     """
 
@@ -59,6 +60,7 @@ class Fitted:
     samples: int = 0
     calls: int = 0
     curve: tuple[tuple[int, float], ...] = ()
+    eased: bool = False
     message: str = ""
 
 
@@ -232,16 +234,17 @@ class _Refinement:
         return batch.errors([program], self.denoiser)[0]
 
 
-def refine_cost(table: RefineTable, nfe: int) -> int:
+def refine_cost(table: RefineTable, nfe: int, more: int = 0) -> int:
     """Network evaluations of refining at one NFE, as fits usually go.
 
-    All samples are needed, and two thirds of the rounds.
+    All samples are needed, and two thirds of the rounds; `more` are fits on few samples beside
+    those of the starts.
     """
     image = 1 if table.mean else 0  # a weight more in every row, and one of the start
     jacobian = sum((c + 2 + image) * (nfe - 1 - c) + nfe - c for c in range(nfe))
     jacobian += (5 + image) * nfe  # the start's numbers, and the steps tried
     few, rounds = min(table.batch, table.samples), max(1, 2 * table.rounds // 3)
-    on_more, starts = max(1, table.rounds // 3), table.top + 1
+    on_more, starts = max(1, table.rounds // 3), table.top + 1 + more
     seen, size, looks = few * rounds * starts, few, rounds * starts
     while size < table.samples:
         size = min(4 * size, table.samples)

@@ -64,6 +64,16 @@ class RefineTable(Table):
             )
         return self
 
+    def keeping_sorts(self) -> Self:
+        """Of a fit that keeps a plan: guidance scales move, sorts of calls and stages stay."""
+        return self.model_copy(update={"knobs": ("times", "weights", "guidance"), "stages": True})
+
+    def shortened(self) -> Self:
+        """Of the short fit of a plan."""
+        samples, rounds = self.short
+        changes = {"samples": samples, "held": samples, "batch": samples, "rounds": rounds}
+        return self.keeping_sorts().model_copy(update=changes)
+
 
 class CompensationTable(Table):
     """[compensation]: one ratio per step (DC-Solver), for strategies ending in "compensation".

@@ -47,11 +47,9 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, e.g. "3 min 20 s"."""
-    if seconds < 1:
-        return "under a second"
+    """Seconds in words, at least one, e.g. "3 min 20 s"."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(1, seconds):.0f} s"
     if round(seconds / 60) < 100:
         minutes, rest = divmod(round(seconds / 10) * 10, 60)
         return f"{minutes} min {rest} s"

@@ -92,6 +92,7 @@ def schedule_path(out: Path, row: Row) -> Path:
 def _provenance(
     config: StudyConfig, row: Row, problem: AnyProblem, runs: Mapping[str, str]
 ) -> dict[str, Any]:
+    search = config.search
     found: dict[str, Any] = {
         "model": problem.fingerprint,
         "objective": config.objective.name,
@@ -103,13 +104,9 @@ def _provenance(
         "use": row.use,
         "best_named": row.best_named,
         "baselines": {s.name: s.score for s in row.named},
-        "seeds": {
-            "seed": config.search.seed,
-            "search": config.search.samples,
-            "fresh": row.samples,
-        },
+        "seeds": {"seed": search.seed, "search": search.samples, "fresh": row.samples},
         "study": config.name,
-        "strategy": config.search.strategy,
+        "strategy": search.strategy,
         "source": row.source,
         "mlflow_run": runs.get(str(row.nfe), ""),
         "fewstep": version("fewstep"),

@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from fewstep.predictors.cpr import CPR
+from fewstep.predictors.refine import refine
 from fewstep.search import run
 from fewstep.search.config import load_study
+from fewstep.search.stages import tasks
 from fewstep.space import StudyError, load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
@@ -216,3 +218,34 @@ def test_a_command_with_a_study_of_several_scales_asks_for_one(finished, capsys,
     ask = ("compare", file, file, "--study", study, "-n", 8)
     code, _, _ = called(capsys, *ask, "--set", "search.guidance=[3]")
     assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "halved"),
+    [
+        (("search.guidance=[3]",), [1.5]),
+        (("search.guidance=[1.5]",), []),
+        (("model.guidance=3",), [1.5]),
+        (("model.guidance=3", "refine.knobs=['times']"), []),
+    ],
+)
+def test_under_strong_guidance_a_fit_also_starts_at_half_of_it(
+    tmp_path, monkeypatch, settings, halved
+):
+    seen = []
+
+    def recorded(starts, denoiser, train, held, table, **more):
+        seen.append((train.guidance, len(starts), len(train)))
+        return refine(starts, denoiser, train, held, table, **more)
+
+    monkeypatch.setattr(tasks, "refine", recorded)
+    text = TEXT.replace("guidance = [1, 3]\n", "").replace("fit = true\n", "")
+    text = text.replace('"random"', '"random+refine"')
+    more = ("search.nfe=[3]", "refine.samples=16", "refine.batch=8")
+    outcome = _search(tmp_path, *settings, *more, text=text)
+    assert [g for g, _, _ in seen[:-1]] == halved
+    assert seen[-1][0] in (3, 1.5)
+    assert [samples for _, _, samples in seen] == [8] * len(halved) + [16]
+    few = 1 + len(halved)  # the best candidate and the best named solver may be one
+    assert few <= seen[-1][1] <= few + 2
+    assert outcome.rows[0].ratio < 1

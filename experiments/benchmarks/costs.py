@@ -43,7 +43,6 @@ from fewstep.samplers.ode import start_scale
 from fewstep.samplers.prices import priced
 from fewstep.samplers.problems import conditions
 from fewstep.samplers.sample_noise import noise_of
-from fewstep.search.stages.tasks import kept_sorts, short
 from fewstep.search.strategies import Evaluated, Proposer
 from fewstep.space import ProgramSchedule
 from fewstep.space.baselines import baseline, named
@@ -133,7 +132,7 @@ class Bench:
 
     def fit(self, schedule: Startable, table: RefineTable | None = None) -> Startable:
         """The schedule with its numbers fitted; sorts and stages stay."""
-        table = table or kept_sorts(self.table)
+        table = table or self.table.keeping_sorts()
         train = self.batches["train"].first(table.samples)
         held = self.batches["held"].first(table.held)
         return refine([schedule], self.problem.denoiser, train, held, table).schedule
@@ -191,7 +190,7 @@ class _Long:
     @cached_property
     def fitted(self) -> Startable:
         """The fitted program."""
-        return self._bench.fit(self._bench.fit(self._member, short(self._bench.table)))
+        return self._bench.fit(self._bench.fit(self._member, self._bench.table.shortened()))
 
     def named(self, name: str) -> Called:
         """With a name."""
@@ -220,7 +219,7 @@ class Plans:
         calls = self.calls(member)
 
         def fitted() -> float:
-            return self.bench.score(self.bench.fit(member, short(self.bench.table)))
+            return self.bench.score(self.bench.fit(member, self.bench.table.shortened()))
 
         key = f"{self.bench.name} {self.name} short {calls}"
         self.scores[calls] = self.bench.kept.get(key, fitted)

@@ -12,8 +12,7 @@ from fewstep.search.config import FinalTable, StudyConfig
 from fewstep.search.display import duration
 from fewstep.search.record import shown_url
 from fewstep.search.stages.cpr import cpr_cost, wanted
-from fewstep.search.stages.improve import streams, task_cost
-from fewstep.search.stages.tasks import short
+from fewstep.search.stages.improve import eased, streams, task_cost
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import RIVALS
 
@@ -74,7 +73,8 @@ def _around(run: Search) -> int:
     verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
     fitting = cpr_cost(config, 1) if wanted(config) else 0
     fitting += sum(task_cost(config, nfe, 1) for nfe in run.starts)
-    return reference + run.problem.per_sample * verdict + finish_cost(config) + fitting
+    finish = finish_cost(config, eased(run))
+    return reference + run.problem.per_sample * verdict + finish + fitting
 
 
 def _candidates(run: Search) -> tuple[str, int]:
@@ -96,20 +96,23 @@ def final_cost(nfe: int, table: FinalTable) -> int:
     return nfe * table.samples * (table.top + RIVALS + 4)
 
 
-def finish_cost(config: StudyConfig) -> int:
+def finish_cost(config: StudyConfig, eased: bool = False) -> int:
     """Network evaluations of the stage at all NFEs, as announced."""
     if config.finish is None:
         return 0
     bases = len(config.compensation.base) or config.compensation.top
     count = 1 if config.finish == "refine" else bases
     noise = sum(size for _, size in streams(config)) * config.teacher.nfe
-    return noise + sum(count * task_cost(config, nfe, 1) for nfe in config.search.settings)
+    each = (task_cost(config, nfe, 1, eased) for nfe in config.search.settings)
+    return noise + count * sum(each)
 
 
 def short_cost(config: StudyConfig, cost: int) -> int:
     """Network evaluations of one short fit, as announced: half of the calls guided."""
     calls = max(1, round(cost / 1.5))
-    return round(1.5 * refine_cost(short(config.refine).model_copy(update={"top": 1}), calls) / 2)
+    return round(
+        1.5 * refine_cost(config.refine.shortened().model_copy(update={"top": 1}), calls) / 2
+    )
 
 
 def count(number: int) -> str:

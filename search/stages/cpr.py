@@ -82,18 +82,9 @@ class Stage:
             order=self.config.compensation.order,
             say=lambda text: self.display.stage(f"CPR: {text}"),
         )
-        told, schedules = model.provenance, [found[s].digest for s in settings]
-        return replace(
-            model,
-            provenance={
-                "study": self.config.name,
-                "model": self.problem.fingerprint,
-                "start": told["start"],
-                "schedules": schedules,
-                "calls": self.calls,
-                "settings": told["settings"],
-            },
-        )
+        origin: dict[str, Any] = {"study": self.config.name, "model": self.problem.fingerprint}
+        origin |= {"calls": self.calls, "schedules": [found[s].digest for s in settings]}
+        return replace(model, provenance={**origin, **model.provenance})
 
     def look(self, requests: Sequence[Request]) -> list[Array]:
         """See `predictors.cpr_joint.Look`."""

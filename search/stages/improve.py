@@ -8,6 +8,7 @@ search improves nothing twice.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fewstep.predictors.compensate import compensation_cost
@@ -23,7 +24,6 @@ from fewstep.search.stages.tasks import (
     RefineTask,
     StageTask,
     best_starts,
-    kept_sorts,
 )
 from fewstep.search.strategies import Evaluated, Proposal, ranked
 from fewstep.space import OdeSchedule, ProgramSchedule
@@ -34,6 +34,8 @@ from fewstep.space.noise import NoiseSchedule
 
 if TYPE_CHECKING:
     from fewstep.search.run import Search
+
+_STRONG = 2.0  # guidance scale above which a fit also starts at half of it
 
 
 def finish_rungs(run: Search) -> dict[int, int]:
@@ -100,7 +102,7 @@ def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> di
         rung, made = run.rungs[nfe], []
         for group, result in zip(groups[nfe], results, strict=True):
             display.advance(result.calls)
-            display.saved(task_cost(config, nfe, len(group)) - result.calls)
+            display.saved(task_cost(config, nfe, len(group), eased(run)) - result.calls)
             done += 1
             if result.message:
                 line = f"{stage} of {group[0].source} failed ({result.message})"
@@ -121,7 +123,8 @@ def _note(stage: str, starts: list[Evaluated], found: Fitted) -> dict[str, Any]:
     note = {f"{stage}_{name}": value for name, value in said.items()}
     if stage == "refine":
         source = starts[found.start].schedule.digest
-        return note | {"refined_from": source, "refine_samples": found.samples}
+        note |= {"refined_from": source, "refine_samples": found.samples}
+        return note | {"refine_eased": True} if found.eased else note
     assert isinstance(found.schedule, OdeSchedule)
     return note | {"ratios": [step.compensation for step in found.schedule.steps]}
 
@@ -144,8 +147,23 @@ def _task(run: Search, group: list[Evaluated]) -> StageTask:
         return CompensationTask(bare, config.compensation)
     # the constant image: what the best start brings along, else the search's
     image = run.mean if bare[0].constant is None else bare[0].constant
-    table = kept_sorts(config.refine) if config.search.cost else config.refine
-    return RefineTask(bare, table, image, config.objective.name == "frechet")
+    table = config.refine.keeping_sorts() if config.search.cost else config.refine
+    task = RefineTask(bare, table, image, config.objective.name == "frechet")
+    if not eased(run) or bare[0].program.guidance is not None:
+        return task
+    teacher = baseline(config.teacher.solver, bare[0].noise, config.teacher.nfe)
+    return replace(task, teacher=teacher)
+
+
+def eased(run: Search) -> bool:
+    """Whether refinement also starts from a fit at half the guidance scale.
+
+    Not where it goes on from another scale, or keeps what costs: there scales are numbers, too.
+    """
+    config, scale = run.config, getattr(run.problem, "guidance", None)
+    every = config.finish == "refine" and config.refine.knobs != ("times",)
+    free = not run.starts and not config.search.cost and "guidance" not in config.refine.knobs
+    return every and free and scale is not None and scale > _STRONG
 
 
 def _starts(run: Search, rung: Rung, start: Evaluated | None) -> list[Evaluated]:
@@ -187,10 +205,10 @@ def streams(config: StudyConfig) -> list[tuple[str, int]]:
     return [(COMPENSATE, config.compensation.samples)] if config.finish else []
 
 
-def task_cost(config: StudyConfig, nfe: int, starts: int) -> int:
+def task_cost(config: StudyConfig, nfe: int, starts: int, eased: bool = False) -> int:
     """Network evaluations of one task, as announced."""
     if config.search.cost:  # some of the calls are guided
         return (config.refine.top + 1) * refine_cost(config.refine, round(nfe / 1.5)) // 2
     if config.finish == "refine":
-        return refine_cost(config.refine, nfe)
+        return refine_cost(config.refine, nfe, 2 * eased)
     return compensation_cost(config.compensation, nfe, starts)

@@ -19,7 +19,7 @@ from fewstep.predictors.refine import Fitted, Startable, refine
 from fewstep.predictors.settings import CompensationTable, RefineTable
 from fewstep.samplers.denoiser import Counted
 from fewstep.samplers.ode import start_scale
-from fewstep.samplers.streams import Span, begun
+from fewstep.samplers.streams import Span, begun, ode_samples
 from fewstep.search.config import StudyConfig
 from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.work import Evaluator, Work, reason
@@ -56,23 +56,51 @@ class RefineTask(StageTask):
         table: the study's [refine].
         constant: the constant image that they start from or may use, if there is one.
         featured: minimise the distance of the problem's features instead of the samples'.
+        teacher: a start more is the best one fitted at half the guidance scale first, on the few
+            samples, to this schedule's; None leaves it out. Under strong guidance a fit from a
+            named solver stays in a poor valley, which this one passes by.
     """
 
     table: RefineTable
     constant: Tensor | None
     featured: bool
+    teacher: OdeSchedule | None = None
 
     def run(self, evaluator: Evaluator) -> Fitted:
         """Refine on the evaluator's problem."""
-        table, starts = self.table, self.schedules
-        shared: dict[str, Any] = {"constant": self.constant, "piece": table.batch}
-        shared["features"] = evaluator.features if self.featured else None
-        shared |= {"scale": start_scale(starts[0]), "options": starts[0].options}
-        train = batch_of(evaluator, TRAIN, table.samples, **shared)
-        held = batch_of(evaluator, HELD, table.held, **shared)
         denoiser = Counted(evaluator.ode.denoiser, evaluator.prices)
-        found = refine(starts, denoiser, train, held, table)
-        return replace(found, calls=denoiser.evaluations)
+        starts = (*self.schedules, *self._eased(evaluator, denoiser))
+        batches = self._batches(evaluator, self.table)
+        found = refine(starts, denoiser, *batches, self.table)
+        eased = found.start == len(self.schedules)
+        begun = 0 if eased else found.start
+        return replace(found, start=begun, eased=eased, calls=denoiser.evaluations)
+
+    def _eased(self, evaluator: Evaluator, denoiser: Counted) -> tuple[Startable, ...]:
+        """The first start fitted at half the guidance scale, where that is asked for."""
+        problem, few = evaluator.ode, self.table.batch
+        if self.teacher is None or problem.guidance is None:
+            return ()
+        half = problem.guidance / 2
+        for stream in (TRAIN, HELD):
+            span = Span(evaluator.seed, stream, range(few))
+            asked: dict[str, Any] = {"denoiser": denoiser, "guidance": half, "strict": True}
+            ends = ode_samples(problem, [self.teacher], span, **asked)[0]
+            evaluator.share(f"{stream}/eased", ends)
+        table = self.table.model_copy(update={"samples": few, "held": few})
+        batches = self._batches(evaluator, table, "/eased", guidance=half)
+        return (refine(self.schedules[:1], denoiser, *batches, table).schedule,)
+
+    def _batches(
+        self, evaluator: Evaluator, table: RefineTable, of: str = "", **more: Any
+    ) -> tuple[Batch, Batch]:
+        """Noise to fit on and to choose by, with the end points called so."""
+        first = self.schedules[0]
+        more |= {"scale": start_scale(first), "options": first.options}
+        more |= {"constant": self.constant, "piece": self.table.batch}
+        more["features"] = evaluator.features if self.featured else None
+        train = batch_of(evaluator, TRAIN, table.samples, reference=TRAIN + of, **more)
+        return train, batch_of(evaluator, HELD, table.held, reference=HELD + of, **more)
 
 
 @dataclass(frozen=True)
@@ -111,7 +139,7 @@ class PlanFit(RefineTask):
         """Of a member of a plan's domain; `image` is the constant image that it may use."""
         featured, narrow = config.objective.name == "frechet", domain.narrowed(member)
         bare = member.model_copy(update={"provenance": {}})
-        return cls((bare,), short(config.refine), image, featured, narrow)
+        return cls((bare,), config.refine.shortened(), image, featured, narrow=narrow)
 
 
 @dataclass(frozen=True)
@@ -133,18 +161,6 @@ class CompensationTask(StageTask):
             return compensate(base, evaluator.ode.denoiser, batch, table)
         except (FewstepError, RuntimeError) as error:
             return Fitted(given, message=reason(error))
-
-
-def kept_sorts(table: RefineTable) -> RefineTable:
-    """The table of a fit that keeps a plan: guidance scales move, sorts and stages stay."""
-    return table.model_copy(update={"knobs": ("times", "weights", "guidance"), "stages": True})
-
-
-def short(table: RefineTable) -> RefineTable:
-    """The table of the short fit."""
-    samples, rounds = table.short
-    changes = {"samples": samples, "held": samples, "batch": samples, "rounds": rounds}
-    return kept_sorts(table).model_copy(update=changes)
 
 
 def batch_of(
