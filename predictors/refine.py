@@ -49,7 +49,7 @@ class Fitted:
         samples: training samples that the last fit saw.
         calls: network evaluations spent on all starts.
         curve: (training samples, held-out error) after every round of the best start's fits.
-        eased: the start was first fitted at half the guidance scale.
+        halved: the start was first fitted at half the guidance scale.
         message: why it failed; "" if it did not.
     """
 
@@ -60,7 +60,7 @@ class Fitted:
     samples: int = 0
     calls: int = 0
     curve: tuple[tuple[int, float], ...] = ()
-    eased: bool = False
+    halved: bool = False
     message: str = ""
 
 

@@ -12,7 +12,7 @@ from fewstep.search.config import FinalTable, StudyConfig
 from fewstep.search.display import duration
 from fewstep.search.record import shown_url
 from fewstep.search.stages.cpr import cpr_cost, wanted
-from fewstep.search.stages.improve import eased, streams, task_cost
+from fewstep.search.stages.improve import halved, streams, task_cost
 from fewstep.search.tracking import tracking_uri
 from fewstep.search.verdict import RIVALS
 
@@ -73,7 +73,7 @@ def _around(run: Search) -> int:
     verdict = sum(final_cost(nfe, final) for nfe in config.search.settings)
     fitting = cpr_cost(config, 1) if wanted(config) else 0
     fitting += sum(task_cost(config, nfe, 1) for nfe in run.starts)
-    finish = finish_cost(config, eased(run))
+    finish = finish_cost(config, halved(run))
     return reference + run.problem.per_sample * verdict + finish + fitting
 
 
@@ -96,14 +96,14 @@ def final_cost(nfe: int, table: FinalTable) -> int:
     return nfe * table.samples * (table.top + RIVALS + 4)
 
 
-def finish_cost(config: StudyConfig, eased: bool = False) -> int:
+def finish_cost(config: StudyConfig, halved: bool = False) -> int:
     """Network evaluations of the stage at all NFEs, as announced."""
     if config.finish is None:
         return 0
     bases = len(config.compensation.base) or config.compensation.top
     count = 1 if config.finish == "refine" else bases
     noise = sum(size for _, size in streams(config)) * config.teacher.nfe
-    each = (task_cost(config, nfe, 1, eased) for nfe in config.search.settings)
+    each = (task_cost(config, nfe, 1, halved) for nfe in config.search.settings)
     return noise + count * sum(each)
 
 

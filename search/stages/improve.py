@@ -102,7 +102,7 @@ def _improve(run: Search, nfes: list[int], start: Evaluated | None = None) -> di
         rung, made = run.rungs[nfe], []
         for group, result in zip(groups[nfe], results, strict=True):
             display.advance(result.calls)
-            display.saved(task_cost(config, nfe, len(group), eased(run)) - result.calls)
+            display.saved(task_cost(config, nfe, len(group), halved(run)) - result.calls)
             done += 1
             if result.message:
                 line = f"{stage} of {group[0].source} failed ({result.message})"
@@ -124,7 +124,7 @@ def _note(stage: str, starts: list[Evaluated], found: Fitted) -> dict[str, Any]:
     if stage == "refine":
         source = starts[found.start].schedule.digest
         note |= {"refined_from": source, "refine_samples": found.samples}
-        return note | {"refine_eased": True} if found.eased else note
+        return note | {"refine_halved": True} if found.halved else note
     assert isinstance(found.schedule, OdeSchedule)
     return note | {"ratios": [step.compensation for step in found.schedule.steps]}
 
@@ -149,13 +149,13 @@ def _task(run: Search, group: list[Evaluated]) -> StageTask:
     image = run.mean if bare[0].constant is None else bare[0].constant
     table = config.refine.keeping_sorts() if config.search.cost else config.refine
     task = RefineTask(bare, table, image, config.objective.name == "frechet")
-    if not eased(run) or bare[0].program.guidance is not None:
+    if not halved(run) or bare[0].program.guidance is not None:
         return task
     teacher = baseline(config.teacher.solver, bare[0].noise, config.teacher.nfe)
     return replace(task, teacher=teacher)
 
 
-def eased(run: Search) -> bool:
+def halved(run: Search) -> bool:
     """Whether refinement also starts from a fit at half the guidance scale.
 
     Not where it goes on from another scale, or keeps what costs: there scales are numbers, too.
@@ -205,10 +205,10 @@ def streams(config: StudyConfig) -> list[tuple[str, int]]:
     return [(COMPENSATE, config.compensation.samples)] if config.finish else []
 
 
-def task_cost(config: StudyConfig, nfe: int, starts: int, eased: bool = False) -> int:
+def task_cost(config: StudyConfig, nfe: int, starts: int, halved: bool = False) -> int:
     """Network evaluations of one task, as announced."""
     if config.search.cost:  # some of the calls are guided
         return (config.refine.top + 1) * refine_cost(config.refine, round(nfe / 1.5)) // 2
     if config.finish == "refine":
-        return refine_cost(config.refine, nfe, 2 * eased)
+        return refine_cost(config.refine, nfe, 2 * halved)
     return compensation_cost(config.compensation, nfe, starts)

@@ -56,9 +56,9 @@ class RefineTask(StageTask):
         table: the study's [refine].
         constant: the constant image that they start from or may use, if there is one.
         featured: minimise the distance of the problem's features instead of the samples'.
-        teacher: a start more is the best one fitted at half the guidance scale first, on the few
-            samples, to this schedule's; None leaves it out. Under strong guidance a fit from a
-            named solver stays in a poor valley, which this one passes by.
+        teacher: where it is given, the best start is also fitted at half the guidance scale, to
+            this schedule's samples, and the result is one more start: under strong guidance a fit
+            can get further from there (`experiments/RESULTS.md`).
     """
 
     table: RefineTable
@@ -69,16 +69,16 @@ class RefineTask(StageTask):
     def run(self, evaluator: Evaluator) -> Fitted:
         """Refine on the evaluator's problem."""
         denoiser = Counted(evaluator.ode.denoiser, evaluator.prices)
-        starts = (*self.schedules, *self._eased(evaluator, denoiser))
+        starts = (*self.schedules, *self._halved(evaluator, denoiser))
         batches = self._batches(evaluator, self.table)
         found = refine(starts, denoiser, *batches, self.table)
-        eased = found.start == len(self.schedules)
-        begun = 0 if eased else found.start
-        return replace(found, start=begun, eased=eased, calls=denoiser.evaluations)
+        halved = found.start == len(self.schedules)
+        begun = 0 if halved else found.start
+        return replace(found, start=begun, halved=halved, calls=denoiser.evaluations)
 
-    def _eased(self, evaluator: Evaluator, denoiser: Counted) -> tuple[Startable, ...]:
+    def _halved(self, evaluator: Evaluator, denoiser: Counted) -> tuple[Startable, ...]:
         """The first start fitted at half the guidance scale, where that is asked for."""
-        problem, few = evaluator.ode, self.table.batch
+        problem, few = evaluator.ode, min(self.table.batch, self.table.samples)
         if self.teacher is None or problem.guidance is None:
             return ()
         half = problem.guidance / 2
@@ -86,9 +86,9 @@ class RefineTask(StageTask):
             span = Span(evaluator.seed, stream, range(few))
             asked: dict[str, Any] = {"denoiser": denoiser, "guidance": half, "strict": True}
             ends = ode_samples(problem, [self.teacher], span, **asked)[0]
-            evaluator.share(f"{stream}/eased", ends)
+            evaluator.share(f"{stream}/halved", ends)
         table = self.table.model_copy(update={"samples": few, "held": few})
-        batches = self._batches(evaluator, table, "/eased", guidance=half)
+        batches = self._batches(evaluator, table, "/halved", guidance=half)
         return (refine(self.schedules[:1], denoiser, *batches, table).schedule,)
 
     def _batches(
