@@ -274,7 +274,7 @@ NAMED = {
 }
 """Functions of more than eight parameters, and why."""
 
-LARGEST = {"lines": 6_498, "files": 27}
+LARGEST = {"lines": 6_499, "files": 27}
 """search/ holds at most 6,500 lines in 30 files, now and later; lower these where it shrinks."""
 
 

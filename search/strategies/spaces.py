@@ -90,8 +90,9 @@ class DomainSpace:
         found = []
         if isinstance(self.domain, PlanDomain):
             scored = sorted((e for e in self.earlier if e.status == "ok"), key=lambda e: e.score)
-            plans = [self.domain.from_params({})] if scored else []  # the neutral one first
-            plans += [m for e in scored for m in self.domain.adopt(e.schedule)]
+            plans = [m for e in scored for m in self.domain.adopt(e.schedule)]
+            if scored:  # the neutral one second
+                plans.insert(1, self.domain.from_params({}))
             members = {m.digest: m for m in plans}
             return [self.of(m, "adopted") for m in list(members.values())[: 1 + ADOPTED]]
         for nfe in self._calls():
