@@ -337,13 +337,21 @@ class PlanDomain(Domain):
         return [self.member(self._nearest(self._plan(schedule)))]
 
 
-def widened_to(plan: Program, narrow: ProgramSchedule) -> ProgramSchedule:
-    """A schedule with a call for each stage of a plan, with the plan's calls beside them."""
-    wide = widened(narrow, [len(stage) for stage in stages(plan)])
+def widened_to(plan: Program, narrow: ProgramSchedule, width: int) -> ProgramSchedule:
+    """A schedule with the first `width` - 1 calls of each stage of a plan, given the next one."""
+    widths, calls = list[int](), list[int]()
+    for stage in stages(plan):
+        kept = min(len(stage), width - 1)
+        widths += [*[1] * (kept - 1), 1 + (len(stage) > kept)]
+        calls += stage[:width]
+    wide = widened(narrow, widths)
     asked, found = plan.guidance, wide.program.guidance
-    if asked is not None and found is not None:  # a guided call beside an unguided one, too
-        asked = torch.where((asked != 1) & (found != 1), found, asked)
-    program = replace(wide.program, guidance=asked, network=plan.network)
+    if asked is not None:
+        asked = asked[calls]
+        if found is not None:  # a guided call beside an unguided one, too
+            asked = torch.where((asked != 1) & (found != 1), found, asked)
+    network = plan.network and tuple(plan.network[c] for c in calls)
+    program = replace(wide.program, guidance=asked, network=network)
     return wide.model_copy(update={"program": program})
 
 

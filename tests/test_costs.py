@@ -25,6 +25,7 @@ from fewstep.space import noise as noises
 from fewstep.space.baselines import baseline, named
 from fewstep.space.costs import Prices, call_costs, pattern, stages
 from fewstep.space.growing import grown, widened
+from fewstep.space.plans import widened_to
 from fewstep.space.unknowns import FreeProgram, canonical
 from tests.oracles import recorded_mixture
 from tests.studies import called
@@ -208,6 +209,20 @@ def test_queries_beside_a_call_share_its_weight_and_nearly_keep_the_samples(nois
     noisy = ProgramSchedule.of(baseline("ddpm/time", VP, 4))
     with pytest.raises(ScheduleError, match="fresh noise"):
         widened(noisy, (2, 2, 2, 2))
+
+
+def test_the_calls_of_a_plan_join_their_stages_one_by_one():
+    scales, names = [1.0, 3.0, 3.0, 2.0, 1.0, 3.0], ("", "small", "", "", "small", "")
+    plan = sorted_as(widened(fitted(3), (3, 1, 2)), scales, names).program
+    heads = [stage[0] for stage in stages(plan)]
+    found = sorted_as(fitted(3), [scales[c] for c in heads], tuple(names[c] for c in heads))
+    for width, kept in ((2, [0, 1, 3, 4, 5]), (3, [0, 1, 2, 3, 4, 5])):
+        found = widened_to(plan, found, width)
+        lengths = [min(len(stage), width) for stage in stages(plan)]
+        assert [len(stage) for stage in stages(found.program)] == lengths
+        assert [scale == 1 for scale in found.program.guidance] == [scales[c] == 1 for c in kept]
+        assert found.program.network == tuple(names[c] for c in kept)
+    assert pattern(found.program) == pattern(plan)
 
 
 def test_a_fit_keeps_stages_and_unguided_calls_and_gains_from_the_second_query():

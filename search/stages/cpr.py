@@ -39,13 +39,10 @@ TRAIN, HELD = "cpr", "cpr-held"
 
 def wanted(config: StudyConfig) -> bool:
     """Whether a study ends in a regression."""
-    if config.search.cost:
-        return False
     settings = len(config.search.nfe) * len(config.search.guidance or (1,))
-    if config.cpr.fit is None:
-        plain = config.objective.name in (None, "endpoint_mse")
-        return config.finish == "compensation" and settings > 1 and plain
-    return config.cpr.fit
+    plain = config.finish == "compensation" and config.objective.name in (None, "endpoint_mse")
+    wished = config.cpr.fit is None and plain and settings > 1
+    return not config.search.cost and (config.cpr.fit or wished)
 
 
 def cpr_cost(config: StudyConfig, scales: int) -> int:

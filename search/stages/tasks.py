@@ -24,6 +24,7 @@ from fewstep.search.config import StudyConfig
 from fewstep.search.strategies import Evaluated, ranked
 from fewstep.search.work import Evaluator, Work, reason
 from fewstep.space import OdeSchedule, ProgramSchedule
+from fewstep.space.costs import stages
 from fewstep.space.errors import FewstepError
 from fewstep.space.plans import PlanDomain, widened_to
 
@@ -113,7 +114,7 @@ class PlanFit(RefineTask):
 
     Args:
         narrow: of a plan with stages, the program with one call of each, fitted first; the calls
-            beside join it half and half, since a call that begins at weight 0 would stay idle.
+            beside join it one by one and share its weight, as one that begins at 0 stays idle.
     """
 
     narrow: ProgramSchedule | None = None
@@ -122,11 +123,13 @@ class PlanFit(RefineTask):
         """Fit on the evaluator's problem."""
         if self.narrow is None:
             return super().run(evaluator)
-        first = replace(self, schedules=(self.narrow,), narrow=None).run(evaluator)
-        assert isinstance(first.schedule, ProgramSchedule)
-        wide = widened_to(self.schedules[0].program, first.schedule)
-        done = replace(self, schedules=(wide,), narrow=None).run(evaluator)
-        return replace(done, calls=first.calls + done.calls)
+        plan, found = self.schedules[0].program, Fitted(self.narrow)
+        for width in range(1, max(map(len, stages(plan))) + 1):
+            start, paid = ProgramSchedule.of(found.schedule), found.calls
+            wide = start if width == 1 else widened_to(plan, start, width)
+            found = replace(self, schedules=(wide,), narrow=None).run(evaluator)
+            found = replace(found, calls=paid + found.calls)
+        return found
 
     @classmethod
     def of(
