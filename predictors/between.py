@@ -130,6 +130,11 @@ class Aligned:
         low, high = scales[k - 1], scales[k]
         return between(known[low], known[high], (guidance - low) / (high - low))
 
+    def inner(self) -> list[Setting]:
+        """The settings whose scale lies between two others."""
+        listed = sorted(self.programs.items())
+        return [Setting(nfe, scale) for nfe, known in listed for scale in sorted(known)[1:-1]]
+
     def left_out(self, sampled: Sampled) -> list[dict[str, Any]]:
         """What interpolation costs: every inner scale predicted from the two beside it.
 
@@ -138,14 +143,12 @@ class Aligned:
             between its neighbours, and their ratio.
         """
         rows = []
-        for nfe, known in sorted(self.programs.items()):
-            scales = sorted(known)
-            for k in range(1, len(scales) - 1):
-                scale = scales[k]
-                made = self._at(nfe, scale, scales[:k] + scales[k + 1 :])
-                samples, ends = sampled(Setting(nfe, scale), (known[scale], made))
-                errors = ((samples - ends) ** 2).reshape(*samples.shape[:2], -1).mean(2)
-                own, guess = (level(e, "geometric") for e in errors)
-                row = {"nfe": nfe, "guidance": scale, "own": own, "between": guess}
-                rows.append(row | {"ratio": guess / own})
+        for s in self.inner():
+            known = self.programs[s.nfe]
+            made = self._at(s.nfe, s.guidance, sorted(known.keys() - {s.guidance}))
+            samples, ends = sampled(s, (known[s.guidance], made))
+            errors = ((samples - ends) ** 2).reshape(*samples.shape[:2], -1).mean(2)
+            own, guess = (level(e, "geometric") for e in errors)
+            row = {"nfe": s.nfe, "guidance": s.guidance, "own": own, "between": guess}
+            rows.append(row | {"ratio": guess / own})
         return rows

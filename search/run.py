@@ -160,17 +160,17 @@ def _search_scales(
             starts |= {n: replace(e, source=f"w{scale:g}") for n, e in more.items()}
     finally:
         store.close(keep=any(out.glob("w*/study.json")))
-    listed = [row.to_dict() for row in rows]
-    results = {"study": config.name, "objective": objective, "rows": listed}
+    results = {"study": config.name, "objective": objective, "rows": [r.to_dict() for r in rows]}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     if wanted(config) or aligned.programs:
         first = config.at_guidance(scales[0])
         evaluator = Evaluator.of(first)
         aligned.save(out / "cpr", study=config.name, model=evaluator.problem.fingerprint)
+    if wanted(config) or aligned.inner():
         pool = open_pool(first, evaluator, address, display)
         with contextlib.closing(pool), display:
             display.total(cpr_cost(config, len(scales)) if wanted(config) else None)
-            if aligned.programs:
+            if aligned.inner():
                 stage = Stage(config, evaluator.ode, pool, display)
                 results["between"] = aligned.left_out(stage.sampled)
                 write_text(out / "results.json", json.dumps(results, indent=1) + "\n")

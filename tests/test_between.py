@@ -9,12 +9,12 @@ import torch
 
 from fewstep.predictors.between import Aligned, between
 from fewstep.samplers import sample
-from fewstep.space import ProgramSchedule, ScheduleError, StudyError, load_schedule, save_schedule
+from fewstep.space import ProgramSchedule, ScheduleError, StudyError, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import RectifiedFlow, VPLinear
 from fewstep.space.unknowns import FreeProgram, canonical, numbers, with_numbers
 from tests.studies import called, refused
-from tests.test_guided_search import TEXT, _search
+from tests.test_guided_search import TEXT, _search, predicted
 
 NOISE = VPLinear()
 
@@ -145,14 +145,9 @@ def test_a_search_over_scales_leaves_programs_fitted_from_one_another(finished):
 def test_export_answers_for_a_scale_between_and_says_what_is_missing(finished, capsys, tmp_path):
     folder, file = finished.out / "cpr", tmp_path / "made.json"
     ask = ("export", "--cpr", folder, "--out", file)
-    code, text, _ = called(capsys, *ask, "--nfe", 3, "--guidance", 2.5)
-    assert code == 0
-    assert "3 network calls, to be sampled with guidance 2.5" in text
-    made = load_schedule(file)
+    made, said = predicted(capsys, folder, file, 3, 2.5)
     assert isinstance(made, ProgramSchedule)
-    assert made.provenance["guidance"] == 2.5
-    assert made.provenance["model"] == "tiny2False"
-    assert "guidance 2.5, between two fitted programs" in called(capsys, "show", file)[1]
+    assert "guidance 2.5, between two fitted programs" in said
     for words, message in (
         ((), "--nfe is missing"),
         (("--nfe", 3), "--guidance is missing"),

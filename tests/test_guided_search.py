@@ -77,17 +77,26 @@ def test_the_regression_is_fitted_on_one_template_and_says_how_good_it_is(finish
     assert origin["settings"][0]["fitted"] < origin["settings"][0]["start"]
 
 
+def predicted(capsys, cpr, file, nfe, guidance):
+    """The schedule that `export --cpr` writes for a setting, and what `show` says of it."""
+    setting = ("--nfe", nfe, "--guidance", guidance)
+    code, text, _ = called(capsys, "export", "--cpr", cpr, "--out", file, *setting)
+    assert code == 0
+    assert f"{nfe} network calls, to be sampled with guidance {guidance:g}\n" in text
+    made = load_schedule(file)
+    assert made.nfe == nfe
+    assert made.provenance["cpr"] == {"nfe": nfe, "guidance": guidance}
+    assert made.provenance["guidance"] == guidance
+    assert made.provenance["model"] == "tiny2False"
+    said = called(capsys, "show", file)[1]
+    assert f"predicted for NFE {nfe}, guidance {guidance:g}" in said
+    return made, said
+
+
 def test_export_answers_between_the_settings_and_refuses_beyond(finished, capsys, tmp_path):
     cpr, file = finished.out / "cpr.json", tmp_path / "made.json"
     ask = ("export", "--cpr", cpr, "--out", file)
-    code, text, _ = called(capsys, *ask, "--nfe", 4, "--guidance", 2)
-    assert code == 0
-    assert "to be sampled with guidance 2" in text
-    made = load_schedule(file)
-    assert made.nfe == 4
-    assert made.provenance["cpr"] == {"nfe": 4, "guidance": 2.0}
-    assert made.provenance["model"] == "tiny2False"
-    assert "predicted for NFE 4, guidance 2" in called(capsys, "show", file)[1]
+    made, _ = predicted(capsys, cpr, file, 4, 2.0)
     assert made.digest != baseline("unipc2-bh2/quadratic/low", VPLinear(), 4).digest
     assert "outside the fitted box" in refused(capsys, *ask, "--nfe", 6, "--guidance", 2)
     code, text, _ = called(capsys, *ask, "--nfe", 6, "--guidance", 2, "--outside", "neutral")

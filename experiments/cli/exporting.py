@@ -99,7 +99,7 @@ def export(
 def predict(
     cpr: Path, nfe: int | None, guidance: float | None, out: Path | None, outside: str
 ) -> list[str]:
-    """Write the schedule that a regression, or programs fitted beside it, predict for a setting.
+    """Write the schedule that a regression, or fitted programs on both sides, say for a setting.
 
     Args:
         cpr: file of a regression (`predictors.cpr`), such as a search's OUT/cpr.json, or folder
