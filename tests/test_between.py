@@ -9,6 +9,8 @@ import torch
 
 from fewstep.predictors.between import Aligned, between
 from fewstep.samplers import sample
+from fewstep.search import run
+from fewstep.search.preparing import open_pool
 from fewstep.space import ProgramSchedule, ScheduleError, StudyError, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import RectifiedFlow, VPLinear
@@ -169,3 +171,17 @@ def test_scales_cut_short_end_as_if_they_had_not_been(finished, tmp_path):
     assert again.rows == finished.rows
     a, b = (Aligned.load(o.out / "cpr") for o in (again, finished))
     assert a.predict(3, 2.5).digest == b.predict(3, 2.5).digest
+
+
+def test_two_scales_have_nothing_to_leave_out_and_open_no_pool_for_it(tmp_path, monkeypatch):
+    opened = []
+
+    def counted(*given):
+        opened.append(given)
+        return open_pool(*given)
+
+    monkeypatch.setattr(run, "open_pool", counted)
+    outcome = _search(tmp_path, "search.guidance=[1, 2]", text=STUDY)
+    assert len(opened) == 2  # one for the search at each scale
+    assert len(list((outcome.out / "cpr").glob("*.json"))) == 2
+    assert "between" not in json.loads((outcome.out / "results.json").read_text())
