@@ -7,10 +7,11 @@
         --found runs/fashion/schedules --picture experiments/results/fashion.png
 
 Rows at each number of calls: the best named solver on its best grid (chosen on other noise), the
-scheduler that the pipeline came with, the schedule found, and the reference of many calls. The
-error is the squared distance to the reference's sample from the same noise; FD is the Frechet
-distance of the classifier's features, to the reference's samples of the same noise and to real
-images that the model was not trained on. A row is kept as JSON when it is measured; `run` goes on.
+scheduler that the pipeline came with, what a search found without refinement (--alone) and with
+it, and the reference of many calls. The error is the squared distance to the reference's sample
+from the same noise; FD is the Frechet distance of the classifier's features, to the reference's
+samples of the same noise and to real images that the model was not trained on. A row is kept as
+JSON when it is measured; `run` goes on.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class ImageBench:
         return np.concatenate(parts)
 
     def samplers(
-        self, nfe: int, found: Path
+        self, nfe: int, a: argparse.Namespace
     ) -> dict[str, tuple[str, OdeSchedule | ProgramSchedule]]:
         """Row name -> name of the sampler, and the schedule."""
         solvers: dict[str, OdeSchedule | ProgramSchedule] = dict(
@@ -81,9 +82,11 @@ class ImageBench:
         if self.problem.baselines is not None:
             for name, schedule in self.problem.baselines(nfe).items():
                 rows["stock"] = (name.removeprefix("stock:"), schedule)
-        path = found / f"nfe{nfe:02d}.json"
-        if path.is_file():
-            rows["found"] = (path.name, load_schedule(path))
+        for row, where in (("search alone", a.alone), ("found", a.found)):
+            name = f"nfe{nfe:02d}.json"
+            path = where / name if where.is_dir() else where.with_name(f"{where.name}_{name}")
+            if path.is_file():
+                rows[row] = (path.name, load_schedule(path))
         return rows
 
     def row(self, x: Tensor) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def run(a: argparse.Namespace) -> None:
     for nfe in todo:
         assert bench is not None
         rows, base = [], None
-        for row, (name, schedule) in bench.samplers(nfe, a.found).items():
+        for row, (name, schedule) in bench.samplers(nfe, a).items():
             made = bench.row(bench.fresh.drawn([schedule])[0])
             errors = made.pop("errors")
             base = errors if base is None else base
@@ -151,7 +154,7 @@ def picture(a: argparse.Namespace) -> None:
     a.fresh, (nfe, *_) = a.columns, a.nfe
     bench = ImageBench(a)
     rows = []
-    for row, (name, schedule) in bench.samplers(nfe, a.found).items():
+    for row, (name, schedule) in bench.samplers(nfe, a).items():
         rows.append((f"{row}: {name}\n{nfe} calls", bench.fresh.drawn([schedule])[0]))
     rows.append((f"reference, {a.teacher} calls", bench.fresh.teacher))
     print(contact_sheet(a.picture, rows, bench.problem.picture))
@@ -163,7 +166,10 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table", "picture"])
     parser.add_argument("--model", default="fashion", help="digits, digits@5, galaxy, fashion")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5])
-    parser.add_argument("--found", type=Path, default=Path("runs/fashion/schedules"))
+    where = "folder of nfe05.json and so on, or NAME for NAME_nfe05.json"
+    parser.add_argument("--found", type=Path, default=Path("runs/fashion/schedules"), help=where)
+    alone = "the same, of a search without refinement"
+    parser.add_argument("--alone", type=Path, default=Path("runs/fashion_alone"), help=alone)
     parser.add_argument("--fresh", type=int, default=2048)
     parser.add_argument("--choose", type=int, default=128)
     parser.add_argument("--teacher", type=int, default=64)

@@ -2,9 +2,9 @@
 
     python -P -m fewstep.experiments.benchmarks.tables [a b ...] [--out experiments/results]
 
-A table is a list of commands; the output of the last is the table. What a command has measured it
-keeps (in runs/results, or beside the page), so that a run that was stopped goes on. The page of
-all tables made is OUT/tables.md, each under its commands.
+A table is a list of commands; the output of the last ones is the table. What a command has
+measured it keeps in runs/results, so that a run that was stopped goes on. The page of all tables
+made is OUT/tables.md, each under its commands.
 """
 
 from __future__ import annotations
@@ -22,101 +22,126 @@ from fewstep.space.files import write_text
 
 BENCH = "python -P -m fewstep.experiments.benchmarks."
 STUDIES = "experiments/studies/"
+RUNS = "runs/results"
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A title, what is said under it, and the commands; the last one prints the table."""
+    """A title, what is said under it, the commands that measure, and those that print it."""
 
     title: str
     text: str
-    commands: tuple[str, ...]
+    measure: tuple[str, ...]
+    print: tuple[str, ...]
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """All, in their order."""
+        return self.measure + self.print
 
 
-def _search(study: str, folder: str) -> str:
-    return f"fewstep search {STUDIES}{study}.toml --out runs/results/{folder} --resume"
+def _search(study: str, folder: str, *changes: str) -> str:
+    words = ["fewstep search", f"{STUDIES}{study}.toml", f"--out {RUNS}/{folder}", "--resume"]
+    return " ".join([*words, *(f"--set {shlex.quote(change)}" for change in changes)])
 
 
-_QUALITY = "quality run --nfe 3 4 5 6 8 10"
+_DIGITS = _search("digits", "digits")
+_QUALITY = f"{BENCH}quality run --out {RUNS}/quality"
+_S3 = "search.strategy=s3"
 
 TABLES = {
     "a": ResultTable(
         "Quality against network calls",
-        "The best named solver on its best grid, the scheduler that the pipeline came with, the "
-        "schedule found where one was searched for, and the reference.",
+        "The best named solver on its best grid, the scheduler that the pipeline came with, what "
+        "a search found without refinement and with it, and the reference. The galaxy schedules "
+        "are those of experiments/studies.",
         (
-            _search("digits", "digits"),
-            _search("fashion", "fashion"),
-            f"{BENCH}{_QUALITY} --model digits --found runs/results/digits/schedules",
-            f"{BENCH}{_QUALITY} --model fashion --found runs/results/fashion/schedules",
-            f"{BENCH}quality table",
+            _DIGITS,
+            _search("digits", "digits_alone", _S3, "budget={calls=1200000}"),
+            _search("fashion", "fashion", "search.nfe=[4,5,6]"),
+            _search("fashion", "fashion_alone", _S3, "budget={calls=230000}"),
+            f"{_QUALITY} --nfe 3 4 5 6 8 10 --model digits --found {RUNS}/digits/schedules "
+            f"--alone {RUNS}/digits_alone/schedules",
+            f"{_QUALITY} --nfe 5 8 10 --model galaxy --found experiments/studies/galaxy "
+            "--fresh 512 --choose 32",
+            f"{_QUALITY} --nfe 3 4 5 6 8 10 --model fashion --found {RUNS}/fashion/schedules "
+            f"--alone {RUNS}/fashion_alone/schedules --fresh 1024 --choose 16",
         ),
+        (f"{BENCH}quality table --out {RUNS}/quality",),
     ),
     "b": ResultTable(
         "Guidance 1 to 7.5",
         "Digits; each scale is fitted from the one before. The last table: what a program between "
         "two scales loses.",
-        (_search("digits_guidance", "guidance"), "fewstep report runs/results/guidance"),
+        (_search("digits_guidance", "guidance"),),
+        (f"fewstep report {RUNS}/guidance",),
     ),
     "c": ResultTable(
         "What each part of refinement is worth",
         "Digits at 5 calls, one seed; ratios to the best named solver.",
-        (
-            f"{BENCH}refine run --nfe 5 --seeds 1 --out runs/results/refine",
-            f"{BENCH}refine report --out runs/results/refine",
-        ),
+        (f"{BENCH}refine run --nfe 5 --seeds 1 --out {RUNS}/refine",),
+        (f"{BENCH}refine report --out {RUNS}/refine",),
     ),
     "d": ResultTable(
-        "Search strategies at equal numbers of candidates",
-        "Digits, three seeds.",
+        "Search strategies",
+        "Digits: whole searches at 5 calls, network evaluations and seconds; then strategies that "
+        "propose, at equal numbers of candidates, three seeds.",
         (
-            f"{BENCH}search run --models digits --nfe 5 8 --seeds 3 --out runs/results/search",
-            f"{BENCH}search report --out runs/results/search",
+            f"{BENCH}searches run {STUDIES}digits.toml {RUNS}/searches",
+            f"{BENCH}search run --models digits --nfe 5 8 --seeds 3 --out {RUNS}/search",
         ),
+        (f"{BENCH}searches table {RUNS}/searches", f"{BENCH}search report --out {RUNS}/search"),
     ),
     "e": ResultTable(
-        "Masked sampling: what skipping empty steps saves",
-        "The molecule model.",
-        (f"{BENCH}masked time",),
+        "Masked sampling",
+        "The molecule model: counts by dynamic programming against named ones, by the measured "
+        "cross-entropy; what skipping empty steps saves.",
+        (),
+        (f"{BENCH}masked counts", f"{BENCH}masked time"),
     ),
     "f": ResultTable(
         "Weighted particles",
         "Forty Gaussians in the plane, annealed to temperature 1/3.",
+        (),
         (f"{BENCH}particles table",),
     ),
     "g": ResultTable(
         "Transfer",
         "The schedule of 5 calls found on digits at guidance 1, used elsewhere.",
-        (
-            _search("digits", "digits"),
-            f"{BENCH}transfer runs/results/digits/schedules/nfe05.json",
-        ),
+        (_DIGITS,),
+        (f"{BENCH}transfer {RUNS}/digits/schedules/nfe05.json",),
     ),
     "h": ResultTable(
-        "What the loop costs beside the network",
-        "The galaxy network; times are ratios within one run.",
-        (f"{BENCH}executor",),
+        "Executor, throughput, scaling",
+        "What the loop costs beside the galaxy network; candidates evaluated together; candidates "
+        "of a network that costs nothing. Times are ratios within one run.",
+        (),
+        (
+            f"{BENCH}executor",
+            f"{BENCH}throughput --model digits --repeats 3",
+            f"{BENCH}scaling costless",
+        ),
     ),
     "i": ResultTable(
         "Peers",
         "Digits at 5 calls.",
         (
-            _search("digits", "digits"),
+            _DIGITS,
             f"{BENCH}peers run --model digits --nfe 5 --budget 200000 --fresh 4096 "
-            "--found runs/results/digits/schedules --out runs/results/peers",
-            f"{BENCH}peers report --out runs/results/peers",
+            f"--found {RUNS}/digits/schedules --out {RUNS}/peers",
         ),
+        (f"{BENCH}peers report --out {RUNS}/peers",),
     ),
 }
 
 
 def make(letter: str, table: ResultTable, out: Path) -> None:
-    """Run a table's commands and keep what the last one printed.
+    """Run a table's commands and keep what is printed by those that print it.
 
     Raises:
         SystemExit: a command failed; the line says which.
     """
-    begun, printed = time.perf_counter(), ""
+    begun, printed = time.perf_counter(), []
     for command in table.commands:
         print(f"{letter}: {command}", file=sys.stderr, flush=True)
         words = shlex.split(command)
@@ -124,12 +149,13 @@ def make(letter: str, table: ResultTable, out: Path) -> None:
             words[0] = sys.executable
         else:
             words[0] = str(Path(sys.executable).with_name(words[0]))
-        last = command == table.commands[-1]
-        done = subprocess.run(words, check=False, stdout=subprocess.PIPE if last else None)
+        kept = command in table.print
+        done = subprocess.run(words, check=False, stdout=subprocess.PIPE if kept else None)
         if done.returncode != 0:
             sys.exit(f"table {letter}: exit code {done.returncode} from: {command}")
-        printed = (done.stdout or b"").decode("utf-8").strip()
-    facts = {"output": printed, "seconds": round(time.perf_counter() - begun)}
+        if kept:
+            printed.append(done.stdout.decode("utf-8").strip())
+    facts = {"output": "\n\n".join(printed), "seconds": round(time.perf_counter() - begun)}
     write_text(out / f"table_{letter}.json", json.dumps(facts, indent=1) + "\n")
 
 
