@@ -43,7 +43,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def seconds(out: Path) -> str:
-    """When the last trial of a search was told, after its beginning; unknown of a storage apart."""
+    """When the last trial was told, after the beginning; "–" if the storage is elsewhere."""
     journal = out / "study.journal"
     if not journal.is_file():
         return "–"
