@@ -12,11 +12,13 @@ Every sampler gets the same sequences and the same uniforms and draws at tempera
     calls       mean network calls of a sequence
 
 The entropy bound and KLASS take a random number of calls: `rules` sets them to means of 4, 8 and
-16 on sequences that `run` does not use.
+16 on sequences that `run` does not use, and so does the search, whose files are "found".
 
     python -m fewstep.experiments.benchmarks.antibodies curve curve.json
     python -m fewstep.experiments.benchmarks.antibodies rules rules.json
-    python -m fewstep.experiments.benchmarks.antibodies run curve.json rules.json scores.jsonl
+    fewstep search experiments/studies/antibodies.toml --set model.curve=curve.json --out FOLDER
+    python -m fewstep.experiments.benchmarks.antibodies run curve.json rules.json scores.jsonl \
+        --found FOLDER/schedules
     python -m fewstep.experiments.benchmarks.antibodies table scores.jsonl
 
 `run` appends to its file, eight sequences after the other, and goes on where it was stopped.
@@ -44,10 +46,11 @@ from fewstep.experiments.benchmarks.metrics_antibodies import (
     surprise,
 )
 from fewstep.experiments.models import antibodies
-from fewstep.samplers import sample_masked
+from fewstep.samplers import MaskedProblem, sample_masked
 from fewstep.samplers.categorical import uniforms
 from fewstep.samplers.curve import cross_entropy_curve, load_curve, save_curve
 from fewstep.samplers.masked import MaskedProgress
+from fewstep.space import load_schedule
 from fewstep.space.counts import best_counts, counts_by_name
 from fewstep.space.errors import FewstepError
 from fewstep.space.masked import MaskedSchedule
@@ -130,6 +133,30 @@ def scored(
         }
 
 
+def problem(*, curve: str | None = None, chains: int = 64) -> MaskedProblem:
+    """The study factory: schedules that infill loops, scored by IgLM's nats per residue.
+
+    Args:
+        curve: what `curve` measured, for the counts "dp" among the named ones.
+        chains: how many chains there are to infill; samples go round them.
+
+    Raises:
+        AssetError: a pinned wheel is absent; the message says how to get it.
+    """
+    judge = load_judge()
+    tokens, free = tasks(judge, chains, seed=30_000)
+    start = tokens.masked_fill(free, antibodies.MASK)
+    return MaskedProblem(
+        denoiser=antibodies.denoiser(_network()),
+        length=LENGTH,
+        objective="nats_per_residue",
+        measure=lambda done: surprise(judge, antibodies.decode(done))[:, None],
+        prompt=lambda indices: start[indices % chains],
+        curve=None if curve is None else load_curve(curve).falling,
+        fingerprint="antiberty-0.1.3",
+    )
+
+
 _KEPT: dict[str, antibodies.AntiBerty] = {}
 
 
@@ -169,8 +196,10 @@ def measure_rules(path: Path, sequences: int, calls: list[int]) -> None:
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
-def run(curve: Path, rules: Path, out: Path, sequences: int, calls: list[int]) -> None:
-    """Score every sampler on block after block of sequences."""
+def run(
+    curve: Path, rules: Path, out: Path, sequences: int, calls: list[int], found: Path | None
+) -> None:
+    """Score every sampler on block after block of sequences; `found` has files nfe08.json ..."""
     values, judge = load_curve(curve).falling, load_judge("IgLM")
     bounds = json.loads(rules.read_text(encoding="utf-8"))
     old = [] if not out.exists() else [json.loads(line) for line in out.open()]
@@ -181,6 +210,10 @@ def run(curve: Path, rules: Path, out: Path, sequences: int, calls: list[int]) -
         samplers |= {(name, n): made for name, made in rivals(n, values).items()}
         for name, made in bounds.items():
             samplers[name, n] = MaskedSchedule.from_dict(made[str(n)])
+        if found is not None and (path := found / f"nfe{n:02d}.json").is_file():
+            schedule = load_schedule(path)
+            assert isinstance(schedule, MaskedSchedule)
+            samplers["found", n] = schedule
     with out.open("a", encoding="utf-8") as file, Progress() as bar:
         blocks = range(0, sequences, BLOCK)
         task = bar.add_task("samplers", total=len(blocks) * len(samplers))
@@ -257,6 +290,7 @@ def main() -> None:
     scores.add_argument("out", type=Path)
     scores.add_argument("--sequences", type=int, default=200)
     scores.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16])
+    scores.add_argument("--found", type=Path, help="folder of schedules found")
     table = commands.add_parser("table", help="print the table")
     table.add_argument("scores", type=Path)
     args = parser.parse_args()
@@ -265,7 +299,7 @@ def main() -> None:
     elif args.what == "rules":
         measure_rules(args.out, args.sequences, args.calls)
     elif args.what == "run":
-        run(args.curve, args.rules, args.out, args.sequences, args.calls)
+        run(args.curve, args.rules, args.out, args.sequences, args.calls, args.found)
     else:
         show(args.scores)
 
