@@ -283,6 +283,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """One row of the program.
 
@@ -292,7 +294,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             sample: current state; edits between steps (inpainting) are respected.
             generator: source of fresh noise where the schedule adds any.
             return_dict: return a `SchedulerOutput` instead of a tuple.
+            eta: DDIM's; the schedule decides whether noise is added.
+            use_clipped_model_output: DDIM's; it is what the schedule does.
         """
+        if eta:
+            self._say(f"the pipeline passes eta = {eta:g}: the schedule decides on fresh noise")
         run = self._run
         if run is None or run.done:
             run = self._begin(sample, timestep)
@@ -308,9 +314,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         if self._network.sigma_data is not None and not self._scaled:
             self._need_scaling("EDM preconditioning")
         self._scaled = False
-        c, program = run.call, run.program
-        y, out = run.state, model_output
-        D = self._network.data_at(y, out.to(y.device), program.alpha[c], program.sigma[c])
+        c, program, y = run.call, run.program, run.state
+        out = model_output.to(y.device)
+        D = self._network.data_at(y, out, program.alpha[c], program.sigma[c])
         fresh = None
         if run.noisy():
             fresh = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
@@ -456,9 +462,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
 def _load_all(schedule: Any, constants: list[Any] | None) -> list[Replayed]:
     if schedule is None:
-        raise ScheduleError(
-            "schedule is missing: give a schedule file, e.g. schedule='nfe05.json'"
-        )
+        raise ScheduleError("schedule is missing: give a schedule file, as schedule='nfe05.json'")
     files = schedule if isinstance(schedule, list) else [schedule]
     images = constants or [None] * len(files)
     if not files or len(images) != len(files):

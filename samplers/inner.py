@@ -53,6 +53,9 @@ class Inner:
     sigmas: Tensor
     state: Tensor | None
     final: Tensor | None
+    between: Tensor | None
+    earlier: Tensor | None = None
+    """The network's output at the first of two steps."""
     label: float
     sigma: float
     listening: bool
@@ -69,7 +72,12 @@ class Inner:
             sigma: the noise level in the scheduler's own measure.
         """
         self.state, self.label, self.sigma = state, label, sigma
-        self.final, self.listening = None, False
+        self.final, self.between, self.listening = None, None, False
+
+    def ask_twice(self, state: Tensor, between: Tensor) -> None:
+        """Make the next call of the pipeline two steps, `between` the state after the first."""
+        self.ask(state, self.label, self.sigma)
+        self.between = between
 
     def finish(self, final: Tensor) -> None:
         """Make the next call of the pipeline decode `final` (B, *shape)."""
@@ -90,15 +98,15 @@ class Inner:
         mu: float | None = None,
         **others: Any,
     ) -> None:
-        """One timestep, whatever the pipeline asks for; `mu` is kept."""
+        """One timestep (or two alike), whatever the pipeline asks for; `mu` is kept."""
         if self.listening:
             asked: dict[str, Any] = {"num_inference_steps": num_inference_steps, **others}
             asked |= {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
             raise Asked({name: value for name, value in asked.items() if value is not None})
         self.shift_mu = mu
-        self.timesteps = torch.tensor([self.label], device=device)
-        self.sigmas = torch.tensor([self.sigma, 0.0], device=device)
-        self.num_inference_steps = 1
+        self.num_inference_steps = steps = 1 if self.between is None else 2
+        self.timesteps = torch.tensor([self.label] * steps, device=device)
+        self.sigmas = torch.tensor([self.sigma] * steps + [0.0], device=device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Nothing: there is one step."""
@@ -117,11 +125,13 @@ class Inner:
     def step(
         self, model_output: Tensor, timestep: object, sample: Tensor, *_: Any, **k: Any
     ) -> Any:
-        """Leave the pipeline, or hand it the final state to decode."""
-        if self.final is None:
+        """Leave the pipeline, or hand it the state that follows: the final one, to decode."""
+        after = self.final if self.between is None else self.between
+        if after is None:
             raise Caught(model_output, sample)
-        repeats = len(sample) // len(self.final)
-        final = self.final.repeat(repeats, *(1,) * (sample.ndim - 1)).to(sample)
+        self.between, self.earlier = None, model_output
+        repeats = len(sample) // len(after)
+        final = after.repeat(repeats, *(1,) * (sample.ndim - 1)).to(sample)
         if k.get("return_dict", True):
             from diffusers.schedulers.scheduling_utils import SchedulerOutput
 

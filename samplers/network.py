@@ -316,12 +316,12 @@ def _output(read: _Reader, default: str) -> str:
     return OUTPUT_KINDS[name]
 
 
-def _training_steps(read: _Reader) -> int:
+def _training_steps(read: _Reader, least: int = 2) -> int:
     n = read.number("num_train_timesteps", 1000)
-    if n != int(n) or not 2 <= n <= 10**6:
+    if n != int(n) or not least <= n <= 10**6:
         raise ScheduleError(
-            f"scheduler configuration: num_train_timesteps is {n:g}: a whole number from 2 to "
-            "1,000,000 is needed"
+            f"scheduler configuration: num_train_timesteps is {n:g}: a whole number from {least} "
+            "to 1,000,000 is needed"
         )
     return int(n)
 
@@ -333,7 +333,7 @@ def _flow_noise(read: _Reader, mu: float | None) -> tuple[RectifiedFlow, tuple[s
             "scheduler configuration: invert_sigmas is true (Mochi): its network is told "
             "1 - sigma and returns the flow reversed, which no schedule says"
         )
-    n = _training_steps(read)
+    n = _training_steps(read, 1)  # 1: the network is told sigma itself
     notes: tuple[str, ...] = ()
     if read.flag("use_dynamic_shifting"):
         kind = read.get("time_shift_type", "exponential")
@@ -348,7 +348,8 @@ def _flow_noise(read: _Reader, mu: float | None) -> tuple[RectifiedFlow, tuple[s
             shift = math.exp(mu) if kind == "exponential" else float(mu)
     else:
         shift = read.number("shift" if read.get("shift") is not None else "flow_shift", 1.0)
-    return RectifiedFlow(shift=shift, t_end=1 / n, label_scale=float(n)), notes
+    end = 1 / n if n > 1 else 0.001
+    return RectifiedFlow(shift=shift, t_end=end, label_scale=float(n)), notes
 
 
 def _edm(read: _Reader) -> NetworkFacts:

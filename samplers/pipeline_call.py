@@ -118,6 +118,8 @@ class PipelineCall:
         for name, values in self._per_prompt.items():
             at = [i % len(values) for i in which]
             rows[name] = values[at] if isinstance(values, Tensor) else [values[i] for i in at]
+            if len(at) == 1 and isinstance(rows[name][0], str):
+                rows[name] = rows[name][0]  # some pipelines take no list of prompts
         return rows
 
     def _scaled(self, scale: float | None) -> dict[str, float]:
@@ -151,8 +153,11 @@ class PipelineCall:
                 if len(rows[name]) == 0:
                     raise ModelError(f"call.{name} is empty: give at least one")
                 del given[name]
-        if "strength" in self._accepts:
-            given.setdefault("strength", 1.0)
+        if "strength" in self._accepts and float(given.setdefault("strength", 1.0)) != 1.0:
+            raise ModelError(
+                f"call.strength is {given['strength']:g}: a search goes the whole way from noise; "
+                "leave it out, an image-to-image call starts within the schedule found"
+            )
         return rows, given
 
     def _scale_argument(self, embedded: bool) -> tuple[str | None, str]:

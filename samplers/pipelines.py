@@ -87,6 +87,7 @@ class PipelineDenoiser:
         self._stock = pipeline.scheduler
         self._inner = inner_scheduler(pipeline.scheduler)
         self.calls = 0
+        self._alone = False
         self._look()
 
     def __call__(
@@ -107,9 +108,9 @@ class PipelineDenoiser:
         kinds, group = asked.unique(dim=1, return_inverse=True)
         made = torch.empty_like(x)
         for k, (time, w) in enumerate(kinds.T.tolist()):
-            rows = (group == k).nonzero().flatten()
-            at = rows.to(x.device)
-            made[at] = self._denoised(x[at], time, chosen[rows].tolist(), w if w >= 0 else None)
+            for rows in (group == k).nonzero().flatten().split(1 if self._alone else len(x)):
+                at, scale_ = rows.to(x.device), w if w >= 0 else None
+                made[at] = self._denoised(x[at], time, chosen[rows].tolist(), scale_)
         return made
 
     def _denoised(self, x: Tensor, time: float, which: list[int], scale: float | None) -> Tensor:
@@ -122,7 +123,9 @@ class PipelineDenoiser:
         out, _, _ = self._answer(which, scale)
         return self.facts.data(x, out[: len(x)].to(x), t)
 
-    def _answer(self, which: list[int], scale: float | None) -> tuple[Tensor, Tensor, bool]:
+    def _answer(
+        self, which: list[int], scale: float | None = None, **more: Any
+    ) -> tuple[Tensor, Tensor, bool]:
         """One call of the pipeline.
 
         Returns:
@@ -133,32 +136,69 @@ class PipelineDenoiser:
         hooked = () if self._call.takes_state else self._networks
         try:
             with given_state(hooked, self._inner.state) as told:
-                self._call.run(self._inner, which, scale, latents=self._inner.state)
+                self._call.run(self._inner, which, scale, latents=self._inner.state, **more)
         except Caught as caught:
             return caught.output, caught.sample, bool(told)
         raise ModelError(f"{self._name} ended without asking its scheduler for a step")
 
     def _look(self) -> None:
         """Find the state's shape and the shift by a dry run, and see that a state arrives."""
-        _, seen, _ = self._answer([0], None)
+        self._read_facts(None)
+        _, seen, _ = self._answer([0])
         self.shape = tuple(seen.shape[1:])
+        self._read_facts(self._inner.shift_mu)
+        self.noise = self.facts.noise
+        try:
+            self._require_state(2)
+        except ModelError as error:
+            self._require_state(1)
+            self._alone = True
+            log.warning("%s is asked for one image at a time: two together: %s", self._name, error)
+        self._see_between()
+        self.calls = 0
+
+    def _read_facts(self, mu: float | None) -> None:
         config = {**self._stock.config, "_class_name": type(self._stock).__name__}
         try:
-            self.facts = network_facts(config, mu=self._inner.shift_mu)
+            self.facts = network_facts(config, mu=mu)
         except ScheduleError as error:
             raise ModelError(f"{self._name}: {error}") from None
-        self.noise = self.facts.noise
-        state = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0))
-        state = state.to(self.device, self._dtype)
+
+    def _drawn(self, count: int, seed: int) -> Tensor:
+        state = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(seed))
+        return state.to(self.device, self._dtype)
+
+    def _require_state(self, count: int) -> None:
+        """See that `count` states arrive at the scheduler or the network."""
+        state = self._drawn(count, 0)
         self._inner.ask(state, self._inner.label, self._inner.sigma)
-        _, seen, replaced = self._answer([0, 0], None)
+        _, seen, replaced = self._answer([0] * count)
         arrived = seen.shape == state.shape and torch.equal(seen.to(state), state)
         if not (arrived or replaced):
             raise ModelError(
                 f"{self._name} does not hand its scheduler the state it was given, so that it "
                 "cannot be asked one step at a time"
             )
-        self.calls = 0
+
+    def _see_between(self) -> None:
+        """Say so if two steps of the pipeline are not two single calls of it."""
+        state, between = self._drawn(1, 1), self._drawn(1, 2)
+        self._inner.ask_twice(state, between)
+        try:
+            second, seen, _ = self._answer([0], num_inference_steps=2)
+        except ModelError:
+            return  # no plain loop: a search of it is refused or says what it leaves out elsewhere
+        outputs, what = (self._inner.earlier, second), _guider(self.pipeline)
+        if not _alike(seen[:1].to(between), between):
+            what = "changes states between its steps, as inpainting does outside the mask"
+        elif self._call.takes_state:
+            for x, out in zip((state, between), outputs, strict=True):
+                self._inner.ask(x, self._inner.label, self._inner.sigma)
+                if out is None or not _alike(out, self._answer([0])[0]):
+                    what = "gives its network more than state and time, such as the next time"
+        if what:
+            line = "%s %s: a search asks for single calls, without this"
+            log.warning(line, self._name, what)
 
     @property
     def scales_input(self) -> bool:
@@ -198,7 +238,7 @@ class PipelineDenoiser:
         Raises:
             ModelError: the pipeline cannot decode, or makes no images.
         """
-        parts = [self._decoded(part) for part in x.split(_DECODED)]
+        parts = [self._decoded(part) for part in x.split(1 if self._alone else _DECODED)]
         return torch.cat(parts)
 
     def _decoded(self, x: Tensor) -> Tensor:
@@ -276,6 +316,20 @@ def pipeline_problem(
         plain_start=not denoiser.scales_input,
         baselines=baselines,
     )
+
+
+def _guider(pipeline: Any) -> str:
+    """What to say of a pipeline with a guider of diffusers' that follows the steps; or ""."""
+    for part in vars(pipeline).values():
+        if "BaseGuidance" in {base.__name__ for base in type(part).__mro__}:
+            whole = (part.config.get("start", 0.0), part.config.get("stop", 1.0)) == (0.0, 1.0)
+            if type(part).__name__ != "ClassifierFreeGuidance" or not whole:
+                return f"has a guider ({type(part).__name__}) that follows the steps"
+    return ""
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-3 * float(b.abs().max())
 
 
 def _networks(pipeline: Any) -> list[Any]:

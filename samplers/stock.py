@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.network import NetworkFacts
-from fewstep.space.errors import ScheduleError
+from fewstep.space.errors import ScheduleError, one_line
 from fewstep.space.noise import EDM, NoiseSchedule, RectifiedFlow
 from fewstep.space.program import Program, ProgramSchedule
 
@@ -47,7 +47,11 @@ def stock_schedule(
         ScheduleError: the scheduler refuses every number of steps, or is not linear.
     """
     name = type(scheduler).__name__
-    ready, steps = _ready(scheduler, calls, settings or (lambda n: {"num_inference_steps": n}))
+    if name.startswith("DDPM") and network.learned_variance:
+        raise ScheduleError(f"{name} adds noise of a learned variance, which no schedule can say")
+    settings = settings or (lambda n: {"num_inference_steps": n})
+    unclipped = {k: False for k in ("clip_sample", "thresholding") if k in scheduler.config}
+    ready, steps = _ready(scheduler, calls, settings, unclipped)  # data predictions come clipped
     times = torch.stack([_time(network.noise, ready, c) for c in range(len(ready.timesteps))])
     alpha, sigma = network.noise.alpha(times), network.noise.sigma(times)
     rows, scale, fresh = _trace(ready, network, alpha, sigma)
@@ -55,6 +59,8 @@ def stock_schedule(
     start = network.noise.t_range[0] if flow else float(times[0])
     init = _init(ready) / network.noise.prior_scale(start)
     program = _program(network.noise, times, rows, scale, fresh, init)
+    if network.clip is not None:
+        _require_same(_ready(scheduler, calls, settings, {})[0], network, program, init, scale)
     provenance = {"source": f"stock:{name}", "steps": steps, "config": dict(_plain(ready.config))}
     if program.nfe < calls:
         provenance["calls"] = program.nfe
@@ -68,21 +74,21 @@ def stock_schedule(
 
 
 def _ready(
-    scheduler: Any, calls: int, settings: Callable[[int], Mapping[str, Any]]
+    scheduler: Any,
+    calls: int,
+    settings: Callable[[int], Mapping[str, Any]],
+    changes: Mapping[str, Any],
 ) -> tuple[Any, int]:
     """A fresh scheduler whose list of timesteps has at most `calls` entries, and its steps."""
-    config = dict(scheduler.config)
-    for key in ("clip_sample", "thresholding"):  # the data predictions come clipped
-        if key in config:
-            config[key] = False
+    config = {**scheduler.config, **changes}
+    config.pop("_use_default_values", None)  # from_config would undo what a pipeline changed
     name = type(scheduler).__name__
     for steps in range(calls, 0, -1):
         ready = type(scheduler).from_config(config)
         try:
             ready.set_timesteps(**settings(steps))
         except Exception as error:
-            line = " ".join(str(error).split())
-            raise ScheduleError(f"{name} cannot make {steps} steps: {line}") from error
+            raise ScheduleError(f"{name} cannot make {steps} steps: {one_line(error)}") from error
         if len(ready.timesteps) <= calls:
             return ready, steps
     raise ScheduleError(f"{name} makes more than {calls} network calls in one step")
@@ -116,7 +122,6 @@ def _trace(
     calls = len(alpha)
     rows = torch.zeros(calls, 2 * calls, dtype=torch.float64)
     scale, fresh = torch.ones(calls, dtype=torch.float64), torch.zeros(calls, dtype=torch.float64)
-    accepts = inspect.signature(scheduler.step).parameters
     for c, t in enumerate(scheduler.timesteps):
         sample, D = _unit(2 * calls, c), _unit(2 * calls, calls + c)
         scaled = sample  # flow schedulers do not scale
@@ -125,10 +130,56 @@ def _trace(
         if network.sigma_data is None:
             scale[c] = float(scaled[0, c])
         out = _output(network, scale[c] * sample, D, alpha[c], sigma[c])
-        extra = {"generator": torch.Generator().manual_seed(c)} if "generator" in accepts else {}
-        after = scheduler.step(out, t, sample, **extra, return_dict=False)[0].to(torch.float64)
+        after = _stepped(scheduler, out, c, sample)
         rows[c], fresh[c] = _without_noise(after, c, type(scheduler).__name__)
     return rows, scale, fresh
+
+
+def _stepped(scheduler: Any, out: Tensor, c: int, sample: Tensor) -> Tensor:
+    """The state after step c of a scheduler, its noise of seed c."""
+    more: dict[str, Any] = {"return_dict": False}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        more["generator"] = torch.Generator().manual_seed(c)
+    try:
+        after: Tensor = scheduler.step(out, scheduler.timesteps[c], sample, **more)[0]
+    except Exception as error:
+        line = f"{type(scheduler).__name__} takes no plain step: {one_line(error)}"
+        raise ScheduleError(line) from error
+    return after.to(torch.float64)
+
+
+def _require_same(
+    scheduler: Any, network: NetworkFacts, program: Program, init: float, scale: Tensor
+) -> None:
+    """Compare a scheduler that clips with its program, on outputs that are clipped.
+
+    Raises:
+        ScheduleError: they differ, as with DDIM: it clips the data prediction, but goes on with
+            the noise prediction from before.
+    """
+    g, name, found = torch.Generator().manual_seed(0), type(scheduler).__name__, list[Tensor]()
+
+    def drawn() -> Tensor:  # twice the same, so that fresh noise shows in the difference
+        return torch.randn(1, 4, 8, 8, generator=g, dtype=torch.float64).repeat(2, 1, 1, 1)
+
+    start = drawn()  # x_T
+    state, y = init * start, program.init[0] * start
+    after = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])
+    for c in range(len(scheduler.timesteps)):
+        out = 3 * drawn()
+        found.append(network.data_at(y, out, program.alpha[c], program.sigma[c]))
+        row, _ = _without_noise(_stepped(scheduler, out, c, state), c, name)
+        state = row.reshape(1, *start.shape[1:]).repeat(2, 1, 1, 1)
+        size = float(y.abs().max())  # schedulers compute in float32, with large terms that cancel
+        parts = [program.r[c] * y, program.e[c] * start]
+        parts += [b * D for b, D in zip(program.b[c], found, strict=False)]
+        y, size = torch.stack(parts).sum(0), size + sum(float(p.abs().max()) for p in parts)
+        if float((after[c] * state - y).abs().max()) > 1e-3 * size:
+            raise ScheduleError(
+                f"{name} clips data predictions in a way that no schedule can say: set "
+                "clip_sample and thresholding to false in its configuration"
+            )
+        state = y / after[c]  # the scheduler's roundoff does not add up
 
 
 def _unit(size: int, at: int) -> Tensor:
@@ -152,6 +203,8 @@ def _data(network: NetworkFacts, y: Tensor, out: Tensor, alpha: Tensor, sigma: T
 
 def _without_noise(after: Tensor, seed: int, name: str) -> tuple[Tensor, float]:
     """The state after a step without its fresh noise, and the weight of the noise."""
+    if not bool(torch.isfinite(after).all()):
+        raise ScheduleError("the scheduler's steps are not finite")
     if torch.equal(after[0], after[1]):
         return after[0].flatten(), 0.0
     for dtype in (torch.float64, torch.float32):  # schedulers draw in either
@@ -188,8 +241,6 @@ def _program(
         rest[1:] += rows[c, calls:]
         written[c + 1] = own * written[c] + rest
         r[c], e[c], b[c] = after[c] * own / scale[c], after[c] * rest[0], after[c] * rest[1:]
-    if not bool(torch.isfinite(written).all()):
-        raise ScheduleError("the scheduler's steps are not finite")
     return Program(
         t=times,
         label=noise.label(times),

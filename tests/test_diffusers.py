@@ -9,6 +9,7 @@ import torch
 
 from fewstep.samplers import from_model, sample, start
 from fewstep.samplers.diffusers import FewstepScheduler
+from fewstep.samplers.network import network_facts
 from fewstep.space import (
     OdeSchedule,
     ProgramSchedule,
@@ -395,3 +396,22 @@ def test_guidance_of_every_call_runs_by_the_callback_and_is_refused_without():
     scheduler._armed = False
     with pytest.raises(ScheduleError, match="sets the guidance scale of every call"):
         scheduler.step(x, scheduler.timesteps[0], x)
+
+
+def test_a_pipeline_that_passes_ddims_arguments_runs_and_is_told_of_eta(caplog):
+    net = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(8, 8), down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    pipe = diffusers.DDIMPipeline(net, diffusers.DDIMScheduler(**BETAS, clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    file = baseline("ddim/logsnr", network_facts(pipe.scheduler.config).noise, 3).to_dict()
+    pipe.scheduler = FewstepScheduler.from_config(pipe.scheduler.config, schedule=file)
+    made = [
+        pipe(generator=torch.Generator().manual_seed(0), eta=eta, num_inference_steps=3,
+             output_type="np").images
+        for eta in (0.0, 1.0)
+    ]  # fmt: skip
+    assert (made[0] == made[1]).all()
+    assert "eta = 1: the schedule decides" in caplog.text

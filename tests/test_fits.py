@@ -248,3 +248,14 @@ def test_a_configuration_that_cannot_be_is_one_line_naming_the_key(config, words
     with pytest.raises(ScheduleError, match=words) as caught:
         network_facts(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_flow_network_may_be_told_sigma_itself():
+    config = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=3.0).config
+    noise = network_facts(config).noise
+    assert noise.label_scale == 1.0
+    assert noise.t_range[1] == 0.001
+    t = torch.tensor([0.5], dtype=torch.float64)
+    assert torch.allclose(noise.label(t), noise.sigma(t))
+    with pytest.raises(ScheduleError, match="num_train_timesteps is 1: a whole number from 2"):
+        network_facts(diffusers.DDIMScheduler(num_train_timesteps=1).config)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from fewstep.samplers import sample, start
 from fewstep.samplers.diffusers import FewstepScheduler
 from fewstep.samplers.network import network_facts
+from fewstep.samplers.stock import stock_schedule
+from fewstep.space import ScheduleError
 from fewstep.space.baselines import on_times
 from fewstep.space.noise import RectifiedFlow
 
@@ -125,3 +130,51 @@ def test_flow_unipc_equals_the_stock_one():
     ours = FewstepScheduler.from_config(stock.config, schedule=schedule.to_dict())
     found = run(ours, noise(), 6)
     assert float((found - theirs).abs().max()) < 2e-5 * float(theirs.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        ("DPMSolverMultistepScheduler", {"thresholding": True}),
+        ("UniPCMultistepScheduler", {"thresholding": True, "sample_max_value": 2.0}),
+        ("EDMDPMSolverMultistepScheduler", {"thresholding": True}),
+    ],
+)
+def test_the_schedule_of_a_scheduler_that_clips_does_what_the_scheduler_does(cls, options):
+    stock, model = getattr(diffusers, cls)(**options), net()
+    network = network_facts(stock.config)
+    schedule = stock_schedule(stock, network, 4)
+
+    def loud(x, t):
+        return 40 * model(x, t)
+
+    def denoiser(x, t, *, cond=None, guidance=None):
+        told = network.noise.label(t)[0]
+        return network.data(x, loud(network.network_input(x, t), told), t)
+
+    denoiser.noise = network.noise
+    stock.set_timesteps(4)
+    theirs = noise() * stock.init_noise_sigma
+    for t in stock.timesteps:
+        out = loud(stock.scale_model_input(theirs, t), t)
+        theirs = stock.step(out, t, theirs).prev_sample
+    ours = sample(schedule, denoiser, start(schedule, noise()))
+    assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+    off = stock_schedule(stock, dataclasses.replace(network, clip=None), 4)
+    network = dataclasses.replace(network, clip=None)
+    unclipped = sample(off, denoiser, start(off, noise()))
+    assert float((unclipped - theirs).abs().max()) > 0.1  # there was something to clip
+
+
+@pytest.mark.parametrize("cls", ["DDIMScheduler", "TCDScheduler"])
+def test_a_scheduler_that_clips_one_prediction_and_goes_on_with_the_other_has_no_schedule(cls):
+    stock = getattr(diffusers, cls)(clip_sample=True)
+    with pytest.raises(ScheduleError, match="clips data predictions in a way that no schedule"):
+        stock_schedule(stock, network_facts(stock.config), 4)
+
+
+def test_a_scheduler_whose_step_asks_for_more_is_one_line():
+    stock = diffusers.CogVideoXDPMScheduler()
+    with pytest.raises(ScheduleError, match="takes no plain step") as caught:
+        stock_schedule(stock, network_facts(stock.config), 4)
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -14,8 +16,9 @@ pytest.importorskip("transformers")
 
 from fewstep.samplers.pipelines import PipelineDenoiser, pipeline_problem
 from fewstep.samplers.saved_pipeline import load_pipeline
-from tests.tiny_pipelines import BUILDERS, build, with_text
+from tests.tiny_pipelines import BUILDERS, SD_BETAS, build, unet, with_text
 
+diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NO_LATENTS = ("sd_img2img", "dit", "ddpm")
 
@@ -184,6 +187,7 @@ def test_a_saved_pipeline_and_prompts_are_a_problem_and_each_prompt_is_encoded_o
         ("sd15", (), {"guidence_scale": 4.0}, "call.guidence_scale is no argument of StableDiff"),
         ("sd15", "a cat", {}, "prompts is one string"),
         ("sd15", ["a"], {"prompt": ["b"]}, "prompts are given twice"),
+        ("sd_img2img", (), {"strength": 0.6}, "call.strength is 0.6: a search goes the whole way"),
         ("sd3", (), {"prompt_embeds": None, "pooled_prompt_embeds": None}, "could not be called"),
     ],
 )
@@ -209,6 +213,98 @@ def test_networks_that_reuse_activations_between_steps_are_refused():
     pipe, call = build("flux")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ModelError, match="disable_cache"):
+        PipelineDenoiser(pipe, (), call)
+
+
+class OneAtATime(diffusers.StableDiffusionPipeline):
+    """Takes neither two prompts nor a list of one, as some video pipelines."""
+
+    def __call__(self, prompt=None, prompt_embeds=None, **more):
+        if isinstance(prompt, list) or (prompt_embeds is not None and len(prompt_embeds) > 1):
+            raise ValueError("one prompt, please")
+        return super().__call__(prompt, prompt_embeds=prompt_embeds, **more)
+
+    __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_pipeline_that_takes_one_image_is_asked_for_one_after_another(tmp_path, caplog, text):
+    plain, call = (with_text(tmp_path), {}) if text else build("sd15")
+    prompts = ["a cat", "rain"] if text else ()
+    alone = OneAtATime(**plain.components)
+    alone.set_progress_bar_config(disable=True)
+    whole = PipelineDenoiser(plain, prompts, call)
+    assert "one image at a time" not in caplog.text
+    single = PipelineDenoiser(alone, prompts, call)
+    assert "OneAtATime is asked for one image at a time" in caplog.text
+    x = torch.randn(3, *whole.shape, generator=seeded())
+    t = torch.tensor([700.0, 200.0, 200.0], dtype=torch.float64)
+    cond = {"prompt": torch.tensor([0, 1, 0])}
+    assert close(single(x, t, cond=cond), whole(x, t, cond=cond), 1e-5)
+    assert single.decode(x).shape == whole.decode(x).shape
+
+
+def warned(caplog, pipe, call):
+    """What is said of a pipeline when it is looked at."""
+    caplog.clear()
+    PipelineDenoiser(pipe, (), call)
+    return caplog.text
+
+
+def test_what_a_pipeline_does_between_steps_is_said(caplog):
+    for name in ("sd15", "sdxl", "sd3", "flux", "qwen_image", "ltx", "wan", "dit", "sd_inpaint"):
+        assert "a search asks for single calls" not in warned(caplog, *build(name))
+    nine, call = build("sd_inpaint")
+    blending = diffusers.StableDiffusionInpaintPipeline(**nine.components | {"unet": unet(4)})
+    assert "changes states between its steps" in warned(caplog, blending, call)
+
+    class NextTime(diffusers.StableDiffusionPipeline):
+        """Its network is told the next time, too, as flow maps are."""
+
+        def __call__(self, *args, **more):
+            def told(module, args, output):
+                times = self.scheduler.timesteps
+                return (output[0] * (1 + 0.1 * len(times)),)
+
+            handle = self.unet.register_forward_hook(told)
+            try:
+                return super().__call__(*args, **more)
+            finally:
+                handle.remove()
+
+        __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+
+    pipe, call = build("sd15")
+    assert "more than state and time" in warned(caplog, NextTime(**pipe.components), call)
+
+
+def test_a_guider_that_follows_the_steps_is_said(caplog):
+    from diffusers import guiders
+
+    pipe, call = build("sd15")
+    for guider, said in (
+        (guiders.ClassifierFreeGuidance(), False),
+        (guiders.ClassifierFreeGuidance(stop=0.5), True),
+        (guiders.AdaptiveProjectedGuidance(), True),
+    ):
+        pipe.guider = guider
+        assert ("that follows the steps" in warned(caplog, pipe, call)) == said
+
+
+def test_what_a_pipeline_changed_in_its_schedulers_configuration_is_what_its_baseline_does():
+    scheduler = diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False)  # steps_offset by default
+    pipe = diffusers.StableDiffusionPipeline(
+        **build("sd15")[0].components | {"scheduler": scheduler}
+    )
+    assert pipe.scheduler.config.steps_offset == 1  # Stable Diffusion's pipeline sets it
+    denoiser = PipelineDenoiser(pipe, (), build("sd15")[1])
+    assert denoiser.stock(4).program.t.tolist() == [751.0, 501.0, 251.0, 1.0]
+
+
+def test_a_scheduler_of_another_kind_is_said_before_anything_is_run():
+    pipe, call = build("sd15")
+    pipe.scheduler = diffusers.DDPMWuerstchenScheduler()
+    with pytest.raises(ModelError, match="DDPMWuerstchenScheduler belongs to another kind"):
         PipelineDenoiser(pipe, (), call)
 
 
