@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
 from torch import Tensor
 
@@ -392,6 +393,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default="runs/bench_search")
     args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     {"run": _run_all, "rescore": _rescore, "report": _report}[args.what](args)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -54,27 +55,46 @@ def seconds(out: Path) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """A row per search and number of calls, the best first.
+    """A row per search and number of calls, by guidance scale, the best first.
+
+    Of a search over several guidance scales: a row per scale, and what is lost by the programs
+    between two of them.
 
     Raises:
         StudyError: no folder holds a search.
     """
-    places = [p for f in folders for p in (f, *sorted(f.glob("*"))) if _results(p).is_file()]
-    if not places:
-        raise StudyError(f"{folders[0]}: no results.json here or one folder below")
-    rows = []
-    for place in places:
-        for row in json.loads(_results(place).read_text(encoding="utf-8"))["rows"]:
-            c, fd, spent = row["comparison"], row["frechet"], row["calls_spent"]
-            low, high = c["interval"]
-            cells = [str(row["nfe"]), place.name, f"{spent / 1e3:.0f} k", seconds(place)]
-            cells.append(f"{c['geometric']:.3f} ({low:.3f}–{high:.3f})")
-            cells += [f"{c[name]:.3f}" for name in ("median", "mean", "q90")]
-            cells.append(f"{fd['found'] / fd['named']:.3f}" if fd else "–")
-            rows.append((row["nfe"], c["geometric"], "| " + " | ".join(cells) + " |"))
-    head = "calls|search|evaluations|seconds|geometric (95 %)|median|mean|90 % q|paired FD"
+    rows, between = [], []
+    for folder in folders:
+        within = [p for p in sorted(folder.glob("*")) if _results(p).is_file()]
+        for place in within or [folder]:
+            if not _results(place).is_file():
+                raise StudyError(f"{folder}: no results.json here or one folder below")
+            for row in json.loads(_results(place).read_text(encoding="utf-8"))["rows"]:
+                order = row["nfe"], row["guidance"] or 0.0, row["comparison"]["geometric"]
+                rows.append((order, _cells(place, row)))
+        if within and _results(folder).is_file():
+            lost = json.loads(_results(folder).read_text(encoding="utf-8")).get("between", [])
+            between += [[f"{r['nfe']}", f"{r['guidance']:g}", f"{r['ratio']:.2f}"] for r in lost]
+    head = "calls|search|best named|its error|evaluations|seconds|geometric (95 %)|median|mean"
+    parts = [_markdown(f"{head}|90 % q|paired FD", [cells for _, cells in sorted(rows)])]
+    if between:
+        parts.append(_markdown("calls|guidance left out|error over its own program's", between))
+    return "\n\n".join(parts)
+
+
+def _cells(place: Path, row: dict[str, Any]) -> list[str]:
+    c, fd = row["comparison"], row["frechet"]
+    low, high = c["interval"]
+    cells = [str(row["nfe"]), place.name, row["best_named"], f"{row['best_named_score']:.3g}"]
+    cells += [f"{row['calls_spent'] / 1e3:.0f} k", seconds(place)]
+    cells.append(f"{c['geometric']:.3f} ({low:.3f}–{high:.3f})")
+    cells += [f"{c[name]:.3f}" for name in ("median", "mean", "q90")]
+    return [*cells, f"{fd['found'] / fd['named']:.3f}" if fd else "–"]
+
+
+def _markdown(head: str, rows: list[list[str]]) -> str:
     lines = ["| " + head.replace("|", " | ") + " |", "|---" * (head.count("|") + 1) + "|"]
-    return "\n".join([*lines, *(line for _, _, line in sorted(rows))])
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
 def _results(place: Path) -> Path:

@@ -74,7 +74,7 @@ TABLES = {
         "Digits; each scale is fitted from the one before. The last table: what a program between "
         "two scales loses.",
         (_search("digits_guidance", "guidance"),),
-        (f"fewstep report {RUNS}/guidance",),
+        (f"{BENCH}searches table {RUNS}/guidance",),
     ),
     "c": ResultTable(
         "What each part of refinement is worth",
