@@ -12,8 +12,6 @@ live in the configuration, so saving and loading a pipeline keeps them.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +27,16 @@ from fewstep.samplers.fits import labels, require_fit
 from fewstep.samplers.guiding import GuidanceCallback
 from fewstep.samplers.network import FACT_KEYS, OUTPUT_KINDS, NetworkFacts, network_facts
 from fewstep.samplers.ode import start_scale
-from fewstep.samplers.replay import Replay, Replayed, from_call, started, state_levels, step_starts
-from fewstep.space import ProgramSchedule, ScheduleError, load_schedule
+from fewstep.samplers.replay import (
+    Replay,
+    Replayed,
+    from_call,
+    load_replayed,
+    started,
+    state_levels,
+    step_starts,
+)
+from fewstep.space import ScheduleError
 from fewstep.space.baselines import at_other_nfe
 from fewstep.space.noise import RectifiedFlow, VPDiscrete
 from fewstep.space.schedule import OdeSchedule
@@ -88,7 +94,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         constants: list[Any] | None = None,
         origin: str | None = None,
     ) -> None:
-        loaded = _load_all(schedule, constants)
+        loaded = load_replayed(schedule, constants)
         self.register_to_config(
             schedule=[s.to_dict() for s in loaded],
             constants=[None if s.constant is None else s.constant.tolist() for s in loaded],
@@ -136,9 +142,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                 kwargs.setdefault("prediction_type", network.prediction_type)
             default, own = config.get("_use_default_values", ()), cls._get_init_keys(cls)
             kept = FACT_KEYS if foreign else ()  # a foreign class's defaults count
-            said = {k: v for k, v in config.items() if k not in default or k in kept}
-            config = {k: v for k, v in said.items() if k in own}
-            rest = {k: v for k, v in said.items() if k not in own and not k.startswith("_")}
+            given = {k: v for k, v in config.items() if not k.startswith("_")}
+            config = {k: given[k] for k in own & set(given) if k not in default or k in kept}
+            rest = {k: v for k, v in given.items() if k not in own}  # pipelines may read it
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler: FewstepScheduler = made[0] if isinstance(made, tuple) else made
         scheduler.register_to_config(**rest)
@@ -205,6 +211,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        **others: Any,
     ) -> None:
         """Choose the schedule with `num_inference_steps` calls (default: the largest).
 
@@ -214,15 +221,16 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             timesteps: a pipeline's own; their number is taken, and the file's times hold.
             sigmas: as `timesteps`; a trailing 0 is not counted.
             mu: accepted from flow pipelines; the file's levels are final.
+            others: what a pipeline passes to its own scheduler alone; not used, which is said.
         """
         self._network, self._unfit = self._fit(), None  # pipelines rewrite configurations
         n = num_inference_steps
-        for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
+        for name, given in {"timesteps": timesteps, "sigmas": sigmas, **others}.items():
             if given is None:
                 continue
-            values = [float(v) for v in given]
-            count = len(values) - (len(values) > 1 and values[-1] == 0 and name == "sigmas")
-            n = count if n is None else n
+            if n is None and name not in others:
+                values = [float(v) for v in given]
+                n = len(values) - (len(values) > 1 and values[-1] == 0 and name == "sigmas")
             self._say(f"the pipeline passes {name} of its own: the schedule file's times hold")
         if mu is not None:
             self._say(f"the pipeline passes the shift mu = {mu:g}: the file's levels are final")
@@ -284,8 +292,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
         eta: float = 0.0,
-        use_clipped_model_output: bool | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        **others: Any,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """One row of the program.
 
         Args:
@@ -293,12 +301,13 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             timestep: one of `timesteps`; says where the run starts if `set_begin_index` does not.
             sample: current state; edits between steps (inpainting) are respected.
             generator: source of fresh noise where the schedule adds any.
-            return_dict: return a `SchedulerOutput` instead of a tuple.
-            eta: DDIM's; the schedule decides whether noise is added.
-            use_clipped_model_output: DDIM's; it is what the schedule does.
+            return_dict: a `SchedulerOutput` instead of (state, data prediction or final state).
+            eta: of DDIM; the schedule decides whether noise is added, which is said.
+            others: of other schedulers, as `eta`.
         """
-        if eta:
-            self._say(f"the pipeline passes eta = {eta:g}: the schedule decides on fresh noise")
+        for name, value in {"eta": eta, **others}.items():
+            if value:
+                self._say(f"the pipeline passes {name} = {value}: the schedule decides")
         run = self._run
         if run is None or run.done:
             run = self._begin(sample, timestep)
@@ -314,16 +323,17 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         if self._network.sigma_data is not None and not self._scaled:
             self._need_scaling("EDM preconditioning")
         self._scaled = False
-        c, program, y = run.call, run.program, run.state
-        out = model_output.to(y.device)
-        D = self._network.data_at(y, out, program.alpha[c], program.sigma[c])
+        y, levels = run.state, (run.program.alpha[run.call], run.program.sigma[run.call])
+        D = self._network.data_at(y, model_output.to(y.device), *levels)
         fresh = None
         if run.noisy():
             fresh = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
         now = run.advance(D.to(y.dtype), fresh).to(sample.dtype)
         if run.done:
             self._armed = self._scale_read = False
-        return SchedulerOutput(prev_sample=now) if return_dict else (now,)
+        if return_dict:
+            return SchedulerOutput(prev_sample=now)
+        return now, now if run.done else D  # latent consistency pipelines decode the second
 
     def _begin(self, sample: Tensor, timestep: object) -> Replay:
         self._require_fit()
@@ -436,9 +446,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         A number that no call is told is taken as a training label.
         """
         self._require_fit()
-        levels = [self._level(t) for t in torch.as_tensor(timesteps).reshape(-1)]
+        levels, x = (
+            [self._level(t) for t in torch.as_tensor(timesteps).reshape(-1)],
+            original_samples,
+        )
         alpha, sigma = (torch.stack(column) for column in zip(*levels, strict=True))
-        x = original_samples
         return bcast(alpha, x) * x + bcast(sigma, x) * noise.to(x)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -458,32 +470,6 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         if call is not None:
             return self._alpha[call], self._sigma[call]
         return self._network.level(float(timestep))
-
-
-def _load_all(schedule: Any, constants: list[Any] | None) -> list[Replayed]:
-    if schedule is None:
-        raise ScheduleError("schedule is missing: give a schedule file, as schedule='nfe05.json'")
-    files = schedule if isinstance(schedule, list) else [schedule]
-    images = constants or [None] * len(files)
-    if not files or len(images) != len(files):
-        raise ScheduleError(f"{len(images)} constants for {len(files)} schedules")
-    loaded = [_load(f, image) for f, image in zip(files, images, strict=True)]
-    for i, one in enumerate(loaded):
-        if one.nfe in [other.nfe for other in loaded[:i]]:
-            raise ScheduleError(f"two schedules have {one.nfe} calls: keep one of them")
-    return loaded
-
-
-def _load(source: str | os.PathLike[str] | Mapping[str, Any], image: object) -> Replayed:
-    data = json.loads(json.dumps(source)) if isinstance(source, Mapping) else source
-    schedule = load_schedule(data)
-    if image is not None and isinstance(schedule, OdeSchedule):
-        schedule = schedule.with_constant(torch.tensor(image, dtype=torch.float32))
-    if not isinstance(schedule, OdeSchedule | ProgramSchedule):
-        raise ScheduleError(
-            f"kind {schedule.kind!r} does not run in a diffusers pipeline: use kind ode"
-        )
-    return schedule
 
 
 def _betas(

@@ -10,12 +10,18 @@ has no steps, and starts at any call by folding (`ProgramSchedule.tail`).
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fewstep.samplers.ode import advance_row, rows_of, threshold
 from fewstep.space.coefficients import TABLEAUS
 from fewstep.space.errors import ScheduleError
+from fewstep.space.files import load_schedule
 from fewstep.space.program import Program, ProgramSchedule
 from fewstep.space.schedule import OdeSchedule
 
@@ -159,3 +165,38 @@ def constant_of(schedule: Replayed, like: Tensor) -> Tensor:
             ".safetensors beside it, or give constants"
         )
     return schedule.constant.to(like)
+
+
+def load_replayed(schedule: Any, constants: list[Any] | None) -> list[Replayed]:
+    """Schedules for a diffusers pipeline, of different numbers of calls.
+
+    Args:
+        schedule: a file's path, its parsed JSON, or a list of these.
+        constants: for each its constant image as nested lists, or None.
+
+    Raises:
+        ScheduleError: a file that cannot be read or does not run in a pipeline, equal calls.
+    """
+    if schedule is None:
+        raise ScheduleError("schedule is missing: give a schedule file, as schedule='nfe05.json'")
+    files = schedule if isinstance(schedule, list) else [schedule]
+    images = constants or [None] * len(files)
+    if not files or len(images) != len(files):
+        raise ScheduleError(f"{len(images)} constants for {len(files)} schedules")
+    loaded = [_load(f, image) for f, image in zip(files, images, strict=True)]
+    for i, one in enumerate(loaded):
+        if one.nfe in [other.nfe for other in loaded[:i]]:
+            raise ScheduleError(f"two schedules have {one.nfe} calls: keep one of them")
+    return loaded
+
+
+def _load(source: str | os.PathLike[str] | Mapping[str, Any], image: object) -> Replayed:
+    data = json.loads(json.dumps(source)) if isinstance(source, Mapping) else source
+    schedule = load_schedule(data)
+    if image is not None and isinstance(schedule, OdeSchedule):
+        schedule = schedule.with_constant(torch.tensor(image, dtype=torch.float32))
+    if not isinstance(schedule, OdeSchedule | ProgramSchedule):
+        raise ScheduleError(
+            f"kind {schedule.kind!r} does not run in a diffusers pipeline: use kind ode"
+        )
+    return schedule

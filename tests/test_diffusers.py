@@ -414,4 +414,24 @@ def test_a_pipeline_that_passes_ddims_arguments_runs_and_is_told_of_eta(caplog):
         for eta in (0.0, 1.0)
     ]  # fmt: skip
     assert (made[0] == made[1]).all()
-    assert "eta = 1: the schedule decides" in caplog.text
+    assert "eta = 1.0: the schedule decides" in caplog.text
+
+
+def test_a_latent_consistency_pipeline_shows_where_the_schedule_ends():
+    own = diffusers.LCMScheduler(**BETAS)
+    file = baseline("dpmpp2m/logsnr/low", network_facts(own.config).noise, 3).to_dict()
+    ours = FewstepScheduler.from_config(own.config, schedule=file)
+    assert ours.config.original_inference_steps == 50  # the pipeline reads it
+    ours.set_timesteps(3, original_inference_steps=50)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * ours.init_noise_sigma
+    for i, t in enumerate(ours.timesteps):
+        out = 0.1 * x
+        before = x
+        x, denoised = ours.step(out, t, x, return_dict=False)
+        alpha, sigma = (
+            f(t.double()[None]).float()
+            for f in (ours._network.noise.alpha, ours._network.noise.sigma)
+        )
+        if i < 2:
+            assert torch.allclose(denoised, (before - sigma * out) / alpha, atol=1e-4)
+    assert torch.equal(denoised, x)
