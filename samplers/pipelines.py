@@ -87,7 +87,7 @@ class PipelineDenoiser:
         self._stock = pipeline.scheduler
         self._inner = inner_scheduler(pipeline.scheduler)
         self.calls = 0
-        self._alone = False
+        self._alone, self._hooked = False, not self._call.takes_state
         self._look()
 
     def __call__(
@@ -133,10 +133,12 @@ class PipelineDenoiser:
             the network's own input.
         """
         self.calls += 1
-        hooked = () if self._call.takes_state else self._networks
+        if not self._hooked:
+            more["latents"] = self._inner.state
+        hooked = self._networks if self._hooked else ()
         try:
             with given_state(hooked, self._inner.state) as told:
-                self._call.run(self._inner, which, scale, latents=self._inner.state, **more)
+                self._call.run(self._inner, which, scale, **more)
         except Caught as caught:
             return caught.output, caught.sample, bool(told)
         raise ModelError(f"{self._name} ended without asking its scheduler for a step")
@@ -148,12 +150,7 @@ class PipelineDenoiser:
         self.shape = tuple(seen.shape[1:])
         self._read_facts(self._inner.shift_mu)
         self.noise = self.facts.noise
-        try:
-            self._require_state(2)
-        except ModelError as error:
-            self._require_state(1)
-            self._alone = True
-            log.warning("%s is asked for one image at a time: two together: %s", self._name, error)
+        self._find_way()
         self._see_between()
         self.calls = 0
 
@@ -164,13 +161,35 @@ class PipelineDenoiser:
         except ScheduleError as error:
             raise ModelError(f"{self._name}: {error}") from None
 
+    def _find_way(self) -> None:
+        """Whether states go in as latents or by the network's input, two together or one.
+
+        Raises:
+            ModelError: they cannot; what was tried first says why.
+        """
+        errors: list[ModelError] = []
+        for hooked, count in ((False, 2), (False, 1), (True, 2), (True, 1)):
+            if not hooked and not self._call.takes_state:
+                continue
+            self._hooked, self._alone = hooked, count == 1
+            try:
+                self._require_state(count)
+            except ModelError as error:
+                errors.append(error)
+                continue
+            if self._alone:
+                line = "%s is asked for one image at a time: two together: %s"
+                log.warning(line, self._name, errors[-1])
+            return
+        raise errors[0]
+
     def _drawn(self, count: int, seed: int) -> Tensor:
         state = torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(seed))
         return state.to(self.device, self._dtype)
 
     def _require_state(self, count: int) -> None:
         """See that `count` states arrive at the scheduler or the network."""
-        state = self._drawn(count, 0)
+        state = self._drawn(count, 11)  # not what the pipeline draws with the call's generator
         self._inner.ask(state, self._inner.label, self._inner.sigma)
         _, seen, replaced = self._answer([0] * count)
         arrived = seen.shape == state.shape and torch.equal(seen.to(state), state)
@@ -182,7 +201,7 @@ class PipelineDenoiser:
 
     def _see_between(self) -> None:
         """Say so if two steps of the pipeline are not two single calls of it."""
-        state, between = self._drawn(1, 1), self._drawn(1, 2)
+        state, between = self._drawn(1, 12), self._drawn(1, 13)
         self._inner.ask_twice(state, between)
         try:
             second, seen, _ = self._answer([0], num_inference_steps=2)
@@ -191,7 +210,7 @@ class PipelineDenoiser:
         outputs, what = (self._inner.earlier, second), _guider(self.pipeline)
         if not _alike(seen[:1].to(between), between):
             what = "changes states between its steps, as inpainting does outside the mask"
-        elif self._call.takes_state:
+        elif not self._hooked:
             for x, out in zip((state, between), outputs, strict=True):
                 self._inner.ask(x, self._inner.label, self._inner.sigma)
                 if out is None or not _alike(out, self._answer([0])[0]):
@@ -243,7 +262,8 @@ class PipelineDenoiser:
 
     def _decoded(self, x: Tensor) -> Tensor:
         self._inner.finish(x.to(self.device, self._dtype))
-        more = {"output_type": "np", "return_dict": False, "latents": self._inner.state}
+        more = {"output_type": "np", "return_dict": False}
+        more |= {} if self._hooked else {"latents": self._inner.state}
         scale = None if self.guidance is None else 1.0
         made = self._call.run(self._inner, [0] * len(x), scale, **more)
         images = torch.as_tensor(made[0] if isinstance(made, tuple) else made)

@@ -244,6 +244,54 @@ def test_a_pipeline_that_takes_one_image_is_asked_for_one_after_another(tmp_path
     assert single.decode(x).shape == whole.decode(x).shape
 
 
+class NoLatents(diffusers.StableDiffusionPipeline):
+    """Refuses the latents that its call lists, as pipelines that are given a video."""
+
+    def __call__(self, *args, latents=None, **more):
+        if latents is not None:
+            raise ValueError("only one of video or latents")
+        return super().__call__(*args, **more)
+
+    __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+
+
+def test_a_pipeline_that_refuses_latents_gets_its_state_at_the_network():
+    plain, call = build("sd15")
+    refusing = NoLatents(**plain.components)
+    refusing.set_progress_bar_config(disable=True)
+    whole, hooked = (PipelineDenoiser(pipe, (), call) for pipe in (plain, refusing))
+    x = torch.randn(3, *whole.shape, generator=seeded())
+    t = torch.tensor([700.0, 200.0, 200.0], dtype=torch.float64)
+    assert close(hooked(x, t), whole(x, t), 1e-5)
+    assert torch.equal(hooked.decode(x), whole.decode(x))
+
+
+def test_noise_that_the_pipeline_draws_itself_is_not_taken_for_the_state():
+    class Own(diffusers.StableDiffusionPipeline):
+        """Draws its noise whatever it is given, and shows its network more than the state."""
+
+        def __call__(self, *args, latents=None, **more):
+            def inner(module, args, kwargs):
+                return (torch.cat([args[0], args[0]], -1), *args[1:]), kwargs
+
+            def cut(module, args, output):
+                return (output[0][..., : output[0].shape[-1] // 2],)
+
+            handles = [self.unet.register_forward_pre_hook(inner, with_kwargs=True, prepend=True)]
+            handles.append(self.unet.register_forward_hook(cut))
+            try:
+                return super().__call__(*args, **more)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+
+    pipe, call = build("sd15")
+    with pytest.raises(ModelError, match="does not hand its scheduler the state"):
+        PipelineDenoiser(Own(**pipe.components), (), call)
+
+
 def warned(caplog, pipe, call):
     """What is said of a pipeline when it is looked at."""
     caplog.clear()
