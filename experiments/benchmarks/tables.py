@@ -58,7 +58,7 @@ TABLES = {
         (
             _DIGITS,
             _search("digits", "digits_alone", _S3, "budget={calls=1200000}"),
-            _search("fashion", "fashion", "search.nfe=[4,5,6]"),
+            _search("fashion", "fashion"),
             _search("fashion", "fashion_alone", _S3, "budget={calls=230000}"),
             f"{_QUALITY} --nfe 3 4 5 6 8 10 --model digits --found {RUNS}/digits/schedules "
             f"--alone {RUNS}/digits_alone/schedules",
