@@ -136,7 +136,7 @@ class Inner:
             from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
             return SchedulerOutput(prev_sample=final)
-        return (final,)
+        return (final, final)  # latent consistency pipelines decode the second
 
 
 def inner_scheduler(scheduler: Any) -> Any:
