@@ -191,12 +191,18 @@ class PipelineDenoiser:
         """See that `count` states arrive at the scheduler or the network."""
         state = self._drawn(count, 11)  # not what the pipeline draws with the call's generator
         self._inner.ask(state, self._inner.label, self._inner.sigma)
-        _, seen, replaced = self._answer([0] * count)
+        out, seen, replaced = self._answer([0] * count)
         arrived = seen.shape == state.shape and torch.equal(seen.to(state), state)
         if not (arrived or replaced):
             raise ModelError(
                 f"{self._name} does not hand its scheduler the state it was given, so that it "
                 "cannot be asked one step at a time"
+            )
+        self._inner.ask(state, self._inner.label, self._inner.sigma / 2)
+        if not _alike(self._answer([0] * count)[0], out):
+            raise ModelError(
+                f"{self._name} computes with its scheduler's sigmas itself: they are those of its "
+                "own scheduler's states, so that no other can stand in"
             )
 
     def _see_between(self) -> None:

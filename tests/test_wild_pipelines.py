@@ -292,6 +292,27 @@ def test_noise_that_the_pipeline_draws_itself_is_not_taken_for_the_state():
         PipelineDenoiser(Own(**pipe.components), (), call)
 
 
+def test_a_pipeline_that_computes_with_its_schedulers_sigmas_is_refused():
+    class Upscaling(diffusers.StableDiffusionPipeline):
+        """Scales its network's output by the scheduler's level, as the latent upscaler does."""
+
+        def __call__(self, *args, **more):
+            def scaled(module, args, output):
+                return (output[0] * float(self.scheduler.sigmas[0]),)
+
+            handle = self.unet.register_forward_hook(scaled)
+            try:
+                return super().__call__(*args, **more)
+            finally:
+                handle.remove()
+
+        __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+
+    pipe, call = build("sd15")
+    with pytest.raises(ModelError, match="computes with its scheduler's sigmas itself"):
+        PipelineDenoiser(Upscaling(**pipe.components), (), call)
+
+
 def warned(caplog, pipe, call):
     """What is said of a pipeline when it is looked at."""
     caplog.clear()

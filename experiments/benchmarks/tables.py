@@ -88,7 +88,8 @@ TABLES = {
         "propose, at equal numbers of candidates, three seeds.",
         (
             f"{BENCH}searches run {STUDIES}digits.toml {RUNS}/searches",
-            f"{BENCH}search run --models digits --nfe 5 8 --seeds 3 --out {RUNS}/search",
+            f"{BENCH}search run --models digits --nfe 5 8 --seeds 3 --out {RUNS}/search "
+            "--strategies s3 evolution tpe cmaes random",
         ),
         (f"{BENCH}searches table {RUNS}/searches", f"{BENCH}search report --out {RUNS}/search"),
     ),
