@@ -355,7 +355,8 @@ def _guider(pipeline: Any) -> str:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-3 * float(b.abs().max())
+    """Equal but for what a processor may make of the same question twice, in bfloat16."""
+    return a.shape == b.shape and float((a - b).abs().max()) <= 0.02 * float(b.abs().max())
 
 
 def _networks(pipeline: Any) -> list[Any]:

@@ -12,6 +12,9 @@ import pytest
 
 from fewstep.experiments.__main__ import main
 from fewstep.experiments.benchmarks import killed
+from fewstep.search import run
+from fewstep.search.config import load_study
+from fewstep.space import load_schedule
 
 MODEL = '''
 """Two Gaussians in the plane; exact. `broken` breaks the contract on purpose."""
@@ -142,3 +145,40 @@ def refused(capsys: Any, *arguments: object) -> str:
 def trial_table(out: Path, name: str = "tiny-nfe03") -> list[tuple[Any, ...]]:
     """What a search did: every trial without its clock times."""
     return killed.trials(out, name)
+
+
+GUIDED = (
+    STUDY.replace("nfe = [3]", "nfe = [3, 5]\nguidance = [1, 3]")
+    .replace("candidates = 104", "candidates = 12")
+    .replace('"evolution"', '"random"')
+    + """
+[cpr]
+fit = true
+samples = 24
+held = 16
+rounds = 2
+template = "unipc2-bh2/quadratic/low"
+"""
+)
+"""Two guidance scales at two numbers of calls, and the regression between."""
+
+
+def guided_search(folder, *overrides, text=GUIDED, out="out", **options):
+    config = load_study(write_study(folder, text), overrides)
+    return run.search(config, folder / out, **options)
+
+
+def predicted(capsys, cpr, file, nfe, guidance):
+    """The schedule that `export --cpr` writes for a setting, and what `show` says of it."""
+    setting = ("--nfe", nfe, "--guidance", guidance)
+    code, text, _ = called(capsys, "export", "--cpr", cpr, "--out", file, *setting)
+    assert code == 0
+    assert f"{nfe} network calls, to be sampled with guidance {guidance:g}\n" in text
+    made = load_schedule(file)
+    assert made.nfe == nfe
+    assert made.provenance["cpr"] == {"nfe": nfe, "guidance": guidance}
+    assert made.provenance["guidance"] == guidance
+    assert made.provenance["model"] == "tiny2False"
+    said = called(capsys, "show", file)[1]
+    assert f"predicted for NFE {nfe}, guidance {guidance:g}" in said
+    return made, said

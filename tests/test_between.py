@@ -15,8 +15,7 @@ from fewstep.space import ProgramSchedule, ScheduleError, StudyError, save_sched
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import RectifiedFlow, VPLinear
 from fewstep.space.unknowns import FreeProgram, canonical, numbers, with_numbers
-from tests.studies import called, refused
-from tests.test_guided_search import TEXT, _search, predicted
+from tests.studies import GUIDED, called, guided_search, predicted, refused
 
 NOISE = VPLinear()
 
@@ -123,13 +122,13 @@ def test_leaving_out_compares_with_the_program_between_the_neighbours():
     assert (row["own"], row["between"]) == pytest.approx((0.01, 0.09))
 
 
-STUDY = TEXT.replace("[1, 3]", "[1, 2, 3]").replace("nfe = [3, 5]", "nfe = [3]")
+STUDY = GUIDED.replace("[1, 3]", "[1, 2, 3]").replace("nfe = [3, 5]", "nfe = [3]")
 STUDY = STUDY.replace('"random"', '"random+refine"').replace("fit = true\n", "")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return _search(tmp_path_factory.mktemp("scales"), text=STUDY)
+    return guided_search(tmp_path_factory.mktemp("scales"), text=STUDY)
 
 
 def test_a_search_over_scales_leaves_programs_fitted_from_one_another(finished):
@@ -167,7 +166,7 @@ def test_scales_cut_short_end_as_if_they_had_not_been(finished, tmp_path):
     shutil.rmtree(out / "w3")
     log = out / "w2" / "study.journal"
     log.write_bytes(log.read_bytes()[: int(0.97 * log.stat().st_size)])
-    again = _search(tmp_path, text=STUDY, out="cut", resume=True)
+    again = guided_search(tmp_path, text=STUDY, out="cut", resume=True)
     assert again.rows == finished.rows
     a, b = (Aligned.load(o.out / "cpr") for o in (again, finished))
     assert a.predict(3, 2.5).digest == b.predict(3, 2.5).digest
@@ -181,7 +180,7 @@ def test_two_scales_have_nothing_to_leave_out_and_open_no_pool_for_it(tmp_path, 
         return open_pool(*given)
 
     monkeypatch.setattr(run, "open_pool", counted)
-    outcome = _search(tmp_path, "search.guidance=[1, 2]", text=STUDY)
+    outcome = guided_search(tmp_path, "search.guidance=[1, 2]", text=STUDY)
     assert len(opened) == 2  # one for the search at each scale
     assert len(list((outcome.out / "cpr").glob("*.json"))) == 2
     assert "between" not in json.loads((outcome.out / "results.json").read_text())

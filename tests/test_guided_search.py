@@ -7,37 +7,24 @@ import pytest
 
 from fewstep.predictors.cpr import CPR
 from fewstep.predictors.refine import refine
-from fewstep.search import run
-from fewstep.search.config import load_study
 from fewstep.search.stages import tasks
 from fewstep.space import StudyError, load_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import VPLinear
-from tests.studies import STUDY, called, refused, trial_table, write_study
-
-TEXT = (
-    STUDY.replace("nfe = [3]", "nfe = [3, 5]\nguidance = [1, 3]")
-    .replace("candidates = 104", "candidates = 12")
-    .replace('"evolution"', '"random"')
-    + """
-[cpr]
-fit = true
-samples = 24
-held = 16
-rounds = 2
-template = "unipc2-bh2/quadratic/low"
-"""
+from tests.studies import (
+    GUIDED,
+    called,
+    guided_search,
+    predicted,
+    refused,
+    trial_table,
+    write_study,
 )
-
-
-def _search(folder, *overrides, text=TEXT, out="out", **options):
-    config = load_study(write_study(folder, text), overrides)
-    return run.search(config, folder / out, **options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return _search(tmp_path_factory.mktemp("guided"))
+    return guided_search(tmp_path_factory.mktemp("guided"))
 
 
 def test_every_scale_has_a_search_and_every_setting_a_row_and_a_file(finished):
@@ -75,22 +62,6 @@ def test_the_regression_is_fitted_on_one_template_and_says_how_good_it_is(finish
         assert row["without_its_guidance"] > 0
         assert row["found"] > 0
     assert origin["settings"][0]["fitted"] < origin["settings"][0]["start"]
-
-
-def predicted(capsys, cpr, file, nfe, guidance):
-    """The schedule that `export --cpr` writes for a setting, and what `show` says of it."""
-    setting = ("--nfe", nfe, "--guidance", guidance)
-    code, text, _ = called(capsys, "export", "--cpr", cpr, "--out", file, *setting)
-    assert code == 0
-    assert f"{nfe} network calls, to be sampled with guidance {guidance:g}\n" in text
-    made = load_schedule(file)
-    assert made.nfe == nfe
-    assert made.provenance["cpr"] == {"nfe": nfe, "guidance": guidance}
-    assert made.provenance["guidance"] == guidance
-    assert made.provenance["model"] == "tiny2False"
-    said = called(capsys, "show", file)[1]
-    assert f"predicted for NFE {nfe}, guidance {guidance:g}" in said
-    return made, said
 
 
 def test_export_answers_between_the_settings_and_refuses_beyond(finished, capsys, tmp_path):
@@ -138,32 +109,32 @@ def test_a_search_cut_anywhere_goes_on_to_the_same_end(finished, tmp_path):
     (out / "cpr.json").unlink()
     log = out / "w1" / "study.journal"
     log.write_bytes(log.read_bytes()[: int(0.6 * log.stat().st_size)])
-    again = _search(tmp_path, out="cut", resume=True)
+    again = guided_search(tmp_path, out="cut", resume=True)
     assert again.rows == finished.rows
     made, wanted = (CPR.load(f.out / "cpr.json") for f in (again, finished))
     assert made.regressions.keys() == wanted.regressions.keys()
     assert made.predict(4, 2.0).times == pytest.approx(wanted.predict(4, 2.0).times, abs=1e-9)
     with pytest.raises(StudyError, match=r"search\.guidance is"):
-        _search(tmp_path, "search.guidance=[1, 2]", out="cut", resume=True)
+        guided_search(tmp_path, "search.guidance=[1, 2]", out="cut", resume=True)
     with pytest.raises(StudyError, match="--overwrite"):
-        _search(tmp_path, out="cut")
+        guided_search(tmp_path, out="cut")
 
 
 def test_one_scale_keeps_one_folder_and_one_setting_fits_nothing(tmp_path):
-    plain = TEXT.replace("fit = true\n", "")
-    outcome = _search(tmp_path, "search.guidance=[2]", "search.nfe=[3]", text=plain)
+    plain = GUIDED.replace("fit = true\n", "")
+    outcome = guided_search(tmp_path, "search.guidance=[2]", "search.nfe=[3]", text=plain)
     assert [row.guidance for row in outcome.rows] == [2.0]
     assert load_schedule(outcome.out / "schedules" / "nfe03_w2.json").provenance["guidance"] == 2
     assert not (outcome.out / "cpr.json").exists()
 
 
 def test_without_scales_files_keep_their_names_and_one_family_starts_the_fit(tmp_path):
-    text = TEXT.replace("guidance = [1, 3]\n", "").replace('"random"', '"compensation"')
+    text = GUIDED.replace("guidance = [1, 3]\n", "").replace('"random"', '"compensation"')
     text = text.replace("fit = true\n", "")  # after compensation that is so by itself
     text = text.replace("\ntemplate = ", "\n# ")
     text += '\n[compensation]\nbase = "unipc2-bh2/quadratic/low"\nsamples = 16\n'
     settings = ("search.nfe=[4, 5]", "budget.candidates=1")  # DDIM is all there is to beat
-    outcome = _search(tmp_path, *settings, text=text)
+    outcome = guided_search(tmp_path, *settings, text=text)
     names = {path.name for path in (outcome.out / "schedules").iterdir()}
     assert names == {"nfe04.json", "nfe05.json"}
     assert {row.source for row in outcome.rows} == {"compensation:unipc2-bh2/quadratic/low"}
@@ -175,11 +146,11 @@ def test_without_scales_files_keep_their_names_and_one_family_starts_the_fit(tmp
 
 
 def test_guidance_per_step_is_a_decision_that_starts_from_the_problems_scale(tmp_path):
-    text = TEXT.replace("guidance = [1, 3]\n", "").replace('"random"', '"evolution"')
+    text = GUIDED.replace("guidance = [1, 3]\n", "").replace('"random"', '"evolution"')
     settings = ("search.nfe=[3]", "model.guidance=2.0", "budget.candidates=127")
     extras = "space.extras=[['guidance', 1.0, 4.0]]"
-    plain = _search(tmp_path, *settings, text=text, out="plain")
-    opened = _search(tmp_path, *settings, extras, text=text, out="opened")
+    plain = guided_search(tmp_path, *settings, text=text, out="plain")
+    opened = guided_search(tmp_path, *settings, extras, text=text, out="opened")
     a, b = (trial_table(o.out) for o in (plain, opened))
     count = next(i for i, row in enumerate(b) if row[-1]["generation"] > 0)
     assert count > 20
@@ -209,18 +180,18 @@ def test_guidance_per_step_is_a_decision_that_starts_from_the_problems_scale(tmp
 )
 def test_wrong_settings_are_one_line(tmp_path, overrides, message):
     with pytest.raises(StudyError, match=message) as error:
-        _search(tmp_path, *overrides)
+        guided_search(tmp_path, *overrides)
     assert "\n" not in str(error.value)
 
 
 def test_guidance_cannot_be_opened_without_a_scale_to_start_from(tmp_path):
-    text = TEXT.replace("guidance = [1, 3]\n", "")
+    text = GUIDED.replace("guidance = [1, 3]\n", "")
     with pytest.raises(StudyError, match="has none to start from"):
-        _search(tmp_path, "space.extras=[['guidance', 1.0, 4.0]]", text=text)
+        guided_search(tmp_path, "space.extras=[['guidance', 1.0, 4.0]]", text=text)
 
 
 def test_a_command_with_a_study_of_several_scales_asks_for_one(finished, capsys, tmp_path):
-    study = write_study(tmp_path, TEXT)
+    study = write_study(tmp_path, GUIDED)
     file = finished.out / "schedules" / "nfe03_w3.json"
     error = refused(capsys, "compare", file, file, "--study", study)
     assert "search.guidance lists 2 scales: choose one" in error
@@ -248,10 +219,10 @@ def test_under_strong_guidance_a_fit_also_starts_at_half_of_it(
         return refine(starts, denoiser, train, held, table, **more)
 
     monkeypatch.setattr(tasks, "refine", recorded)
-    text = TEXT.replace("guidance = [1, 3]\n", "").replace("fit = true\n", "")
+    text = GUIDED.replace("guidance = [1, 3]\n", "").replace("fit = true\n", "")
     text = text.replace('"random"', '"random+refine"')
     more = ("search.nfe=[3]", "refine.samples=16", "refine.batch=8")
-    outcome = _search(tmp_path, *settings, *more, text=text)
+    outcome = guided_search(tmp_path, *settings, *more, text=text)
     assert [g for g, _, _ in seen[:-1]] == halved
     assert seen[-1][0] in (3, 1.5)
     assert [samples for _, _, samples in seen] == [8] * len(halved) + [16]
