@@ -191,36 +191,40 @@ class PipelineDenoiser:
         """See that `count` states arrive at the scheduler or the network."""
         state = self._drawn(count, 11)  # not what the pipeline draws with the call's generator
         self._inner.ask(state, self._inner.label, self._inner.sigma)
-        out, seen, replaced = self._answer([0] * count)
+        _, seen, replaced = self._answer([0] * count)
         arrived = seen.shape == state.shape and torch.equal(seen.to(state), state)
         if not (arrived or replaced):
             raise ModelError(
                 f"{self._name} does not hand its scheduler the state it was given, so that it "
                 "cannot be asked one step at a time"
             )
-        self._inner.ask(state, self._inner.label, self._inner.sigma / 2)
-        if not _alike(self._answer([0] * count)[0], out):
-            raise ModelError(
-                f"{self._name} computes with its scheduler's sigmas itself: they are those of its "
-                "own scheduler's states, so that no other can stand in"
-            )
 
     def _see_between(self) -> None:
-        """Say so if two steps of the pipeline are not two single calls of it."""
+        """Say so if two steps of the pipeline are not two single calls of it.
+
+        Raises:
+            ModelError: it computes with what only its own scheduler knows.
+        """
         state, between = self._drawn(1, 12), self._drawn(1, 13)
+        label, sigma = self._inner.label, self._inner.sigma
         self._inner.ask_twice(state, between)
         try:
-            second, seen, _ = self._answer([0], num_inference_steps=2)
+            _, seen, _ = self._answer([0], num_inference_steps=2)
         except ModelError:
             return  # no plain loop: a search of it is refused or says what it leaves out elsewhere
-        outputs, what = (self._inner.earlier, second), _guider(self.pipeline)
+        first, what = self._inner.earlier, _guider(self.pipeline)
         if not _alike(seen[:1].to(between), between):
             what = "changes states between its steps, as inpainting does outside the mask"
-        elif not self._hooked:
-            for x, out in zip((state, between), outputs, strict=True):
-                self._inner.ask(x, self._inner.label, self._inner.sigma)
-                if out is None or not _alike(out, self._answer([0])[0]):
-                    what = "gives its network more than state and time, such as the next time"
+        elif not self._hooked and first is not None:
+            self._inner.ask(state, label, sigma / 2)
+            if not _alike(self._answer([0])[0], first):
+                self._inner.ask(state, label, sigma)
+                if _alike(self._answer([0])[0], first):
+                    raise ModelError(
+                        f"{self._name} computes with its scheduler's sigmas itself: they are "
+                        "those of its own scheduler's states, so that no other can stand in"
+                    )
+                what = "gives its network more than state and time, such as the next time"
         if what:
             line = "%s %s: a search asks for single calls, without this"
             log.warning(line, self._name, what)
