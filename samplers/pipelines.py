@@ -32,7 +32,7 @@ from fewstep.samplers.pipeline_call import PipelineCall
 from fewstep.samplers.problems import Problem
 from fewstep.samplers.saved_pipeline import load_pipeline, read_prompts, with_images
 from fewstep.samplers.stock import stock_schedule
-from fewstep.space.errors import ModelError, ScheduleError
+from fewstep.space.errors import ModelError, ScheduleError, one_line
 from fewstep.space.noise import RectifiedFlow
 from fewstep.space.program import ProgramSchedule
 
@@ -167,19 +167,19 @@ class PipelineDenoiser:
         Raises:
             ModelError: they cannot; what was tried first says why.
         """
-        errors: list[ModelError] = []
+        errors: list[Exception] = []
         for hooked, count in ((False, 2), (False, 1), (True, 2), (True, 1)):
             if not hooked and not self._call.takes_state:
                 continue
             self._hooked, self._alone = hooked, count == 1
             try:
                 self._require_state(count)
-            except ModelError as error:
+            except (ModelError, torch.OutOfMemoryError) as error:
                 errors.append(error)
                 continue
             if self._alone:
                 line = "%s is asked for one image at a time: two together: %s"
-                log.warning(line, self._name, errors[-1])
+                log.warning(line, self._name, one_line(errors[-1], 200))
             return
         raise errors[0]
 

@@ -227,6 +227,22 @@ class OneAtATime(diffusers.StableDiffusionPipeline):
     __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
 
 
+def test_a_pipeline_for_whose_pairs_the_memory_is_too_small_is_asked_for_single_images(caplog):
+    class Large(diffusers.StableDiffusionPipeline):
+        def __call__(self, *args, prompt_embeds=None, **more):
+            if len(prompt_embeds) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(*args, prompt_embeds=prompt_embeds, **more)
+
+        __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
+
+    pipe, call = build("sd15")
+    denoiser = PipelineDenoiser(Large(**pipe.components), (), call)
+    assert "one image at a time: two together: CUDA out of memory" in caplog.text
+    x, t = torch.randn(2, *denoiser.shape), torch.full((2,), 500.0, dtype=torch.float64)
+    assert close(denoiser(x, t), PipelineDenoiser(pipe, (), call)(x, t), 1e-5)
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_a_pipeline_that_takes_one_image_is_asked_for_one_after_another(tmp_path, caplog, text):
     plain, call = (with_text(tmp_path), {}) if text else build("sd15")
