@@ -36,23 +36,43 @@ def load_pipeline(
     try:
         from diffusers import DiffusionPipeline
         from diffusers.utils import deprecation_utils
-        from diffusers.utils import logging as progress
     except ImportError:
         raise ModelError("a pipeline needs diffusers: pip install 'fewstep[diffusers]'") from None
     _check_class(folder)
     renamed = hasattr(deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE")
-    options = {"dtype" if renamed else "torch_dtype": kind}
-    progress.disable_progress_bar()
+    options = {"dtype" if renamed else "torch_dtype": kind, "use_safetensors": True}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, **options
-        )
+        pipeline = loaded_quietly(DiffusionPipeline, folder, **options)
         return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:
         line = " ".join(str(error).split())[:300]
         raise ModelError(f"pipeline {folder}: {type(error).__name__}: {line}") from error
+
+
+def loaded_quietly(kind: Any, folder: Path, **options: Any) -> Any:
+    """A pipeline of a class from its folder, without the progress bars of every part.
+
+    Args:
+        kind: the class.
+        folder: where it was saved.
+        options: further arguments of its `from_pretrained`.
+    """
+    from diffusers.utils import is_accelerate_available, is_transformers_available, logging
+
+    bars = [logging]
+    if is_transformers_available():
+        from transformers.utils import logging as texts
+
+        bars.append(texts)
+    if not is_accelerate_available():  # which diffusers says in five lines
+        options["low_cpu_mem_usage"] = False
+    for bar in bars:
+        bar.disable_progress_bar()
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, **options)
     finally:
-        progress.enable_progress_bar()
+        for bar in bars:
+            bar.enable_progress_bar()
 
 
 def _check_class(folder: Path) -> None:

@@ -36,6 +36,7 @@ from torch.nn import functional
 
 from fewstep.samplers import Problem
 from fewstep.samplers.pipelines import pipeline_problem
+from fewstep.samplers.saved_pipeline import loaded_quietly
 from fewstep.space.errors import ModelError
 
 LABELS = (
@@ -180,7 +181,7 @@ def problem(guidance: float = 4.0, *, device: str | None = None) -> Problem:
         ModelError: the weights are not there.
     """
     _there(FOLDER / "model_index.json")
-    pipe = FashionPipeline.from_pretrained(str(FOLDER), local_files_only=True).to(device or "cpu")
+    pipe = loaded_quietly(FashionPipeline, FOLDER).to(device or "cpu")
     call = {"class_labels": list(range(NULL_LABEL)), "guidance_scale": float(guidance)}
     return replace(pipeline_problem(pipe, call=call), features=features)
 
