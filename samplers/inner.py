@@ -117,8 +117,10 @@ class Inner:
         return sample
 
     def add_noise(self, original_samples: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The state, where an image-to-image pipeline makes its own."""
-        return original_samples if self.state is None else self.state.to(original_samples)
+        """The state, where an image-to-image pipeline makes its own in the same layout."""
+        if self.state is None or self.state.shape[1:] != original_samples.shape[1:]:
+            return original_samples
+        return self.state.to(original_samples)
 
     scale_noise = add_noise
 
