@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--choose", type=int, default=128)
     parser.add_argument("--teacher", type=int, default=64)
     parser.add_argument("--columns", type=int, default=20, help="images in the picture")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--picture", type=Path, default=Path("experiments/results/fashion.png"))
     arguments = parser.parse_args()
     {"run": run, "table": table, "picture": picture}[arguments.what](arguments)

@@ -156,7 +156,7 @@ def make(letter: str, table: ResultTable, out: Path) -> None:
             sys.exit(f"table {letter}: exit code {done.returncode} from: {command}")
         if kept:
             printed.append(done.stdout.decode("utf-8").strip())
-    facts = {"output": "\n\n".join(printed), "seconds": round(time.perf_counter() - begun)}
+    facts = {"printed": printed, "seconds": round(time.perf_counter() - begun)}
     write_text(out / f"table_{letter}.json", json.dumps(facts, indent=1) + "\n")
 
 
@@ -169,7 +169,13 @@ def page(out: Path) -> str:
             facts = json.loads(path.read_text(encoding="utf-8"))
             commands = "".join(f"    {command}\n" for command in table.commands)
             parts.append(f"## {letter}: {table.title}\n\n{table.text}\n\n{commands}")
-            parts.append(f"{facts['output']}\n\n{facts['seconds']} s.\n")
+            for text in facts["printed"]:
+                said, bar, rows = f"\n{text}".partition("\n|")
+                if said.strip():  # what is no Markdown stays as it was printed
+                    parts.append(f"```text\n{said.strip()}\n```\n")
+                if bar:
+                    parts.append(f"|{rows}\n")
+            parts.append(f"{facts['seconds']} s.\n")
     return "\n".join(parts)
 
 
