@@ -151,7 +151,7 @@ def record(
         "guidance": guidance,
         "errors": {k: errors(p, s, test).tolist() for k, s in found.items()},
         "schedules": {k: s.to_dict() for k, s in found.items()},
-        "sizes": {k: getattr(a, k) for k in ("tune", "search", "train", "held", "test", "steps")},
+        "sizes": {k: getattr(a, k) for k in ("tune", "search", "train", "held", "test", "rounds")},
     }
 
 
