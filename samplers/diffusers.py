@@ -143,8 +143,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             default, own = config.get("_use_default_values", ()), cls._get_init_keys(cls)
             kept = FACT_KEYS if foreign else ()  # a foreign class's defaults count
             given = {k: v for k, v in config.items() if not k.startswith("_")}
-            config = {k: given[k] for k in own & set(given) if k not in default or k in kept}
             rest = {k: v for k, v in given.items() if k not in own}  # pipelines may read it
+            said = {k: v for k, v in given.items() if k not in default or k in kept}
+            config = {k: v for k, v in said.items() if k in own}
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler: FewstepScheduler = made[0] if isinstance(made, tuple) else made
         scheduler.register_to_config(**rest)
@@ -446,11 +447,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         A number that no call is told is taken as a training label.
         """
         self._require_fit()
-        levels, x = (
-            [self._level(t) for t in torch.as_tensor(timesteps).reshape(-1)],
-            original_samples,
-        )
+        levels = [self._level(t) for t in torch.as_tensor(timesteps).reshape(-1)]
         alpha, sigma = (torch.stack(column) for column in zip(*levels, strict=True))
+        x = original_samples
         return bcast(alpha, x) * x + bcast(sigma, x) * noise.to(x)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:

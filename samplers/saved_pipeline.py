@@ -66,6 +66,7 @@ def loaded_quietly(kind: Any, folder: Path, **options: Any) -> Any:
         bars.append(texts)
     if not is_accelerate_available():  # which diffusers says in five lines
         options["low_cpu_mem_usage"] = False
+    bars = [bar for bar in bars if bar.is_progress_bar_enabled()]  # others stay off
     for bar in bars:
         bar.disable_progress_bar()
     try:

@@ -164,7 +164,7 @@ def _require_same(
 
     start = drawn()  # x_T
     state, y = init * start, program.init[0] * start
-    after = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])
+    after = _after(scale)
     for c in range(len(scheduler.timesteps)):
         out = 3 * drawn()
         found.append(network.data_at(y, out, program.alpha[c], program.sigma[c]))
@@ -230,7 +230,7 @@ def _program(
     calls = len(times)
     r, e, b = torch.zeros(calls), torch.zeros(calls), torch.zeros(calls, calls)
     r, e, b = r.double(), e.double(), b.double()
-    after = torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])
+    after = _after(scale)
     written = torch.zeros(calls + 1, 1 + calls, dtype=torch.float64)  # X_c over x_T, D_0, ...
     written[0, 0] = init
     for c in range(calls):
@@ -241,6 +241,8 @@ def _program(
         rest[1:] += rows[c, calls:]
         written[c + 1] = own * written[c] + rest
         r[c], e[c], b[c] = after[c] * own / scale[c], after[c] * rest[0], after[c] * rest[1:]
+    if not bool(torch.isfinite(written).all()):
+        raise ScheduleError("the scheduler's steps are not finite")
     return Program(
         t=times,
         label=noise.label(times),
@@ -253,6 +255,11 @@ def _program(
         b=b.tril(),
         g=fresh * after,
     )
+
+
+def _after(scale: Tensor) -> Tensor:
+    """The scale of the state that each step ends in: the last is the sample itself."""
+    return torch.cat([scale[1:], torch.ones(1, dtype=torch.float64)])
 
 
 def _padded(program: Program, calls: int) -> Program:

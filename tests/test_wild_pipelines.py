@@ -308,13 +308,13 @@ def test_noise_that_the_pipeline_draws_itself_is_not_taken_for_the_state():
         PipelineDenoiser(Own(**pipe.components), (), call)
 
 
-def test_a_pipeline_that_computes_with_its_schedulers_sigmas_is_refused():
-    class Upscaling(diffusers.StableDiffusionPipeline):
-        """Scales its network's output by the scheduler's level, as the latent upscaler does."""
+def scaling(pipe, factor):
+    """A pipeline that multiplies its network's output by a factor of its scheduler."""
 
+    class Scaling(diffusers.StableDiffusionPipeline):
         def __call__(self, *args, **more):
             def scaled(module, args, output):
-                return (output[0] * float(self.scheduler.sigmas[0]),)
+                return (output[0] * factor(self.scheduler),)
 
             handle = self.unet.register_forward_hook(scaled)
             try:
@@ -324,9 +324,14 @@ def test_a_pipeline_that_computes_with_its_schedulers_sigmas_is_refused():
 
         __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
 
+    return Scaling(**pipe.components)
+
+
+def test_a_pipeline_that_computes_with_its_schedulers_sigmas_is_refused():
     pipe, call = build("sd15")
+    upscaling = scaling(pipe, lambda scheduler: float(scheduler.sigmas[0]))
     with pytest.raises(ModelError, match="computes with its scheduler's sigmas itself"):
-        PipelineDenoiser(Upscaling(**pipe.components), (), call)
+        PipelineDenoiser(upscaling, (), call)
 
 
 def warned(caplog, pipe, call):
@@ -343,24 +348,9 @@ def test_what_a_pipeline_does_between_steps_is_said(caplog):
     blending = diffusers.StableDiffusionInpaintPipeline(**nine.components | {"unet": unet(4)})
     assert "changes states between its steps" in warned(caplog, blending, call)
 
-    class NextTime(diffusers.StableDiffusionPipeline):
-        """Its network is told the next time, too, as flow maps are."""
-
-        def __call__(self, *args, **more):
-            def told(module, args, output):
-                times = self.scheduler.timesteps
-                return (output[0] * (1 + 0.1 * len(times)),)
-
-            handle = self.unet.register_forward_hook(told)
-            try:
-                return super().__call__(*args, **more)
-            finally:
-                handle.remove()
-
-        __call__.__signature__ = inspect.signature(diffusers.StableDiffusionPipeline.__call__)
-
     pipe, call = build("sd15")
-    assert "more than state and time" in warned(caplog, NextTime(**pipe.components), call)
+    next_time = scaling(pipe, lambda scheduler: 1 + 0.1 * len(scheduler.timesteps))
+    assert "more than state and time" in warned(caplog, next_time, call)
 
 
 def test_a_guider_that_follows_the_steps_is_said(caplog):

@@ -243,17 +243,14 @@ def tests(checkout: Path, only: list[str]) -> Iterator[tuple[str, Any]]:
             continue
         for kind in every.values():
             if inspect.isclass(kind) and kind.__module__ == module:
-                pipeline = inspect.getattr_static(kind, "pipeline_class", None)
-                pipeline = None if isinstance(pipeline, property) else pipeline
-                if pipeline is None and hasattr(kind, "pipeline_class"):
-                    pipeline = _class_of(kind)
-                makes = hasattr(kind, "get_dummy_components")
-                if inspect.isclass(pipeline) and makes and pipeline not in seen:
+                pipeline = _class_of(kind) if hasattr(kind, "get_dummy_components") else None
+                if inspect.isclass(pipeline) and pipeline not in seen:
                     seen.add(pipeline)
                     yield pipeline.__name__, kind
 
 
 def _class_of(kind: Any) -> Any:
+    """The pipeline that a test is of; None where only its children say."""
     try:
         return kind().pipeline_class
     except Exception:

@@ -83,6 +83,8 @@ class ImageBench:
             for name, schedule in self.problem.baselines(nfe).items():
                 rows["stock"] = (name.removeprefix("stock:"), schedule)
         for row, where in (("search alone", a.alone), ("found", a.found)):
+            if where is None:
+                continue
             name = f"nfe{nfe:02d}.json"
             path = where / name if where.is_dir() else where.with_name(f"{where.name}_{name}")
             if path.is_file():
@@ -169,7 +171,7 @@ def main() -> None:
     where = "folder of nfe05.json and so on, or NAME for NAME_nfe05.json"
     parser.add_argument("--found", type=Path, default=Path("runs/fashion/schedules"), help=where)
     alone = "the same, of a search without refinement"
-    parser.add_argument("--alone", type=Path, default=Path("runs/fashion_alone"), help=alone)
+    parser.add_argument("--alone", type=Path, help=alone)
     parser.add_argument("--fresh", type=int, default=2048)
     parser.add_argument("--choose", type=int, default=128)
     parser.add_argument("--teacher", type=int, default=64)
