@@ -49,11 +49,8 @@ class Teacher:
         advance: Callable[[int], None] = lambda evaluations: None,
     ) -> None:
         self.problem, self.pool, self.cache, self.advance = problem, pool, cache, advance
-        self.table, self.seed, self.block = (
-            config.teacher,
-            config.search.seed,
-            config.search.block[1],
-        )
+        self.table, self.seed = config.teacher, config.search.seed
+        self.block = config.search.block[1]
         self._model = model_key(problem)
         self._known: dict[str, Tensor] = {}
 

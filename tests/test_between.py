@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from fewstep.predictors.between import Aligned, between
+from fewstep.predictors.refine import Fitted, refine
 from fewstep.samplers import sample
 from fewstep.search import run
+from fewstep.search.display import Display
 from fewstep.search.preparing import open_pool
+from fewstep.search.stages import tasks
 from fewstep.space import ProgramSchedule, ScheduleError, StudyError, save_schedule
 from fewstep.space.baselines import baseline
 from fewstep.space.noise import RectifiedFlow, VPLinear
@@ -170,6 +173,24 @@ def test_scales_cut_short_end_as_if_they_had_not_been(finished, tmp_path):
     assert again.rows == finished.rows
     a, b = (Aligned.load(o.out / "cpr") for o in (again, finished))
     assert a.predict(3, 2.5).digest == b.predict(3, 2.5).digest
+
+
+def test_a_scale_whose_fit_fails_is_said_to_be_missing(tmp_path, monkeypatch):
+    said = []
+
+    class Heard(Display):
+        def note(self, text):
+            said.append(text)
+
+    def fails_from_a_scale(starts, *given, **more):
+        if isinstance(starts[0], ProgramSchedule):
+            return Fitted(starts[0], message="no memory")
+        return refine(starts, *given, **more)
+
+    monkeypatch.setattr(tasks, "refine", fails_from_a_scale)
+    outcome = guided_search(tmp_path, "search.guidance=[1, 2]", text=STUDY, display=Heard())
+    assert [p.name for p in (outcome.out / "cpr").glob("*.json")] == ["nfe03_w1.json"]
+    assert "NFE 3: not fitted from w1: this scale is not in cpr/" in said
 
 
 def test_two_scales_have_nothing_to_leave_out_and_open_no_pool_for_it(tmp_path, monkeypatch):

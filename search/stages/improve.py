@@ -61,9 +61,11 @@ def fitted(run: Search) -> dict[int, Evaluated]:
     found = {}
     for nfe, rung in run.rungs.items():
         given = f"refine:{run.starts[nfe].source}" if nfe in run.starts else "refine:"
-        made = [e for e in ranked(rung.known) if isinstance(e.schedule, ProgramSchedule)]
-        for e in [e for e in made if e.source.startswith(given)][:1]:
-            found[nfe] = e
+        made = [e for e in ranked(rung.known) if e.source.startswith(given)]
+        if programs := [e for e in made if isinstance(e.schedule, ProgramSchedule)]:
+            found[nfe] = programs[0]
+        elif nfe in run.starts:
+            run.display.note(f"NFE {nfe}: not fitted from {given[7:]}: this scale is not in cpr/")
     return found
 
 
