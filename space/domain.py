@@ -29,7 +29,7 @@ from fewstep.space.errors import ScheduleError
 from fewstep.space.noise import NoiseSchedule
 from fewstep.space.protocol import Domain
 from fewstep.space.schedule import OdeSchedule, StepSpec
-from fewstep.space.step_choices import StepChoices, heun_as_corrector, step_values
+from fewstep.space.step_choices import StepChoices, heun_as_corrector
 
 LAM_FLOOR, LAM_CEILING = -7.0, 7.5  # where a level is infinite, times are searched up to here
 FIRST: dict[Value, float] = {"network": 0.3, "zero": 0.3, "mean": 0.4}  # shares proposed
@@ -243,7 +243,7 @@ class OdeDomain(Domain):
         for i, step in enumerate(schedule.steps):
             if i > 0:
                 found[f"lam_{i}"] = lam[i]
-            settled = self.choices.settle(step_values(heun_as_corrector(step)), place)
+            settled = self.choices.canonical(step, place)
             found |= {f"{name}_{i}": value for name, value in self.choices.active(settled, place)}
             place = place.after(settled)
         return found
@@ -297,7 +297,7 @@ class OdeDomain(Domain):
         steps: list[Any] = []
         place = self.place(schedule.first)
         while place.calls > 0 and len(steps) < len(given):
-            steps.append(self.choices.settle(step_values(given[place.index]), place))
+            steps.append(self.choices.canonical(given[place.index], place))
             place = place.after(steps[-1])
         if steps == given:
             return None

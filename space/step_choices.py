@@ -121,36 +121,56 @@ class StepChoices:
             values: any values of the decisions; numbers outside their bounds are clipped.
             place: where the step stands.
         """
-        f = Settled(self, place, values)
-        fields = {d.field: f[name] for name, d in f.rows.items() if d.field and d.matters(f)}
-        for name, all_points in (
-            ("slope_points", 0),
-            ("corrector_slope_points", 0),
-            ("corrector_order", f["order"] + 1),
-        ):
-            if fields.get(name) == all_points:
-                del fields[name]
-        weights = tuple(f[f"weight{k}"] for k in range(min(self.weights, place.index)))
-        if any(weights):
-            fields["weights"] = weights
-        return _step(tuple(fields.items()))
+        return _settled(self, place, tuple(values.items()))
 
-    def active(self, step: StepSpec, place: Place) -> Iterator[tuple[str, Value]]:
+    def canonical(self, step: StepSpec, place: Place) -> StepSpec:
+        """The canonical step nearest to a step."""
+        return _canonical(self, place, step)
+
+    def active(self, step: StepSpec, place: Place) -> tuple[tuple[str, Value], ...]:
         """The (decision, value) pairs that matter for a canonical step; `settle` inverts them."""
-        f = Settled(self, place, {})
-        f |= step_values(step) | {"corrector_order": step.points_corrector}
-        for name in f.open:
-            if f.rows[name].matters(f):
-                yield name, f[name]
+        return _active(self, place, step)
 
     def parameters(self, i: int) -> Iterator[Parameter]:
         """Every parameter step i may have, in a fixed order."""
         yield from open_at(self, i).values()
 
 
+# Steps and places are frozen, and a search meets the same few of them over and over: while one
+# parameter of a schedule is suggested, the steps before it and after it stay as they are.
+
+
+@lru_cache(maxsize=8192)
+def _settled(choices: StepChoices, place: Place, values: tuple[tuple[str, Any], ...]) -> StepSpec:
+    f = Settled(choices, place, dict(values))
+    fields = {d.field: f[name] for name, d in f.rows.items() if d.field and d.matters(f)}
+    for name, all_points in (
+        ("slope_points", 0),
+        ("corrector_slope_points", 0),
+        ("corrector_order", f["order"] + 1),
+    ):
+        if fields.get(name) == all_points:
+            del fields[name]
+    weights = tuple(f[f"weight{k}"] for k in range(min(choices.weights, place.index)))
+    if any(weights):
+        fields["weights"] = weights
+    return _step(tuple(fields.items()))
+
+
+@lru_cache(maxsize=8192)
+def _canonical(choices: StepChoices, place: Place, step: StepSpec) -> StepSpec:
+    return choices.settle(step_values(heun_as_corrector(step)), place)
+
+
+@lru_cache(maxsize=8192)
+def _active(choices: StepChoices, place: Place, step: StepSpec) -> tuple[tuple[str, Value], ...]:
+    f = Settled(choices, place, {})
+    f |= step_values(step) | {"corrector_order": step.points_corrector}
+    return tuple((name, f[name]) for name in f.open if f.rows[name].matters(f))
+
+
 @lru_cache(maxsize=8192)
 def _step(fields: tuple[tuple[str, Any], ...]) -> StepSpec:
-    """Steps are frozen, and most of a search's are the same few: validated once."""
     return StepSpec(**dict(fields))
 
 

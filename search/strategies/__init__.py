@@ -246,9 +246,9 @@ class Proposer:
     def _ask(self) -> Proposal:
         trial = self.study.ask()
         schedule = suggest(trial, self.domain)
-        storage, number = self.study._storage, trial._trial_id
+        storage, number, suggested = self.study._storage, trial._trial_id, trial.params
         for name, value in self.domain.params(schedule).items():
-            if trial.params.get(name) != value:  # as it is in the member: sorted, settled
+            if suggested.get(name) != value:  # as it is in the member: sorted, settled
                 d = self._distributions[name]
                 storage.set_trial_param(number, name, d.to_internal_repr(value), d)
         said = storage.get_trial(number).system_attrs
