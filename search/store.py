@@ -180,16 +180,16 @@ class Store:
     def close(self, *, keep: bool = False) -> None:
         """Let go of the search; one that has no trial yet is taken back, unless `keep`."""
         self._closed.set()
+        began = keep or self.resumed or any(trials.count for trials in self._studies.values())
         with contextlib.suppress(Exception):
             if not self._alone:
                 self._study.set_user_attr("owner", None)
-            if keep or self.resumed or any(trials.count for trials in self._studies.values()):
-                return
-            for name in (*self._studies, self.name):
+            for name in () if began else (*self._studies, self.name):
                 self._optuna.delete_study(study_name=name, storage=self._storage)
-            (self._folder / "study.json").unlink(missing_ok=True)
-            if self._alone:
-                (self._folder / "study.journal").unlink(missing_ok=True)
+            for file in () if began else ("study.json", *["study.journal"] * self._alone):
+                (self._folder / file).unlink(missing_ok=True)
+        if not self._alone:  # the connections of a database, which Optuna keeps
+            getattr(self._storage, "_backend", self._storage).engine.dispose()
 
     def _held(self, name: str) -> dict[str, dict[str, Any]]:
         """The notes of the searches of this name, the latest last."""

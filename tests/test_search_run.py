@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -220,6 +221,8 @@ def test_a_database_holds_a_search_for_any_folder_and_later_ones_beside_it(tmp_p
     url = f"sqlite:///{tmp_path}/trials.db"
     settings = ("search.strategy=evolution", f"search.storage={url}")
     short = _search(tmp_path, tmp_path / "one", *settings, "budget.candidates=110")
+    opened = [os.readlink(f) for f in Path("/proc/self/fd").glob("*") if f.is_symlink()]
+    assert str(tmp_path / "trials.db") not in opened  # a search closes what it opened
     whole = _search(
         tmp_path, tmp_path / "elsewhere", *settings, "budget.candidates=118", resume=True
     )

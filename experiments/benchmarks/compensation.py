@@ -286,16 +286,16 @@ def table(a: argparse.Namespace) -> str:
         )
     result = a.out / "joint_result.json"
     if result.exists():
-        lines += cpr_table(json.loads(result.read_text()), "fitted end to end")
+        lines += cpr_table(json.loads(result.read_text()))
     return "\n".join(lines) + "\n"
 
 
-def cpr_table(found: dict[str, Any], how: str) -> list[str]:
+def cpr_table(found: dict[str, Any]) -> list[str]:
     """Predictions where nothing was fitted, and what leaving out costs."""
     lines = [
         "",
-        f"CPR, {how}: {', '.join(found['train'])} (NFE@w), asked where NFE is {LEFT_NFE} or w is "
-        f"{LEFT_GUIDANCE:g}; {found['calls']} sample-calls.",
+        f"CPR, fitted end to end to {', '.join(found['train'])} (NFE@w), asked where NFE is "
+        f"{LEFT_NFE} or w is {LEFT_GUIDANCE:g}; {found['calls']} sample-calls.",
         "",
         "| w | NFE | best named | refined there | predicted | predicted / refined | medians "
         "| predicted / named |",
@@ -310,13 +310,6 @@ def cpr_table(found: dict[str, Any], how: str) -> list[str]:
             f"| {r['medians']:.2f} "
             f"| {r['predicted'] / r['named']:.2f} [{named[0]:.2f}, {named[1]:.2f}] |"
         )
-    if how.startswith("ridge"):
-        lines += ["", "| decision | penalty | rms, NFE left out | rms, w left out |"]
-        lines += ["|---|---|---|---|"]
-        return lines + [
-            f"| {k} | {v['penalty']:g} | {v['nfe']:.3g} | {v['guidance']:.3g} |"
-            for k, v in found["left_out"].items()
-        ]
     for axis, each in found["left_out"].items():
         text = ", ".join(f"{k} {v:.2f}" for k, v in each.items())
         lines += ["", f"Error with a cell's {axis} left out / with it (held-out noise): {text}."]
