@@ -135,9 +135,10 @@ def differing(here: Mapping[str, str], there: Mapping[str, str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign exception that says something."""
+    """The first line of a foreign exception that says something; of an actor's start the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    lines = lines or [type(error).__name__]
+    return lines["in its creation task" in lines[0] and -1][:300]
 
 
 # --- what is sent ----------------------------------------------------------------------------

@@ -395,14 +395,14 @@ class RayPool:
         self._failed += bool(self._stillborn)
         if self._failed >= _FAILED_STARTS:
             raise StudyError(f"workers do not start: {self._stillborn}")
-        self._stillborn = ""
+        cause, self._stillborn = self._stillborn and f" (at its start: {self._stillborn})", ""
         for actor in self._idle:  # others of a machine that is gone would be found one by one
             self._await(actor)
         lost, self._idle, self._lost = self._lost, [], 0
         self._start()
         self._display.note(
             f"{lost} worker{'s' * (lost > 1)} died: the search goes on with those left, "
-            "replacements are on their way"
+            f"replacements are on their way{cause}"
         )
 
     def _expire(self) -> None:

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from fewstep.samplers.streams import cut
+from fewstep.search import pool as pool_module
 from fewstep.search import preparing
 from fewstep.search.config import load_study
 from fewstep.search.display import Display
 from fewstep.search.pool import RayPool, SerialPool
 from fewstep.search.run import search
 from fewstep.search.work import Block, Evaluator, Work
+from fewstep.space import StudyError
 from fewstep.space.baselines import named
 from tests.studies import trial_table, write_study
 
@@ -63,6 +65,20 @@ def test_a_worker_that_dies_is_replaced_and_its_block_done_elsewhere(tmp_path):
         pool.close()
     assert not os.path.exists(trap)
     assert all(s == "ok" for r in found.values() for s in r.status)
+
+
+def test_workers_that_cannot_start_end_the_search_with_their_own_words(tmp_path, monkeypatch):
+    class OnABareMachine:
+        def __init__(self, config):
+            raise ModuleNotFoundError("No module named 'torch'")
+
+        def ready(self):
+            return {}
+
+    monkeypatch.setattr(pool_module, "Worker", OnABareMachine)
+    config, _, _ = _setup(tmp_path)
+    with pytest.raises(StudyError, match=r"not start: ModuleNotFoundError: No module named 'to"):
+        _pool(config)
 
 
 def test_a_block_that_hangs_is_a_status_not_a_hang(tmp_path):
