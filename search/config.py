@@ -16,13 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fewstep.predictors.settings import (
-    CompensationTable,
-    CprTable,
-    Positive,
-    RefineTable,
-    Table,
-)
+from fewstep.predictors.settings import CompensationTable, CprTable, Positive, RefineTable, Table
 from fewstep.search.tables import ObjectiveTable, PricesTable, TeacherTable, TrackingTable
 from fewstep.space.errors import StudyError
 

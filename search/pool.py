@@ -36,6 +36,7 @@ from fewstep.space.errors import FewstepError, StudyError, one_line
 
 _TOGETHER = 0.1  # seconds of work that are sent at once
 _LOOK = 10.0  # seconds between looks at how large the cluster is, and how far long works are
+_OFTEN = 0.02  # seconds between looks at what has landed while the search is busy
 _FAILED_STARTS = 5  # in a row, after which the search ends
 Key = TypeVar("Key")
 
@@ -71,6 +72,9 @@ class SerialPool:
         """Send all out at once; a group's results, in order, as soon as all of them are there."""
         for key, works in groups.items():
             yield key, list(self.map(works))
+
+    def tend(self) -> None:
+        """See `RayPool`; here work runs when its result is asked for."""
 
     def close(self) -> None:
         """Let the workers go."""
@@ -191,7 +195,7 @@ class RayPool:
         self._each = _TOGETHER  # seconds of one work, as measured
         self._failed, self._stillborn, self._lost = 0, "", 0
         self._versions = versions()
-        self._looked, self._differ = -math.inf, set[str]()
+        self._looked, self._tended, self._differ = -math.inf, -math.inf, set[str]()
         self._ray, self._owned = connect(address, self._most or 0, folder)
         self._actor = self._ray.remote(
             num_cpus=settings.cpus, num_gpus=settings.gpus, concurrency_groups={"look": 1}
@@ -275,12 +279,16 @@ class RayPool:
     def _await(self, actor: Any) -> None:
         self._coming[actor.ready.remote()] = actor
 
-    def _step(self) -> None:
-        """Wait for something to happen, a second at most, and see to it."""
+    def tend(self) -> None:
+        """See to what has happened while the search was busy elsewhere: workers want work."""
+        if (self._flying or self._coming) and time.monotonic() - self._tended > _OFTEN:
+            self._step(0.0)
+
+    def _step(self, patience: float = 1.0) -> None:
+        """Wait for something to happen, so many seconds at most, and see to it."""
         self._feed()
         waiting = [*self._flying, *self._coming]
-        limit = self._settings.timeout
-        patience = min(1.0, _LOOK if limit is None else limit)
+        patience = min(patience, self._settings.timeout or patience)
         ready, rest = self._ray.wait(waiting, num_returns=1, timeout=patience)
         if rest:
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
@@ -297,6 +305,7 @@ class RayPool:
             self._ask()
         self._hear()
         self._feed()
+        self._tended = time.monotonic()
 
     def _ask(self) -> None:
         """Ask workers with long works how far they are."""

@@ -272,10 +272,8 @@ class Search:
         if resume and not self.store.resumed:
             where = config.search.storage or self.out / "study.journal"
             self.display.note(f"{where} holds no search {config.name}: a new one begins")
-        write_text(
-            self.out / "study.json",
-            json.dumps(readable(config, self.problem), indent=1) + "\n",
-        )
+        study = json.dumps(readable(config, self.problem), indent=1)
+        write_text(self.out / "study.json", f"{study}\n")
         if config.prices.measure is not None:
             self._measure_prices(config.prices.measure)
         elapsed, todo = 0.0, []

@@ -141,7 +141,7 @@ class Rung:
         assert self._proposer is not None
         if len(held) >= paid and not self._proposer.replays:
             return self._proposer.follow(held)
-        asked = self._proposer.propose(number)
+        asked = self._proposer.propose(number, self._run.pool.tend)
         same = [dataclasses.replace(h, trial=a.trial) for h, a in zip(held, asked, strict=False)]
         return same + asked[len(held) :]
 
@@ -232,6 +232,7 @@ class Rung:
                 kept = generation.kept[k]
             else:
                 kept = self._keep(generation, proposal, result)
+                self._run.pool.tend()
             self.known.append(kept.evaluated)
             self.costs.append(kept.result.calls)
             named = generation.number == 0 and self._plans  # not fitted: no word on a plan

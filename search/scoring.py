@@ -170,9 +170,8 @@ def assemble(
             results.append(Result(float("inf"), "diverged", "the score is not finite", **cost))
             continue
         per_sample = measures[:, 0] if objective.per_sample else None
-        results.append(
-            Result(score, "ok", "", per_sample, measures, samples=len(measures), **cost)
-        )
+        cost["samples"] = len(measures)
+        results.append(Result(score, "ok", "", per_sample, measures, **cost))
     return results
 
 
@@ -217,12 +216,8 @@ class Race:
                     stopped.append((i, leader, score))
             out = {i for i, _, _ in stopped}
             alive = [i for i in alive if i not in out]
-            grown = self.scorer.submit(
-                [schedules[i] for i in alive],
-                self.stream,
-                size,
-                before=[results[i] for i in alive],
-            )
+            left, before = [schedules[i] for i in alive], [results[i] for i in alive]
+            grown = self.scorer.submit(left, self.stream, size, before=before)
             for i, result in zip(alive, grown(), strict=True):
                 results[i] = result
             alive = [i for i in alive if results[i].status == "ok"]

@@ -352,11 +352,8 @@ class Evaluator:
 
 def load_problem(config: StudyConfig) -> AnyProblem:
     """The problem of a study, at its guidance scale; see `factory.made_by`."""
-    quicker: dict[str, Any] = {
-        "autocast": config.search.autocast,
-        "backend": config.search.compile,
-    }
-    problem = made_by(*config.model.built_by(config.folder), config.folder, **quicker)
+    how, model = config.search, config.model.built_by(config.folder)
+    problem = made_by(*model, config.folder, autocast=how.autocast, backend=how.compile)
     if isinstance(problem, Problem) and config.scale is not None:
         return replace(problem, guidance=config.scale)
     return problem

@@ -1,6 +1,7 @@
 """Ray actors: the same results as one process, whatever dies."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -125,6 +126,30 @@ def test_workers_ask_in_pieces_of_the_size_that_one_of_them_found(tmp_path):
         assert found[1] is None  # on a CPU the loop's own rule holds
         pool.piece = 48
         assert list(pool.map([Piece()])) == [(48, 48)]
+    finally:
+        pool.close()
+
+
+def test_workers_get_work_while_the_search_is_busy_elsewhere(tmp_path):
+    class Mark(Work):
+        def __init__(self, number):
+            self.file = tmp_path / f"{number}"
+
+        def run(self, evaluator):
+            self.file.touch()
+            return self.file.name
+
+    config, _, _ = _setup(tmp_path)
+    pool = _pool(config, workers=1)
+    try:
+        works = [Mark(k) for k in range(5)]
+        coming, until = pool.map(works), time.monotonic() + 60
+        while not all(work.file.exists() for work in works) and time.monotonic() < until:
+            pool.tend()
+            time.sleep(0.01)
+        assert all(work.file.exists() for work in works)
+        assert list(coming) == ["0", "1", "2", "3", "4"]
+        pool.tend()  # nothing is on its way
     finally:
         pool.close()
 

@@ -44,7 +44,7 @@ STUDY: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Clock(Display):
+class Stopwatch(Display):
     """Prints what a search says, with the time."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     """Run the search, and watch the machines go."""
-    clock = Clock()
+    clock = Stopwatch()
     with tempfile.TemporaryDirectory() as folder, autoscaling_cluster(Path(folder)) as address:
         clock.stage("the head is there, without machines")
         run.search(study_from_dict(STUDY), Path(folder) / "out", address=address, display=clock)

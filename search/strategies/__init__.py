@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -235,13 +235,17 @@ class Proposer:
         fixed = {name: value for name, value in best.items() if name not in space}
         return samplers.PartialFixedSampler(fixed, NumbersOfBest(**options))
 
-    def propose(self, generation: int) -> list[Proposal]:
-        """The candidates of a generation, given what has been told."""
+    def propose(self, generation: int, tend: Callable[[], None] = lambda: None) -> list[Proposal]:
+        """The candidates of a generation, given what has been told; each is followed by `tend`."""
+        found = list[Proposal]()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             if self.name not in OURS:
                 self.study.sampler = self._of_generation(generation)
-            return [self._ask() for _ in range(self.size)]
+            for _ in range(self.size):
+                found.append(self._ask())
+                tend()
+        return found
 
     def _ask(self) -> Proposal:
         trial = self.study.ask()
