@@ -138,7 +138,7 @@ def first_line(error: BaseException) -> str:
     """The first line of a foreign exception that says something; of an actor's start the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
-    return lines["in its creation task" in lines[0] and -1][:300]
+    return lines[-1 if "in its creation task" in lines[0] else 0][:300]
 
 
 # --- what is sent ----------------------------------------------------------------------------
