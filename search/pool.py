@@ -288,7 +288,7 @@ class RayPool:
         """Wait for something to happen, so many seconds at most, and see to it."""
         self._feed()
         waiting = [*self._flying, *self._coming]
-        patience = min(patience, self._settings.timeout or patience)
+        patience = min(patience, _LOOK, self._settings.timeout or _LOOK)
         ready, rest = self._ray.wait(waiting, num_returns=1, timeout=patience)
         if rest:
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
