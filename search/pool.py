@@ -281,7 +281,9 @@ class RayPool:
 
     def tend(self) -> None:
         """See to what has happened while the search was busy elsewhere: workers want work."""
-        if (self._flying or self._coming) and time.monotonic() - self._tended > _OFTEN:
+        if self._each < _OFTEN or not (self._flying or self._coming):
+            return  # short works travel together: looking costs more than it gains
+        if time.monotonic() - self._tended > _OFTEN:
             self._step(0.0)
 
     def _step(self, patience: float = 1.0) -> None:
